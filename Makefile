@@ -1,0 +1,46 @@
+# `make` alone lists what there is. Everything runs in .venv, which is made on first use.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+# One thread of arithmetic a process: two under load collapse twenty-fold (CONTRIBUTING.md).
+export OMP_NUM_THREADS := 1
+export OPENBLAS_NUM_THREADS := 1
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: help quickstart test check format clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/make \1|\2/' | column -t -s '|'
+
+.venv/runs: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mixmo needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/tests: .venv/runs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: .venv/runs ## install, run a sweep of 12 trials on real scans, print its table
+	@$(BIN)/mixmo run sweeps/quickstart.yaml --yes
+	@$(BIN)/mixmo table quickstart
+	@$(BIN)/mixmo figures quickstart
+
+test: .venv/tests ## every test that this machine can run, under 40 minutes on 2 cores
+	$(BIN)/python -m pytest
+
+check: .venv/tests ## format, lint, types, import contracts, quick tests, under 3 minutes
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -m "not ray and not slow"
+
+format: .venv/tests ## rewrite the code as the formatter wants it
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove the environment and the caches, never results
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,376 @@
+"""Everything that goes into a trial: frozen settings with meaning, symbol and limits, and the trial's identity.
+
+Only the standard library is imported, so that a plan or a table never pays for torch. The symbols are those of the
+MixMo paper (Ramé et al., ICCV 2021).
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
+
+DatasetName = Literal["digits", "cifar10", "cifar100", "tiny_imagenet", "synthetic"]
+Augmentation = Literal["none", "standard", "augmix"]
+Msda = Literal["none", "mixup", "cutmix", "manifold_mixup", "resizemix"]
+Arch = Literal["wide_resnet", "preact_resnet"]
+MixingMethod = Literal[
+    "sum", "linear", "cutmix", "cowmix", "fmix", "horizontal", "vertical", "channel",
+    "channel_split", "patchup_hard", "patchup_hard_2d", "patchup_soft",
+]  # fmt: skip
+All = Literal["all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a field means. It travels in the dataclass field's metadata under the key `setting`."""
+
+    birth: Any
+    """The value that is left out of a trial's identity. It never changes, even if the default does."""
+    meaning: str
+    symbol: str = ""
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+
+
+def _setting(default: Any, meaning: str, **limits: Any) -> Any:
+    birth = limits.pop("birth", default)
+    return field(default=default, metadata={"setting": Setting(birth, meaning, **limits)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Section:
+    """Coerces numbers by type (1 is 1.0 where a float is meant) and holds every field to its limits."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if hints[spec.name] is float and isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(self, spec.name, float(value))
+            if get_args(hints[spec.name]) == (float, ...):
+                object.__setattr__(self, spec.name, tuple(float(each) for each in value))
+            _check_limits(spec.name, getattr(self, spec.name), spec.metadata["setting"])
+
+
+def _check_limits(name: str, value: Any, setting: Setting) -> None:
+    for each in value if isinstance(value, tuple) else (value,):
+        if isinstance(each, bool) or not isinstance(each, int | float):
+            continue
+        if each != each or abs(each) == float("inf"):
+            raise ValueError(f"{name} must be a finite number, got {each}")
+        if setting.at_least is not None and each < setting.at_least:
+            raise ValueError(f"{name} must be at least {setting.at_least:g}, got {each:g}")
+        if setting.above is not None and each <= setting.above:
+            raise ValueError(f"{name} must be above {setting.above:g}, got {each:g}")
+        if setting.at_most is not None and each > setting.at_most:
+            raise ValueError(f"{name} must be at most {setting.at_most:g}, got {each:g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """The shape of a dataset: known before any file is opened."""
+
+    train_images: int
+    test_images: int
+    classes: int
+    size: int
+    """Height and width in pixels."""
+    channels: int = 3
+
+
+DATASETS: dict[str, Dataset] = {
+    "digits": Dataset(train_images=1437, test_images=360, classes=10, size=8, channels=1),
+    "cifar10": Dataset(train_images=50_000, test_images=10_000, classes=10, size=32),
+    "cifar100": Dataset(train_images=50_000, test_images=10_000, classes=100, size=32),
+    "tiny_imagenet": Dataset(train_images=100_000, test_images=10_000, classes=200, size=64),
+    "synthetic": Dataset(train_images=512, test_images=128, classes=10, size=16),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig(_Section):
+    dataset: DatasetName = _setting("cifar100", "The images to train and evaluate on.")
+    train_images: int | All = _setting(
+        "all", "How many training images, drawn once by a fixed seed and balanced over the classes.", at_least=1
+    )
+    batch_size: int = _setting(
+        64, "Slots in a batch, repeats included, split over the trial's workers.", symbol="B", at_least=2
+    )
+    repetition: int = _setting(
+        1, "How often an image occurs in its batch; an epoch has as many times the steps.", symbol="b", at_least=1
+    )
+    input_repetition: float = _setting(
+        0.0, "Share of the slots in which all subnetworks see the same image (MIMO).", symbol="rho",
+        at_least=0, at_most=1,
+    )  # fmt: skip
+    augmentation: Augmentation = _setting("standard", "Random crop and, where a mirror image makes sense, flip.")
+    msda: Msda = _setting("none", "Mixed-sample augmentation in pixel space, before the encoders.")
+
+    def __post_init__(self) -> None:
+        super(DataConfig, self).__post_init__()
+        available = DATASETS[self.dataset].train_images
+        if self.train_images == available:
+            object.__setattr__(self, "train_images", "all")
+        if self.train_images != "all" and self.train_images > available:
+            raise ValueError(
+                f"train_images must be 'all' or at most {available} for {self.dataset}, got {self.train_images}"
+            )
+        if self.batch_size % self.repetition:
+            raise ValueError(
+                f"repetition must divide batch_size, which counts repeats: {self.batch_size} slots are not a whole "
+                f"number of images at repetition {self.repetition}"
+            )
+        if self.images * self.repetition < self.batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is larger than an epoch: {self.images} images at repetition "
+                f"{self.repetition} fill {self.images * self.repetition} slots"
+            )
+
+    @property
+    def images(self) -> int:
+        """How many images are trained on, before a validation split takes its share."""
+        return DATASETS[self.dataset].train_images if self.train_images == "all" else self.train_images
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig(_Section):
+    arch: Arch = _setting("wide_resnet", "Core network: WRN-depth-width, or PreActResNet-18-width.")
+    depth: int = _setting(28, "Layers of a wide ResNet: 6 n + 4. PreActResNet has 18 whatever this says.", at_least=10)
+    width: int = _setting(10, "Widening factor of the core network.", symbol="w", at_least=1)
+    subnetworks: int = _setting(
+        2, "Images mixed into one input, and predictions that come out.", symbol="M", at_least=1
+    )
+    encoders: int | All = _setting("all", "First convolutions: one for each subnetwork, or 1 shared.", at_least=1)
+    classifiers: int | All = _setting("all", "Last linear layers: one for each subnetwork, or 1 shared.", at_least=1)
+    classifier_roles: Literal["input", "dominant"] = _setting(
+        "input", "With 1 encoder and M classifiers: classifier m predicts input m, or the m-th by mixing ratio."
+    )
+
+    def __post_init__(self) -> None:
+        super(ModelConfig, self).__post_init__()
+        if self.arch == "wide_resnet" and (self.depth - 4) % 6:
+            raise ValueError(f"depth of a wide ResNet must be 6 n + 4 (10, 16, 22, 28, 40 ...), got {self.depth}")
+        for name in ("encoders", "classifiers"):
+            count = getattr(self, name)
+            if count == self.subnetworks:
+                object.__setattr__(self, name, "all")
+            elif count not in (1, "all"):
+                raise ValueError(f"{name} must be 'all', 1 or subnetworks ({self.subnetworks}), got {count}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixingConfig(_Section):
+    method: MixingMethod = _setting("cutmix", "How the M encoded images become one feature map.")
+    probability: float = _setting(
+        0.5, "Chance that a batch is mixed by binary masks; the others are mixed linearly. It decays to 0 over the "
+        "last twelfth of the training.", symbol="p", at_least=0, at_most=1,
+    )  # fmt: skip
+    alpha: float = _setting(
+        2.0, "Concentration of the Dirichlet that draws the mixing ratios kappa; 0 fixes them at 1/M.",
+        at_least=0, symbol="alpha",
+    )  # fmt: skip
+    weight_root: float = _setting(
+        3.0, "Loss weights are proportional to kappa^(1/r); large r weighs all inputs alike.", symbol="r", above=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig(_Section):
+    """SGD with Nesterov momentum; the rate is linear in the warm-up, then falls in steps."""
+
+    epochs: int = _setting(300, "Passes over the training images.", symbol="E", at_least=1)
+    lr: float = _setting(0.05, "Learning rate at repetition 1; the optimiser uses lr / repetition.", above=0)
+    momentum: float = _setting(0.9, "Momentum of SGD, in Nesterov's form.", at_least=0, at_most=0.9999)
+    weight_decay: float = _setting(6e-4, "On all parameters. The recipe's l2 term 3e-4 in the loss is 6e-4 here.",
+                                   at_least=0)  # fmt: skip
+    warmup: float = _setting(
+        1.0, "Length of the warm-up in epochs of steps at repetition 1, times repetition.", at_least=0
+    )
+    decay_at: tuple[float, ...] = _setting(
+        (0.33333, 0.66667, 0.75), "Fractions of the epochs after which the rate is multiplied by decay_by.",
+        at_least=0, at_most=1,
+    )  # fmt: skip
+    decay_by: float = _setting(0.1, "Factor of each decay.", above=0, at_most=1)
+
+    def __post_init__(self) -> None:
+        super(OptimConfig, self).__post_init__()
+        if list(self.decay_at) != sorted(set(self.decay_at)):
+            raise ValueError(f"decay_at must rise, got {list(self.decay_at)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig(_Section):
+    split: Literal["test", "validation"] = _setting(
+        "test", "What is measured: the test images (the paper's protocol), or a tenth of the training images, "
+        "held out by a fixed seed.",
+    )  # fmt: skip
+    every: int = _setting(1, "Epochs between evaluations; the last epoch is always evaluated.", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialConfig(_Section):
+    data: DataConfig = _setting(DataConfig(), "What is trained on.")
+    model: ModelConfig = _setting(ModelConfig(), "The network.")
+    mixing: MixingConfig = _setting(MixingConfig(), "The mixing block and its loss weights. Without effect at M = 1.")
+    optim: OptimConfig = _setting(OptimConfig(), "The optimiser and its schedule.")
+    evaluate: EvaluateConfig = _setting(EvaluateConfig(), "What is measured, and when.")
+    seed: int = _setting(0, "Decides initial weights, order, augmentation and mixing.", at_least=0)
+    precision: Literal["fp32", "bf16"] = _setting(
+        "fp32", "Arithmetic of the network. bf16 keeps weights, batch statistics and loss in fp32."
+    )
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "cifar": {
+        "data.batch_size": 64, "optim.epochs": 300, "optim.lr": 0.05, "optim.momentum": 0.9,
+        "optim.weight_decay": 6e-4, "optim.warmup": 1.0, "optim.decay_at": (0.33333, 0.66667, 0.75),
+        "optim.decay_by": 0.1,
+    },
+    "tiny_imagenet": {
+        "data.batch_size": 100, "optim.epochs": 1200, "optim.lr": 0.2, "optim.momentum": 0.9,
+        "optim.weight_decay": 1e-4, "optim.warmup": 1.0, "optim.decay_at": (599 / 1200, 899 / 1200),
+        "optim.decay_by": 0.1,
+    },
+}  # fmt: skip
+"""The paper's optimiser settings. A sweep file's `recipe` stands for these values, laid under its `trial`."""
+
+NUMERICS: dict[str, int] = {
+    "training": 1,
+    **{name: 1 for literal in (Arch, MixingMethod, DatasetName) for name in get_args(literal)},
+    **{f"augmentation_{name}": 1 for name in get_args(Augmentation)},
+    **{f"msda_{name}": 1 for name in get_args(Msda)},
+}
+"""The version of each part's arithmetic. A change that alters a part's results raises its number here, and every
+trial that uses the part gets a new id; results under the old number are stale."""
+
+
+# --------------------------------------------------------------------------------------------- fields by dotted name
+
+
+def leaves(section: type[_Section] = TrialConfig, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """(dotted name, field) of every setting, in order: `data.dataset`, ..., `seed`, `precision`."""
+    hints = get_type_hints(section)
+    for spec in dataclasses.fields(section):
+        hint = hints[spec.name]
+        if isinstance(hint, type) and issubclass(hint, _Section):
+            yield from leaves(hint, f"{prefix}{spec.name}.")
+        else:
+            yield prefix + spec.name, spec
+
+
+def flatten(config: TrialConfig) -> dict[str, Any]:
+    """Every setting by its dotted name, as it was given."""
+    flat = {}
+    for name, _ in leaves():
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        flat[name] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> TrialConfig:
+    """The config with these settings by dotted name; all others keep their defaults.
+
+    Raises ValueError naming the field when a value is outside its limits, KeyError for a name that is no setting.
+    """
+    known = dict(leaves())
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in flat.items():
+        if name not in known:
+            raise KeyError(name)
+        head, _, rest = name.rpartition(".")
+        sections.setdefault(head, {})[rest] = value
+    hints = get_type_hints(TrialConfig)
+    top = sections.pop("", {})
+    return TrialConfig(**top, **{name: hints[name](**values) for name, values in sections.items()})
+
+
+def ineffective(config: TrialConfig) -> frozenset[str]:
+    """The settings that change nothing under the others: left out of the identity, null in the rows."""
+    names: set[str] = set()
+    if config.model.subnetworks == 1:
+        names |= {f"mixing.{spec.name}" for spec in dataclasses.fields(MixingConfig)}
+        names |= {"data.input_repetition", "model.encoders", "model.classifiers"}
+    if config.mixing.method == "sum":
+        names |= {"mixing.alpha", "mixing.probability", "mixing.weight_root"}
+    if config.mixing.method == "linear":
+        names |= {"mixing.probability"}
+    if not (config.model.encoders == 1 and config.model.classifiers == "all" and config.model.subnetworks > 1):
+        names |= {"model.classifier_roles"}
+    if config.model.arch == "preact_resnet":
+        names |= {"model.depth"}
+    if not config.optim.decay_at:
+        names |= {"optim.decay_by"}
+    return frozenset(names)
+
+
+# -------------------------------------------------------------------------------------------------------- identity
+
+
+def parts(config: TrialConfig) -> dict[str, int]:
+    """The numerics versions that this trial depends on."""
+    names = ["training", config.data.dataset, config.model.arch,
+             f"augmentation_{config.data.augmentation}", f"msda_{config.data.msda}"]  # fmt: skip
+    if config.model.subnetworks > 1:
+        names.append(config.mixing.method)
+    return {name: NUMERICS[name] for name in sorted(names)}
+
+
+def identity(config: TrialConfig, workers: int = 1) -> dict[str, Any]:
+    """What decides the trial's numbers, by dotted name: the settings that take effect and differ from their birth
+    default, the seed, the workers and the numerics versions above 1."""
+    silent = ineffective(config)
+    values = flatten(config)
+    kept = {
+        name: list(values[name]) if isinstance(values[name], tuple) else values[name]
+        for name, spec in leaves()
+        if name not in silent and values[name] != spec.metadata["setting"].birth
+    }
+    kept["seed"] = config.seed
+    if workers > 1:
+        kept["workers"] = workers
+    raised = {name: version for name, version in parts(config).items() if version > 1}
+    if raised:
+        kept["numerics"] = raised
+    return kept
+
+
+def digest(decides: Mapping[str, Any]) -> str:
+    """SHA-256, in hex, of the canonical JSON of an identity."""
+    text = json.dumps(decides, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def trial_id(config: TrialConfig, workers: int = 1) -> str:
+    """12 hex digits: the same config and seed have the same id in every sweep and on every machine."""
+    return digest(identity(config, workers))[:12]
+
+
+def cell_id(config: TrialConfig, workers: int = 1) -> str:
+    """12 hex digits: the trial's identity without its seed, shared by all its repetitions."""
+    decides = identity(config, workers)
+    del decides["seed"]
+    return digest(decides)[:12]
+
+
+# --------------------------------------------------------------------------------------------- what is not built yet
+
+
+def not_yet(config: TrialConfig) -> list[str]:
+    """The settings that are understood but that no trial can be run with yet, as `field: value`."""
+    built: dict[str, tuple[Any, ...]] = {
+        "data.msda": ("none",),
+        "data.augmentation": ("none", "standard"),
+        "model.arch": ("wide_resnet",),
+        "model.encoders": ("all",),
+        "model.classifiers": ("all",),
+        "mixing.method": ("sum", "linear", "cutmix"),
+    }
+    values, silent = flatten(config), ineffective(config)
+    return [f"{name}: {values[name]}" for name, can in built.items() if name not in silent and values[name] not in can]

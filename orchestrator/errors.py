@@ -1,0 +1,52 @@
+"""What can go wrong for a user, and the exit code of each.
+
+    MixmoError
+    ├── UsageError         2  a bad command line, sweep file or dataset folder
+    │   └── SweepError     2  a sweep file that says something it may not
+    ├── NotFoundError      5  no such sweep or trial
+    ├── RefusedError       6  a budget, a guard, or another driver holds the sweep
+    └── UnreachableError   7  the store or the cluster cannot be read or written
+
+A message says what, where, what is allowed and what to do next. Anything else that escapes is our bug (exit code 1).
+"""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    OK = 0
+    BUG = 1
+    USAGE = 2
+    FAULTS = 3
+    """The sweep ended, but some trials failed; or `verify` found faults."""
+    STOPPED = 4
+    """Ended before the sweep did: drained, or out of time."""
+    NOT_FOUND = 5
+    REFUSED = 6
+    UNREACHABLE = 7
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class MixmoError(Exception):
+    exit_code = ExitCode.BUG
+
+
+class UsageError(MixmoError):
+    exit_code = ExitCode.USAGE
+
+
+class SweepError(UsageError):
+    """A sweep file that cannot be taken as it is. Each line of the message is one fault."""
+
+
+class NotFoundError(MixmoError):
+    exit_code = ExitCode.NOT_FOUND
+
+
+class RefusedError(MixmoError):
+    exit_code = ExitCode.REFUSED
+
+
+class UnreachableError(MixmoError):
+    exit_code = ExitCode.UNREACHABLE

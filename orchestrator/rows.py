@@ -1,0 +1,229 @@
+"""The rows of the result tables, and their Arrow schemas, derived from the settings and the metrics.
+
+`trials` has one row per trial, its latest state. `epochs` has one row per trial and epoch. Times are seconds,
+timestamps are UTC, accuracies and errors are fractions.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal, Self
+
+import pyarrow as pa
+
+from mixmo_core.config import DATASETS, TrialConfig, flatten, ineffective, leaves, unflatten
+from mixmo_core.metrics import METRICS
+
+SCHEMA_VERSION = 1
+
+State = Literal["PENDING", "RUNNING", "PAUSED", "TERMINATED", "ERROR", "CANCELLED"]
+FINAL: frozenset[State] = frozenset({"TERMINATED", "ERROR", "CANCELLED"})
+
+CONFIG_COLUMNS: tuple[str, ...] = tuple(name.replace(".", "_") for name, _ in leaves())
+METRIC_COLUMNS: tuple[str, ...] = tuple(metric.name for metric in METRICS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialRow:
+    """One trial, as it stands. Who orders two rows of one trial: (fence, attempt, seq); the highest holds."""
+
+    sweep: str
+    label: str | None = None
+    """Of the block the trial came from."""
+    position: int
+    """Its place in the sweep: seeds breadth first."""
+    trial_id: str
+    digest: str
+    """The whole hash, of which the id is the first 12 digits."""
+    cell_id: str
+    workers: int = 1
+    state: State = "PENDING"
+    epoch: int = 0
+    """Epochs done."""
+    epochs: int
+    """Epochs planned."""
+    attempts: int = 0
+    """Attempts begun, over all fences."""
+    error: str | None = None
+    """The traceback, or what became of the workers."""
+    error_cause: str | None = None
+    """One line by which failures are grouped."""
+    started_at: datetime | None = None
+    updated_at: datetime | None = None
+    wall_s: float = 0.0
+    """Seconds of training and evaluation behind the rows that count."""
+    gpu_seconds: float = 0.0
+    images_per_s: float | None = None
+    """Slots of training per second, in the last epoch."""
+    train_flops: float | None = None
+    """Of the training that the rows stand for."""
+    best_top1: float | None = None
+    best_epoch: int | None = None
+    stopped_early: bool = False
+    split: str | None = None
+    checkpoint: str | None = None
+    """Store path of the checkpoint that counts; its name ends with the digits of its SHA-256."""
+    attempt: int = 0
+    fence: int = 0
+    seq: int = 0
+    """Order of arrival at the driver, over the whole sweep."""
+    parent_id: str | None = None
+    cached_from: str | None = None
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+    torch_version: str | None = None
+    ray_version: str | None = None
+    device_name: str | None = None
+    hosts: str | None = None
+    """Names of the hosts that ran it, sorted, separated by spaces."""
+    numerics: str | None = None
+    """Versions of the parts' arithmetic, as `part=version part=version`."""
+    schema_version: int = SCHEMA_VERSION
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """By column name (`model_width`); see `config_columns`."""
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    """Of the last epoch evaluated, by column name."""
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        return (self.fence, self.attempt, self.seq)
+
+    def replace(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpochRow:
+    """One epoch of one trial."""
+
+    sweep: str
+    trial_id: str
+    epoch: int
+    """1 is the first."""
+    attempt: int
+    fence: int
+    seq: int
+    updated_at: datetime
+    wall_s: float
+    """Seconds since the trial began, over all attempts whose epochs count."""
+    gpu_seconds: float
+    images_per_s: float
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        return (self.fence, self.attempt, self.seq)
+
+
+def config_columns(config: TrialConfig) -> dict[str, Any]:
+    """The settings of a trial by column name: null where one has no effect, a count where the file says `all`."""
+    silent = ineffective(config)
+    resolved = {
+        "data.train_images": DATASETS[config.data.dataset].train_images,
+        "model.encoders": config.model.subnetworks,
+        "model.classifiers": config.model.subnetworks,
+    }
+    columns: dict[str, Any] = {}
+    for name, value in flatten(config).items():
+        shown = resolved[name] if value == "all" else list(value) if isinstance(value, tuple) else value
+        columns[name.replace(".", "_")] = None if name in silent else shown
+    return columns
+
+
+def config_of(row: TrialRow) -> TrialConfig:
+    """The config that a row stands for: it has the row's trial id."""
+    given = {name: row.config.get(name.replace(".", "_")) for name, _ in leaves()}
+    return unflatten({name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None})
+
+
+# ---------------------------------------------------------------------------------------------------- Arrow schemas
+
+
+def _arrow_type(hint: Any) -> pa.DataType:
+    """The column type of a Python type; `None` and the word `all` make no difference."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _arrow_type(next(a for a in arguments if a is not type(None)))
+    if origin is Literal:
+        return pa.string()
+    if origin is tuple:
+        return pa.list_(pa.float64())
+    simple = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
+    return pa.timestamp("us", tz="UTC") if hint is datetime else simple[hint]
+
+
+def _setting_types() -> dict[str, pa.DataType]:
+    columns = {}
+    for name, _ in leaves():
+        hint: Any = TrialConfig
+        for part in name.split("."):
+            hint = typing.get_type_hints(hint)[part]
+        columns[name.replace(".", "_")] = _arrow_type(hint)
+    return columns
+
+
+def _schema(row: type[TrialRow] | type[EpochRow]) -> pa.Schema:
+    columns: dict[str, pa.DataType] = {}
+    for name, hint in typing.get_type_hints(row).items():
+        if name == "config":
+            columns |= _setting_types()
+        elif name == "metrics":
+            columns |= dict.fromkeys(METRIC_COLUMNS, pa.float64())
+        else:
+            columns[name] = _arrow_type(hint)
+    return pa.schema([pa.field(name, kind) for name, kind in columns.items()])
+
+
+TRIALS_SCHEMA: pa.Schema = _schema(TrialRow)
+EPOCHS_SCHEMA: pa.Schema = _schema(EpochRow)
+
+
+def to_table(rows: Iterable[TrialRow] | Iterable[EpochRow], schema: pa.Schema) -> pa.Table:
+    records = []
+    for row in rows:
+        record = {spec.name: getattr(row, spec.name) for spec in dataclasses.fields(row)}
+        records.append({**record, **record.pop("config", {}), **record.pop("metrics")})
+    columns = {name: [record.get(name) for record in records] for name in schema.names}
+    return pa.table(columns, schema=schema)
+
+
+def _own_names(row: type[TrialRow] | type[EpochRow]) -> list[str]:
+    return [spec.name for spec in dataclasses.fields(row) if spec.name not in ("config", "metrics")]
+
+
+def trial_rows(table: pa.Table) -> list[TrialRow]:
+    """Rows of a `trials` table. Columns it lacks are null; columns that this version does not know are dropped."""
+    own = _own_names(TrialRow)
+    return [
+        TrialRow(
+            **{name: record[name] for name in own if name in record},
+            config={name: record.get(name) for name in CONFIG_COLUMNS},
+            metrics={name: record.get(name) for name in METRIC_COLUMNS},
+        )
+        for record in table.to_pylist()
+    ]
+
+
+def epoch_rows(table: pa.Table) -> list[EpochRow]:
+    """Rows of an `epochs` table, as `trial_rows` reads them."""
+    own = _own_names(EpochRow)
+    return [
+        EpochRow(
+            **{name: record[name] for name in own if name in record},
+            metrics={name: record.get(name) for name in METRIC_COLUMNS},
+        )
+        for record in table.to_pylist()
+    ]
+
+
+def newest(rows: Sequence[EpochRow]) -> list[EpochRow]:
+    """One row per (trial, epoch): the one with the highest order. Sorted by trial and epoch."""
+    held: dict[tuple[str, int], EpochRow] = {}
+    for row in rows:
+        key = (row.trial_id, row.epoch)
+        if key not in held or row.order > held[key].order:
+            held[key] = row
+    return [held[key] for key in sorted(held)]
