@@ -7,6 +7,7 @@ MixMo paper (Ramé et al., ICCV 2021).
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
@@ -61,7 +62,7 @@ def _check_limits(name: str, value: Any, setting: Setting) -> None:
     for each in value if isinstance(value, tuple) else (value,):
         if isinstance(each, bool) or not isinstance(each, int | float):
             continue
-        if each != each or abs(each) == float("inf"):
+        if not math.isfinite(each):
             raise ValueError(f"{name} must be a finite number, got {each}")
         if setting.at_least is not None and each < setting.at_least:
             raise ValueError(f"{name} must be at least {setting.at_least:g}, got {each:g}")
@@ -324,7 +325,8 @@ def parts(config: TrialConfig) -> dict[str, int]:
 
 def identity(config: TrialConfig, workers: int = 1) -> dict[str, Any]:
     """What decides the trial's numbers, by dotted name: the settings that take effect and differ from their birth
-    default, the seed, the workers and the numerics versions above 1."""
+    default, the seed, the workers and the numerics versions above 1.
+    """
     silent = ineffective(config)
     values = flatten(config)
     kept = {
