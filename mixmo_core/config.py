@@ -225,6 +225,31 @@ class TrialConfig(_Section):
         "fp32", "Arithmetic of the network. bf16 keeps weights, batch statistics and loss in fp32."
     )
 
+    def __post_init__(self) -> None:
+        super(TrialConfig, self).__post_init__()
+        if self.evaluate.split == "validation" and not validation_images(self.data):
+            raise ValueError(
+                f"split: validation holds out a tenth of the training images, and {self.data.images} have no tenth: "
+                f"give at least 10 train_images"
+            )
+        images, repetition = training_images(self), self.data.repetition
+        if images * repetition < self.data.batch_size:
+            raise ValueError(
+                f"batch_size {self.data.batch_size} is larger than an epoch: the {images} images that the validation "
+                f"split leaves fill {images * repetition} slots at repetition {repetition}"
+            )
+
+
+def validation_images(data: DataConfig) -> int:
+    """How many of the training images are held out under `evaluate.split: validation`: a tenth, rounded down."""
+    return data.images // 10
+
+
+def training_images(config: TrialConfig) -> int:
+    """How many images an epoch visits: the chosen ones, less the tenth that a validation split holds out."""
+    held_out = validation_images(config.data) if config.evaluate.split == "validation" else 0
+    return config.data.images - held_out
+
 
 RECIPES: dict[str, dict[str, Any]] = {
     "cifar": {
