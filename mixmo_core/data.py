@@ -1,0 +1,319 @@
+"""Datasets as arrays that live on the device, and the batch-repetition sampler.
+
+`digits` and `synthetic` need no files. The others lie in a folder that the user names, in the layout in which they are
+published: `cifar-10-batches-py/`, `cifar-100-python/`, `tiny-imagenet-200/`. What is drawn here (the subset of the
+training images, the validation split, the synthetic images) comes from raw PCG64 output, whose stream NumPy promises
+never to change, and not from a generator's methods, whose streams it may.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mixmo_core.config import DATASETS, DataConfig
+
+Split = Literal["test", "validation"]
+Pixels = npt.NDArray[np.uint8]
+"""(N, C, H, W)."""
+Labels = npt.NDArray[np.int64]
+
+DIGITS_SEED = 1
+SUBSET_SEED = 2
+SYNTHETIC_SEED = 3
+"""Constants of the datasets, never of a trial: another value would be another dataset."""
+
+
+class DatasetError(ValueError):
+    """A dataset whose files are missing, incomplete or not what was published."""
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    pixels_NCHW: Tensor
+    """uint8, on the device."""
+    labels_N: Tensor
+    """int64, on the device."""
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+
+# ------------------------------------------------------------------------------------------ what has to be in a folder
+
+_MD5 = {
+    "cifar10": {
+        "cifar-10-batches-py/data_batch_1": "c99cafc152244af753f735de768cd75f",
+        "cifar-10-batches-py/data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+        "cifar-10-batches-py/data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+        "cifar-10-batches-py/data_batch_4": "634d18415352ddfa80567beed471001a",
+        "cifar-10-batches-py/data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+        "cifar-10-batches-py/test_batch": "40351d587109b95175f43aff81a1287e",
+        "cifar-10-batches-py/batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+    },
+    "cifar100": {
+        "cifar-100-python/train": "16019d7e3df5f24257cddd939b257f8d",
+        "cifar-100-python/test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+        "cifar-100-python/meta": "7973b15100ade9c7d40fb424638fde48",
+    },
+}
+"""The published files. torchvision checks the same sums, but to import it takes seconds and torch."""
+
+FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "tiny_imagenet": "tiny-imagenet-200"}
+"""The datasets that need files, and the folder that holds them as they are published."""
+
+_TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+_TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+
+
+def check(dataset: str, folder: Path | None) -> None:
+    """Raises DatasetError unless every file of the dataset is in `folder`, whole and as it was published.
+
+    Meant to run before anything starts: it unpickles nothing. CIFAR files are held to their checksums (each file once
+    per process, as long as its size and time of change stay the same), Tiny ImageNet's to their number.
+    """
+    if dataset not in FOLDERS:
+        return
+    if folder is None:
+        raise DatasetError(f"{dataset} needs its files, and no folder was given. {_advice(dataset)}")
+    if not (folder / FOLDERS[dataset]).is_dir():
+        raise DatasetError(f"{folder}: no folder {FOLDERS[dataset]} in it, so no {dataset}. {_advice(dataset)}")
+    fault = next(_faults(dataset, folder), None)
+    if fault:
+        raise DatasetError(f"{fault}. {_advice(dataset)}")
+
+
+def _advice(dataset: str) -> str:
+    return (
+        f"Get it with `mixmo data get {dataset} DEST`, then point to it with `--data DEST` or MIXMO_DATA=DEST "
+        f"(DEST holds {FOLDERS[dataset]})"
+    )
+
+
+def _faults(dataset: str, folder: Path) -> Iterator[str]:
+    if dataset == "tiny_imagenet":
+        yield from _tiny_faults(folder / FOLDERS[dataset])
+        return
+    for name, expected in _MD5[dataset].items():
+        path = folder / name
+        try:
+            status = path.stat()
+            got = _md5(path, status.st_size, status.st_mtime_ns)
+        except OSError as error:
+            yield f"{path}: {error.strerror or error}"
+            continue
+        if got != expected:
+            yield f"{path}: damaged, or not the published file ({status.st_size} bytes, md5 {got} and not {expected})"
+
+
+@lru_cache(maxsize=64)
+def _md5(path: Path, size: int, changed_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def _tiny_faults(base: Path) -> Iterator[str]:
+    try:
+        classes = len(_tiny_classes(base))
+        if classes != 200:
+            yield f"{base / 'wnids.txt'}: lists {classes} classes, should be 200"
+        for name, paths in (("train", _tiny_train_files(base)), ("val", _tiny_test_files(base))):
+            expected = DATASETS["tiny_imagenet"].train_images if name == "train" else 10_000
+            present = sum(len(files) for files in paths.values())
+            if present != expected:
+                yield f"{base / name}: incomplete, {present} images, should be {expected}"
+    except OSError as error:
+        yield f"{error.filename or base}: {error.strerror or error}"
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def load(
+    config: DataConfig, *, split: Split = "test", folder: Path | None = None, device: torch.device | str = "cpu"
+) -> tuple[Images, Images]:
+    """The images to train on and the images to evaluate on, on the device.
+
+    `config.train_images` of the training images are drawn by a fixed seed, balanced over the classes; fewer are a
+    subset of more. `split="validation"` evaluates on a tenth of those, which then are not trained on; the test images
+    are not touched. A process keeps what it loaded last, so the next trial on the same images gets the same tensors:
+    do not write to them. Raises DatasetError as `check` does.
+    """
+    return _load(config.dataset, config.images, split, folder, str(device))
+
+
+@lru_cache(maxsize=2)
+def _load(dataset: str, images: int, split: Split, folder: Path | None, device: str) -> tuple[Images, Images]:
+    train, test = _read(dataset, folder)
+    chosen, held_out = subset(train[1], images, split)
+    evaluate = test if split == "test" else (train[0][held_out], train[1][held_out])
+    if len(chosen) < len(train[1]):
+        train = train[0][chosen], train[1][chosen]
+    return _to_device(train, device), _to_device(evaluate, device)
+
+
+def _to_device(arrays: tuple[Pixels, Labels], device: str) -> Images:
+    pixels, labels = (torch.from_numpy(np.ascontiguousarray(each)).to(device) for each in arrays)
+    return Images(pixels, labels)
+
+
+def subset(labels_N: Labels, images: int, split: Split) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Positions, ascending, of the images to train on and of those held out for validation (none for `test`).
+
+    The images are put in a fixed order in which the classes take turns. A subset is the beginning of that order, and
+    every tenth image of it is for validation (`config.validation_images` counts them). So both parts are balanced, and
+    both grow only at their ends.
+    """
+    chosen = _turns(labels_N, SUBSET_SEED)[:images]
+    held_out = np.zeros(images, dtype=bool)
+    if split == "validation":
+        held_out[9::10] = True
+    return np.sort(chosen[~held_out]), np.sort(chosen[held_out])
+
+
+def _turns(labels_N: Labels, seed: int) -> npt.NDArray[np.intp]:
+    """A fixed shuffle in which the classes take turns; each turn starts one class later than the one before, so that
+    every tenth image is not always of the same class.
+    """
+    shuffled = np.argsort(np.random.PCG64(seed).random_raw(len(labels_N)), kind="stable")
+    by_class = shuffled[np.argsort(labels_N[shuffled], kind="stable")]
+    counts = np.bincount(labels_N)
+    turn = np.arange(len(labels_N)) - np.repeat(np.cumsum(counts) - counts, counts)
+    place = (labels_N[by_class] - turn) % len(counts)
+    return by_class[np.lexsort((place, turn))]
+
+
+@lru_cache(maxsize=1)
+def _read(dataset: str, folder: Path | None) -> tuple[tuple[Pixels, Labels], tuple[Pixels, Labels]]:
+    """All training images and all test images of a dataset."""
+    check(dataset, folder)
+    if dataset == "digits":
+        return _digits()
+    if dataset == "synthetic":
+        return _synthetic()
+    assert folder is not None  # check() has seen to it
+    if dataset == "tiny_imagenet":
+        return _tiny_imagenet(folder / FOLDERS[dataset])
+    return _cifar(dataset, folder, train=True), _cifar(dataset, folder, train=False)
+
+
+def _digits() -> tuple[tuple[Pixels, Labels], tuple[Pixels, Labels]]:
+    """The 8x8 digits that come with scikit-learn, 0..16 scaled to 0..255; 36 of each class are test images."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
+    labels = bunch.target.astype(np.int64)
+    order = _turns(labels, DIGITS_SEED)
+    test, train = np.sort(order[:360]), np.sort(order[360:])
+    return (pixels[train], labels[train]), (pixels[test], labels[test])
+
+
+def _synthetic() -> tuple[tuple[Pixels, Labels], tuple[Pixels, Labels]]:
+    """Ten coarse random patterns, one for each class, under heavy noise. Integer arithmetic: the same everywhere."""
+    shape = DATASETS["synthetic"]
+    bits = np.random.PCG64(SYNTHETIC_SEED)
+    number, size = shape.train_images + shape.test_images, shape.size
+    patterns = (bits.random_raw(shape.classes * 3 * 4 * 4) >> 56).astype(np.int64).reshape(-1, 3, 4, 4)
+    patterns = patterns.repeat(size // 4, axis=-1).repeat(size // 4, axis=-2)
+    labels = np.arange(number, dtype=np.int64) % shape.classes
+    # The sum of four uniform bytes less its mean: roughly normal, with a deviation of 148.
+    noise = (bits.random_raw(number * 3 * size * size * 4) >> 56).astype(np.int64).reshape(number, 3, size, size, 4)
+    noisy = (patterns[labels] + (noise.sum(axis=-1) - 510)) // 2 + 64
+    pixels = noisy.clip(0, 255).astype(np.uint8)
+    cut = shape.train_images
+    return (pixels[:cut], labels[:cut]), (pixels[cut:], labels[cut:])
+
+
+def _cifar(dataset: str, folder: Path, *, train: bool) -> tuple[Pixels, Labels]:
+    from torchvision import datasets
+
+    reader = datasets.CIFAR10 if dataset == "cifar10" else datasets.CIFAR100
+    files = reader(root=str(folder), train=train, download=False)
+    return files.data.transpose(0, 3, 1, 2), np.asarray(files.targets, dtype=np.int64)
+
+
+def _tiny_classes(base: Path) -> list[str]:
+    """The classes' names in alphabetical order, which gives them their numbers, as torchvision's ImageFolder does."""
+    return sorted((base / "wnids.txt").read_text().split())
+
+
+def _tiny_train_files(base: Path) -> dict[str, list[Path]]:
+    return {name: sorted((base / "train" / name / "images").glob("*.JPEG")) for name in _tiny_classes(base)}
+
+
+def _tiny_test_files(base: Path) -> dict[str, list[Path]]:
+    """The official validation images, which everybody tests on: the test images' labels were never published."""
+    files: dict[str, list[Path]] = {name: [] for name in _tiny_classes(base)}
+    present = {path.name: path for path in (base / "val" / "images").glob("*.JPEG")}
+    for line in (base / "val" / "val_annotations.txt").read_text().splitlines():
+        image, name, *_ = line.split("\t")
+        if image in present and name in files:
+            files[name].append(present[image])
+    return files
+
+
+def _tiny_imagenet(base: Path) -> tuple[tuple[Pixels, Labels], tuple[Pixels, Labels]]:
+    return _decode(_tiny_train_files(base)), _decode(_tiny_test_files(base))
+
+
+def _decode(files: dict[str, list[Path]]) -> tuple[Pixels, Labels]:
+    labels = np.repeat(np.arange(len(files)), [len(paths) for paths in files.values()])
+    with ThreadPoolExecutor() as pool:
+        images = list(pool.map(_decode_one, (path for paths in files.values() for path in paths)))
+    return np.stack(images), labels
+
+
+def _decode_one(path: Path) -> Pixels:
+    from torchvision.datasets.folder import pil_loader
+
+    try:
+        pixels = np.asarray(pil_loader(str(path)))
+    except OSError as error:
+        raise DatasetError(f"{path}: not an image that can be read ({error}). {_advice('tiny_imagenet')}") from error
+    return pixels.transpose(2, 0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------- batch repetition
+
+
+def batch_repetition(
+    images: int,
+    batch_size: int,
+    repetition: int,
+    subnetworks: int,
+    *,
+    input_repetition: float = 0.0,
+    generator: torch.Generator,
+) -> Tensor:
+    """An epoch's batches: positions of images (steps, M, B), int64, on the generator's device.
+
+    A batch has B / repetition distinct images, each `repetition` times; images that do not fill a batch sit this epoch
+    out. Each subnetwork sees the same images in an order of its own, except in the first `input_repetition` of the
+    slots, where all see the same.
+    """
+    distinct = -(-batch_size // repetition)
+    steps = images // distinct
+    order = torch.randperm(images, generator=generator, device=generator.device)
+    batches_SB = order[: steps * distinct].reshape(steps, distinct).repeat_interleave(repetition, dim=1)
+    slots = distinct * repetition
+    fixed = int(slots * input_repetition)
+    keys = torch.rand((steps, subnetworks, slots - fixed), generator=generator, device=generator.device)
+    shuffled = keys.argsort(dim=-1, stable=True) + fixed
+    still = torch.arange(fixed, device=generator.device).expand(steps, subnetworks, fixed)
+    return arrange(batches_SB, torch.cat((still, shuffled), dim=-1))
+
+
+def arrange(batches_SB: Tensor, permutations_SMB: Tensor) -> Tensor:
+    """Deals each batch out to the subnetworks: the first by its permutation, every other by permuting the first's."""
+    first_SB = batches_SB.gather(1, permutations_SMB[:, 0])
+    others = [first_SB.gather(1, each_SB) for each_SB in permutations_SMB.unbind(1)[1:]]
+    return torch.stack((first_SB, *others), dim=1)
