@@ -5,6 +5,7 @@ MixMo paper (Ramé et al., ICCV 2021).
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -48,17 +49,24 @@ class _Section:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = _hints(type(self))
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
             if hints[spec.name] is float and isinstance(value, int) and not isinstance(value, bool):
                 object.__setattr__(self, spec.name, float(value))
             if get_args(hints[spec.name]) == (float, ...):
                 object.__setattr__(self, spec.name, tuple(float(each) for each in value))
-            _check_limits(spec.name, getattr(self, spec.name), spec.metadata["setting"])
+            check_limits(spec.name, getattr(self, spec.name), spec.metadata["setting"])
 
 
-def _check_limits(name: str, value: Any, setting: Setting) -> None:
+@functools.cache
+def _hints(section: Any) -> dict[str, Any]:
+    """Resolving annotations costs more than all the rest of making a config."""
+    return get_type_hints(section)
+
+
+def check_limits(name: str, value: Any, setting: Setting) -> None:
+    """Raise ValueError, beginning with `name`, for a number outside the limits that the setting's metadata gives."""
     for each in value if isinstance(value, tuple) else (value,):
         if isinstance(each, bool) or not isinstance(each, int | float):
             continue
@@ -280,13 +288,19 @@ trial that uses the part gets a new id; results under the old number are stale."
 
 def leaves(section: type[_Section] = TrialConfig, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     """(dotted name, field) of every setting, in order: `data.dataset`, ..., `seed`, `precision`."""
-    hints = get_type_hints(section)
+    return iter(_leaves(section, prefix))
+
+
+@functools.cache
+def _leaves(section: Any, prefix: str) -> tuple[tuple[str, dataclasses.Field[Any]], ...]:
+    found: list[tuple[str, dataclasses.Field[Any]]] = []
     for spec in dataclasses.fields(section):
-        hint = hints[spec.name]
+        hint = _hints(section)[spec.name]
         if isinstance(hint, type) and issubclass(hint, _Section):
-            yield from leaves(hint, f"{prefix}{spec.name}.")
+            found += leaves(hint, f"{prefix}{spec.name}.")
         else:
-            yield prefix + spec.name, spec
+            found.append((prefix + spec.name, spec))
+    return tuple(found)
 
 
 def flatten(config: TrialConfig) -> dict[str, Any]:
@@ -312,7 +326,7 @@ def unflatten(flat: Mapping[str, Any]) -> TrialConfig:
             raise KeyError(name)
         head, _, rest = name.rpartition(".")
         sections.setdefault(head, {})[rest] = value
-    hints = get_type_hints(TrialConfig)
+    hints = _hints(TrialConfig)
     top = sections.pop("", {})
     return TrialConfig(**top, **{name: hints[name](**values) for name, values in sections.items()})
 
