@@ -1,0 +1,338 @@
+"""A trial from its config to its last epoch: the schedule, the epochs, and the checkpoints between them.
+
+Knows nothing of Ray, of stores or of terminals. Where `torch.distributed` is initialised with more than one process,
+these processes are the trial's workers and train it together.
+"""
+
+import hashlib
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mixmo_core import augment, cost, data, evaluate, mixing, networks
+from mixmo_core.config import TrialConfig, digest, identity, training_images
+from mixmo_core.step import Purpose, Step, autocast, draw_seed
+
+FORMAT = 1
+"""Version of the checkpoints. A newer one than this is refused."""
+EVALUATION_BATCH = 500
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, foreign, or of another trial."""
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """What one epoch gave."""
+
+    epoch: int
+    """1 is the first."""
+    metrics: dict[str, float]
+    """By their names in `mixmo_core.metrics`: `loss` and `lr` always, the others where the epoch was evaluated."""
+    images: int
+    """Slots trained on, by all workers."""
+    seconds: float
+    """Of training and evaluation."""
+    history: tuple[dict[str, float], ...]
+    """The metrics of epochs 1 to this one, those before a resumption included."""
+    _state: Callable[[], dict[str, Any]] = field(repr=False)
+
+    def state(self) -> dict[str, Any]:
+        """A checkpoint: tensors and plain values. It shares memory with the training, so it is valid until the
+        generator is advanced; `save` it or copy it before that.
+        """
+        return self._state()
+
+
+# ------------------------------------------------------------------------------------------------------------ schedule
+
+
+def learning_rate(step: int, epoch: int, config: TrialConfig) -> float:
+    """The rate of a step; the trial's first step and first epoch are 1.
+
+    Linear over the warm-up of `warmup * repetition` times an epoch of batches at repetition 1 (a part of a batch
+    counts), whatever the epoch; then `lr / repetition`, times `decay_by` for each of `decay_at` that has passed.
+    """
+    optim = config.optim
+    base = optim.lr / config.data.repetition
+    warmup = optim.warmup * config.data.repetition * -(-training_images(config) // config.data.batch_size)
+    if step <= warmup:
+        return base * step / warmup
+    return base * optim.decay_by ** sum(epoch > round(part * optim.epochs) for part in optim.decay_at)
+
+
+# -------------------------------------------------------------------------------------------------------------- epochs
+
+
+def train(
+    config: TrialConfig,
+    *,
+    device: torch.device | str = "cpu",
+    data_dir: Path | None = None,
+    resume: Mapping[str, Any] | None = None,
+) -> Iterator[Epoch]:
+    """The epochs of a trial, each when it is done.
+
+    `resume` is an earlier `Epoch.state()`: the epochs after it follow, none if it was the last. On the CPU in fp32 with
+    the same torch and thread count they equal those of an uninterrupted training to the bit. With more than one worker
+    batch norm sees the slots of its own worker, running statistics are averaged at the end of each epoch, and every
+    worker gets the same metrics and state.
+
+    Raises CheckpointError at once where `resume` is not of this trial, ValueError where the batch cannot be split, and
+    data.DatasetError, when the first epoch is asked for, where the images are not there.
+    """
+    rank, workers = _world()
+    if config.data.batch_size % workers:
+        raise ValueError(
+            f"batch_size {config.data.batch_size} cannot be split over {workers} workers: it must be a multiple of them"
+        )
+    trial = digest(identity(config, workers))
+    if resume is not None:
+        _check(resume, trial)
+    return _epochs(config, torch.device(device), data_dir, resume, _World(rank, workers, trial))
+
+
+def _world() -> tuple[int, int]:
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+class _World(NamedTuple):
+    """Who trains: this worker among all of them, and the digest of the trial."""
+
+    rank: int
+    workers: int
+    trial: str
+
+
+def _epochs(
+    config: TrialConfig, device: torch.device, data_dir: Path | None, resume: Mapping[str, Any] | None, world: _World
+) -> Iterator[Epoch]:
+    training, held_out = data.load(config.data, split=config.evaluate.split, folder=data_dir, device=device)
+    run = _Run(config, world, training, held_out)
+    done: int = 0
+    history: tuple[dict[str, float], ...] = ()
+    if resume is not None:
+        run.restore(resume)
+        done, history = resume["epoch"], tuple(dict(metrics) for metrics in resume["history"])
+    for epoch in range(done + 1, config.optim.epochs + 1):
+        started = time.perf_counter()
+        metrics = run.train(epoch)
+        if epoch % config.evaluate.every == 0 or epoch == config.optim.epochs:
+            metrics |= run.evaluate()
+        history = (*history, metrics)
+        yield Epoch(
+            epoch=epoch,
+            metrics=metrics,
+            images=cost.steps_per_epoch(config) * config.data.batch_size,
+            seconds=time.perf_counter() - started,
+            history=history,
+            _state=partial(run.state, epoch, history),
+        )
+
+
+class _Run:
+    """A network in training, on one worker."""
+
+    def __init__(self, config: TrialConfig, world: _World, training: data.Images, held_out: data.Images) -> None:
+        device = training.pixels_NCHW.device
+        self._config, self._world, self._held_out = config, world, held_out
+        self._images = len(training)
+        self._net = networks.build(config).to(device)
+        stepped: nn.Module = self._net
+        if world.workers > 1:
+            # Local batch norm, as in the reference: buffers are not broadcast but averaged, once an epoch.
+            devices = [device] if device.type == "cuda" else None
+            stepped = DistributedDataParallel(
+                self._net, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        self._step = Step(config, stepped, training, rank=world.rank, workers=world.workers)
+
+    def train(self, epoch: int) -> dict[str, float]:
+        """One pass over the training images. Returns the mean loss and the last learning rate."""
+        config, total_loss = self._config, self._step.total_loss
+        batches_SMB = self._order(epoch).to(total_loss.device)
+        p = mixing.probability(epoch, config.optim.epochs, config.mixing.probability)
+        number, lr = (epoch - 1) * len(batches_SMB), 0.0
+        self._net.train()
+        total_loss.zero_()
+        for indices_MB in batches_SMB:
+            number += 1
+            lr = learning_rate(number, epoch, config)
+            self._step(indices_MB, number=number, p=p, lr=lr)
+        if self._world.workers > 1:
+            distributed.all_reduce(total_loss)
+            _average(list(self._net.buffers()), self._world.workers)
+        return {"loss": float(total_loss) / (self._world.workers * len(batches_SMB)), "lr": lr}
+
+    def _order(self, epoch: int) -> Tensor:
+        """The epoch's batches: positions of images (steps, M, B). Drawn on the CPU, alike for every device."""
+        config = self._config
+        return data.batch_repetition(
+            self._images,
+            config.data.batch_size,
+            config.data.repetition,
+            config.model.subnetworks,
+            input_repetition=config.data.input_repetition,
+            generator=torch.Generator().manual_seed(draw_seed(config.seed, epoch, Purpose.ORDER)),
+        )
+
+    @torch.inference_mode()
+    def evaluate(self) -> dict[str, float]:
+        """The metrics on the held-out images, of which each worker evaluates its share."""
+        rank, workers, _ = self._world
+        pixels_NCHW, labels_N = self._held_out.pixels_NCHW[rank::workers], self._held_out.labels_N
+        self._net.eval()
+        with autocast(self._config, labels_N.device):
+            logits_MnK = torch.cat(
+                [
+                    self._net(augment.normalise(part_NCHW, self._config.data.dataset))
+                    for part_NCHW in torch.split(pixels_NCHW, EVALUATION_BATCH)
+                ],
+                dim=1,
+            )
+        return evaluate.summarize(_gathered(logits_MnK, len(labels_N), workers), labels_N)
+
+    def state(self, epoch: int, history: tuple[dict[str, float], ...]) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "torch": str(torch.__version__),
+            "digest": self._world.trial,
+            "epoch": epoch,
+            "history": [dict(metrics) for metrics in history],
+            "model": dict(self._net.state_dict()),
+            "momentum": self._momentum(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Copies the tensors of a checkpoint into the network and the optimiser."""
+        if self._config.optim.momentum:
+            for parameter in self._net.parameters():
+                self._step.optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for kind, own in (("model", self._net.state_dict()), ("momentum", self._momentum())):
+            given = state[kind]
+            if {name: tensor.shape for name, tensor in given.items()} != {n: t.shape for n, t in own.items()}:
+                raise CheckpointError(f"the checkpoint's {kind} is not that of this network")
+            for name, tensor in own.items():
+                tensor.copy_(given[name])
+
+    def _momentum(self) -> dict[str, Tensor]:
+        """By parameter; empty before the first step, and where there is no momentum."""
+        held = self._step.optimiser.state
+        buffers = {name: held[p].get("momentum_buffer") for name, p in self._net.named_parameters() if p in held}
+        return {name: buffer for name, buffer in buffers.items() if buffer is not None}
+
+
+def _average(buffers: Sequence[Tensor], workers: int) -> None:
+    """One set of running statistics for all workers, whose batch norms have seen different slots."""
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    distributed.all_reduce(flat)
+    flat /= workers
+    for buffer, mean in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
+
+
+def _gathered(own_MnK: Tensor, count: int, workers: int) -> Tensor:
+    """The logits (M, N, K) of all images, of which worker r has evaluated the r-th, the r + workers-th, and so on."""
+    if workers == 1:
+        return own_MnK
+    most = -(-count // workers)
+    padded_MnK = nn.functional.pad(own_MnK, (0, 0, 0, most - own_MnK.shape[1])).contiguous()
+    parts = [torch.empty_like(padded_MnK) for _ in range(workers)]
+    distributed.all_gather(parts, padded_MnK)
+    return torch.stack(parts, dim=2).flatten(1, 2)[:, :count]
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def _check(state: Mapping[str, Any], trial: str | None = None) -> None:
+    """Raises CheckpointError unless this is a checkpoint that can be read, and of this trial."""
+    if not isinstance(state, Mapping) or not isinstance(state.get("format"), int):
+        raise CheckpointError("not a checkpoint of mixmo")
+    if state["format"] > FORMAT:
+        raise CheckpointError(
+            f"a checkpoint of format {state['format']}, written by a newer mixmo; this one reads up to {FORMAT}"
+        )
+    kinds = {"digest": str, "epoch": int, "history": list, "model": dict, "momentum": dict}
+    faults = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
+    if faults or len(state["history"]) != state["epoch"]:
+        raise CheckpointError(f"an incomplete checkpoint: {', '.join(faults) or 'history'} is missing or wrong")
+    if trial is not None and state["digest"] != trial:
+        raise CheckpointError(
+            f"the checkpoint is of trial {state['digest'][:12]}, not of {trial[:12]}: another config, seed or number "
+            f"of workers"
+        )
+
+
+_NAME = re.compile(r"epoch-(\d{5,})-([0-9a-f]{16})\.pt")
+
+
+def save(state: Mapping[str, Any], folder: Path) -> Path:
+    """Writes a checkpoint as `epoch-<epoch>-<first 16 hex digits of the file's SHA-256>.pt`, all of it or nothing.
+
+    Returns its path. Raises OSError where the folder cannot be written; no half-written file has such a name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, unfinished = tempfile.mkstemp(dir=folder, prefix=".checkpoint-")
+    try:
+        with os.fdopen(handle, "w+b") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        path = folder / f"epoch-{state['epoch']:05d}-{content[:16]}.pt"
+        os.replace(unfinished, path)
+    except BaseException:
+        Path(unfinished).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads what `save` wrote, onto the CPU. Nothing in the file is executed.
+
+    Raises CheckpointError where the file is missing, damaged, renamed or no checkpoint of mixmo.
+    """
+    name = _NAME.fullmatch(path.name)
+    if name is None:
+        raise CheckpointError(f"{path}: not the name of a checkpoint, which is like epoch-00012-0123456789abcdef.pt")
+    try:
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+            if content[:16] != name[2]:
+                raise CheckpointError(
+                    f"{path}: damaged or renamed: its content has SHA-256 {content[:16]}, its name says {name[2]}. "
+                    f"Delete it; an older checkpoint is taken instead"
+                )
+            file.seek(0)
+            state: dict[str, Any] = _unpack(file, path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if state["epoch"] != int(name[1]):
+        raise CheckpointError(f"{path}: renamed: it holds epoch {state['epoch']}")
+    return state
+
+
+def _unpack(file: Any, path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        _check(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except Exception as error:  # whatever a foreign file makes of the reader
+        raise CheckpointError(f"{path}: not a checkpoint of mixmo: {str(error).splitlines()[0]}") from error
+    return dict(state)
