@@ -7,12 +7,13 @@ never to change, and not from a generator's methods, whose streams it may.
 """
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +71,11 @@ _MD5 = {
 FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "tiny_imagenet": "tiny-imagenet-200"}
 """The datasets that need files, and the folder that holds them as they are published."""
 
+ARCHIVES = {
+    "cifar10": "cifar-10-python.tar.gz",
+    "cifar100": "cifar-100-python.tar.gz",
+    "tiny_imagenet": "tiny-imagenet-200.zip",
+}
 _TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 _TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
@@ -234,11 +240,14 @@ def _synthetic() -> tuple[tuple[Pixels, Labels], tuple[Pixels, Labels]]:
 
 
 def _cifar(dataset: str, folder: Path, *, train: bool) -> tuple[Pixels, Labels]:
-    from torchvision import datasets
+    files = _cifar_reader(dataset)(root=str(folder), train=train, download=False)
+    return np.ascontiguousarray(files.data.transpose(0, 3, 1, 2)), np.asarray(files.targets, dtype=np.int64)
 
-    reader = datasets.CIFAR10 if dataset == "cifar10" else datasets.CIFAR100
-    files = reader(root=str(folder), train=train, download=False)
-    return files.data.transpose(0, 3, 1, 2), np.asarray(files.targets, dtype=np.int64)
+
+def _cifar_reader(dataset: str) -> Any:
+    from torchvision import datasets  # seconds, which a sweep on digits does not pay
+
+    return datasets.CIFAR10 if dataset == "cifar10" else datasets.CIFAR100
 
 
 def _tiny_classes(base: Path) -> list[str]:
@@ -279,7 +288,72 @@ def _decode_one(path: Path) -> Pixels:
         pixels = np.asarray(pil_loader(str(path)))
     except OSError as error:
         raise DatasetError(f"{path}: not an image that can be read ({error}). {_advice('tiny_imagenet')}") from error
+    if pixels.shape != (64, 64, 3):
+        raise DatasetError(
+            f"{path}: {pixels.shape[1]}x{pixels.shape[0]} pixels, should be 64x64: not the original data"
+        )
     return pixels.transpose(2, 0, 1)
+
+
+# ------------------------------------------------------------------------------------------------- getting the files
+
+
+def fetch(name: str, destination: Path, source: Path | None = None) -> Path:
+    """Puts a dataset's files into `destination` and checks them; returns the folder that holds them.
+
+    They are downloaded from their authors, or copied from `source`: a folder with the files, the folder above it, or
+    one with the published archive. Nothing is done when they are there already; half-done work is done again. Raises
+    DatasetError with what to do when it cannot be had.
+    """
+    if name not in FOLDERS:
+        known = ", ".join(FOLDERS)
+        raise DatasetError(f"{name}: nothing to get. digits and synthetic need no files; to be had are {known}")
+    target = destination / FOLDERS[name]
+    if target.is_dir() and next(_faults(name, destination), None) is None:
+        return target
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+        if source is None:
+            _download(name, destination)
+        else:
+            _copy(name, destination, source)
+    except DatasetError:
+        raise
+    except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError for an archive with a wrong checksum
+        raise DatasetError(
+            f"{name} could not be put into {destination}: {error}. Where there is no internet, bring {FOLDERS[name]} "
+            f"or {ARCHIVES[name]} from elsewhere and run `mixmo data get {name} {destination} --from FOLDER`"
+        ) from error
+    fault = next(_faults(name, destination), None)
+    if fault:
+        raise DatasetError(f"{fault}. Delete {target} and get {name} again")
+    return target
+
+
+def _download(name: str, destination: Path) -> None:
+    from torchvision import datasets
+
+    if name == "tiny_imagenet":
+        datasets.utils.download_and_extract_archive(
+            _TINY_URL, str(destination), filename=ARCHIVES[name], md5=_TINY_MD5, remove_finished=True
+        )
+    else:
+        _cifar_reader(name)(root=str(destination), download=True)
+
+
+def _copy(name: str, destination: Path, source: Path) -> None:
+    if (source / ARCHIVES[name]).is_file():
+        from torchvision.datasets.utils import extract_archive
+
+        extract_archive(str(source / ARCHIVES[name]), str(destination))
+        return
+    above = source.parent if source.name == FOLDERS[name] else source
+    if not (above / FOLDERS[name]).is_dir():
+        raise DatasetError(f"{source}: holds neither the folder {FOLDERS[name]} nor the file {ARCHIVES[name]}")
+    fault = next(_faults(name, above), None)
+    if fault:
+        raise DatasetError(f"{fault}. Nothing was copied")
+    shutil.copytree(above / FOLDERS[name], destination / FOLDERS[name], dirs_exist_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------- batch repetition
