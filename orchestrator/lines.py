@@ -1,0 +1,166 @@
+"""How lines of text are laid out: numbers for people, columns, sections with their headings, bars. Knows no sweeps."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from rich.text import Text
+
+# Colours are the terminal's own sixteen, so that its light or dark theme holds. No colour is ever the only signal.
+DONE, BUSY, BAD, WARN, FAINT, STRONG = "green", "cyan", "red", "yellow", "dim", "bold"
+
+
+# --------------------------------------------------------------------------------------------- numbers for people
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 m 05 s`, `2 h 14 m`, `3 d 04 h`."""
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days} d {hour:02d} h"
+    if hours:
+        return f"{hours} h {minute:02d} m"
+    return f"{minutes} m {second:02d} s" if minutes else f"{second} s"
+
+
+def percent(fraction: float | None, digits: int = 1) -> str:
+    return "–" if fraction is None or math.isnan(fraction) else f"{100 * fraction:.{digits}f} %"
+
+
+def clock(moment: datetime, now: datetime) -> str:
+    """`14:02:11`, or `20 Nov` if that was another day, in the time zone of `now`."""
+    local = moment.astimezone(now.tzinfo)
+    return f"{local:%H:%M:%S}" if local.date() == now.date() else f"{local:%d %b}"
+
+
+def plural(count: int, word: str) -> str:
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The course of some numbers, between their own lowest and highest, in at most `width` characters."""
+    values = [value for value in values if math.isfinite(value)]
+    if not values:
+        return ""
+    length = min(width, len(values))
+    edges = [i * len(values) // length for i in range(length + 1)]
+    means = [math.fsum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, high = min(means), max(means)
+    if high == low:
+        return "▄" * length
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * (mean - low) / (high - low)))] for mean in means)
+
+
+# --------------------------------------------------------------------------------------------- lines and sections
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    title: str
+    width: int
+    """In characters. 0 takes what the other columns leave."""
+    align: Literal["left", "right"] = "left"
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading with the titles of its columns, and lines under it."""
+
+    title: str
+    style: str
+    columns: tuple[Column, ...]
+    lines: Sequence[Sequence[str | Text]]
+    least: int = 1
+    """So many lines are worth showing before any other section grows."""
+
+    def draw(self, width: int, height: int) -> list[Text]:
+        """At most `height` lines, heading included."""
+        shown = self.lines[: height - 1]
+        counted = f"{len(self.lines)}" if len(shown) == len(self.lines) else f"{len(shown)} of {len(self.lines)}"
+        head = fields(width, self.columns, [column.title for column in self.columns])
+        rule = _rule(f"{self.title} {counted}", head.plain.ljust(width), self.style)
+        return [rule, *(fields(width, self.columns, line) for line in shown)] if shown else []
+
+
+def fields(width: int, columns: Sequence[Column], contents: Sequence[str | Text]) -> Text:
+    """One line of columns, two spaces apart, exactly as wide as asked."""
+    rest = width - sum(column.width for column in columns) - 2 * (len(columns) - 1)
+    line = Text()
+    for i, (column, content) in enumerate(zip(columns, contents, strict=True)):
+        text = content.copy() if isinstance(content, Text) else Text(content)
+        text.truncate(column.width or max(1, rest), overflow="ellipsis")
+        text.align(column.align, column.width or max(1, rest))
+        line.append("  " if i else "").append_text(text)
+    line.truncate(width)
+    return line
+
+
+def _rule(title: str, columns: str, style: str) -> Text:
+    """`Running 4 ──────── epoch ── top-1`: a title on a rule, and the columns' titles above their columns."""
+    drawn = list(columns)
+    for i, character in enumerate(columns):
+        near = columns[max(0, i - 1) : i + 2]
+        if character == " " and (not near.strip() or i == len(columns) - 1):
+            drawn[i] = "─"
+    start = len(title)
+    return Text(title, style=style).append(" " + "".join(drawn)[start + 1 :], style=f"not bold default {FAINT}")
+
+
+def ends(left: Text, right: Text, width: int) -> Text:
+    """`left` at the left and `right` at the right; where both do not fit, `right` is left out."""
+    gap = width - left.cell_len - right.cell_len
+    line = left.copy()
+    if gap >= 2:
+        line.append(" " * gap).append_text(right)
+    line.truncate(width, overflow="ellipsis")
+    return line
+
+
+def bar(shares: Sequence[tuple[float, str, str]], width: int) -> Text:
+    """Shares of a whole as stretches of a bar: (share, character, style). A share above zero is seen."""
+    total = sum(share for share, _, _ in shares)
+    line, passed = Text(), 0.0
+    for share, character, style in shares:
+        passed += share
+        until = round(width * passed / total) if total else width
+        line.append(character * max(until - len(line), 1 if share > 1e-9 else 0), style=style)
+    line.truncate(width)
+    return line
+
+
+def stack(sections: Sequence[Section], width: int, height: int) -> list[Text]:
+    """Sections one above another: each gets its least first, in order; then each what it wants, in order."""
+    present = [section for section in sections if section.lines]
+    lent = [0] * len(present)
+    left = height
+    for cap in (lambda section: section.least, lambda section: 10**9):
+        for i, section in enumerate(present):
+            more = min(1 + min(cap(section), len(section.lines)) - lent[i], left)
+            if lent[i] + more >= 2:
+                lent[i] += more
+                left -= more
+    return [line for section, lines in zip(present, lent, strict=True) for line in section.draw(width, lines)]
+
+
+def beside(left: Sequence[Text], right: Sequence[Text], half: int) -> list[Text]:
+    lines = []
+    for i in range(max(len(left), len(right))):
+        line = left[i].copy() if i < len(left) else Text()
+        line.truncate(half, pad=True)
+        lines.append(line.append("   ").append_text(right[i]) if i < len(right) else line)
+    return lines
+
+
+def joined(lines: Sequence[Text]) -> Text:
+    """Lines with a margin of one character and nothing at their ends."""
+    margined = [Text(" ").append_text(line) for line in lines]
+    for line in margined:
+        line.rstrip()
+    return Text("\n", no_wrap=True, overflow="crop", end="").join(margined)

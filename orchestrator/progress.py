@@ -1,0 +1,232 @@
+"""How far a sweep is, read off its rows: counts, pace, time left, results so far, failures by cause. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Literal
+
+from mixmo_core import cost
+from mixmo_core.config import leaves
+from orchestrator.rows import FINAL, TrialRow, config_of
+
+if TYPE_CHECKING:
+    from orchestrator.store import Snapshot
+
+Status = Literal["starting", "running", "finished", "stopped", "quiet"]
+"""`stopped`: something is left to run and no driver runs it. `quiet`: whether one does cannot be told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Counts of trials by state; times in seconds; `fraction` counts the epochs of unfinished trials too."""
+
+    status: Status
+    total: int
+    done: int
+    cached: int
+    """Of those done: taken from another sweep."""
+    running: int
+    queued: int
+    paused: int
+    failed: int
+    cancelled: int
+    fraction: float
+    trials_per_hour: float | None
+    eta_s: float | None
+    elapsed_s: float | None
+    """From the first start to the last news."""
+    gpu_seconds: float
+    images_per_s: float
+    """Slots trained on, over all trials that run now."""
+
+
+def measure(snapshot: Snapshot, now: datetime, *, driven: bool | None = True) -> Progress:
+    """`driven`: whether a driver holds the sweep; None where that cannot be told."""
+    rows = snapshot.rows
+    states = Counter(row.state for row in rows)
+    ended = sum(states[state] for state in FINAL)
+    partial = sum(1 - _left(row) for row in rows if row.state not in FINAL)
+    own = [row for row in rows if row.cached_from is None]
+    return Progress(
+        status=_status(snapshot.rows, driven),
+        total=len(rows),
+        done=states["TERMINATED"],
+        cached=sum(row.state == "TERMINATED" and row.cached_from is not None for row in rows),
+        running=states["RUNNING"],
+        queued=states["PENDING"],
+        paused=states["PAUSED"],
+        failed=states["ERROR"],
+        cancelled=states["CANCELLED"],
+        fraction=(ended + partial) / len(rows) if rows else 0.0,
+        trials_per_hour=_trials_per_hour(snapshot, own, now),
+        eta_s=_eta_s(rows),
+        elapsed_s=_elapsed_s(own),
+        gpu_seconds=sum(row.gpu_seconds for row in own),
+        images_per_s=sum(row.images_per_s or 0.0 for row in rows if row.state == "RUNNING"),
+    )
+
+
+def _left(row: TrialRow) -> float:
+    """The share of a trial's epochs that are still to be trained."""
+    return 1 - min(1.0, row.epoch / max(1, row.epochs))
+
+
+def _status(rows: Sequence[TrialRow], driven: bool | None) -> Status:
+    if all(row.state in FINAL for row in rows):
+        return "finished"
+    if not driven:
+        return "quiet" if driven is None else "stopped"
+    return "running" if any(row.state == "RUNNING" for row in rows) else "starting"
+
+
+def _elapsed_s(own: Sequence[TrialRow]) -> float | None:
+    started = [row.started_at for row in own if row.started_at]
+    updated = [row.updated_at for row in own if row.started_at and row.updated_at]
+    return (max(updated) - min(started)).total_seconds() if started and updated else None
+
+
+def _trials_per_hour(snapshot: Snapshot, own: Sequence[TrialRow], now: datetime) -> float | None:
+    """Trials that ended well in the last hour, or since this driver began if that is less; null before the first."""
+    mine = [row for row in own if row.fence == snapshot.header.fence]
+    starts = [row.started_at for row in mine if row.started_at]
+    ends = [row.updated_at for row in mine if row.state == "TERMINATED" and row.updated_at]
+    if not ends or not starts:
+        return None
+    until = now if any(row.state not in FINAL for row in snapshot.rows) else max(ends)
+    since = max(min(starts), until - timedelta(hours=1))
+    recent = sum(end >= since for end in ends)
+    hours = (until - since).total_seconds() / 3600
+    return recent / hours if recent and hours > 0 else None
+
+
+def _eta_s(rows: Sequence[TrialRow]) -> float | None:
+    """Seconds until the last trial ends: what is left, spread over as many trials as run now.
+
+    A trial takes as long as those of its cell took; where none has ended, as its FLOPs say at the speed so far.
+    """
+    waiting = [row for row in rows if row.state not in FINAL]
+    if not waiting:
+        return None
+    took: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        if row.state == "TERMINATED" and row.cached_from is None and row.wall_s > 0 and not row.stopped_early:
+            took[row.cell_id].append(row.wall_s)
+    typical = {cell: math.fsum(times) / len(times) for cell, times in took.items()}
+    speed = _flops_per_s(rows)
+    for row in waiting:
+        if row.cell_id not in typical:
+            if not speed:
+                return None
+            typical[row.cell_id] = cost.trial_flops(config_of(row)) / speed
+    seconds = [typical[row.cell_id] * _left(row) for row in waiting]
+    at_once = max(1, sum(row.state == "RUNNING" for row in rows))
+    return max(sum(seconds) / at_once, *seconds, 0.0)
+
+
+def _flops_per_s(rows: Sequence[TrialRow]) -> float | None:
+    worked = [row for row in rows if row.train_flops and row.wall_s > 0 and row.cached_from is None]
+    return sum(row.train_flops or 0.0 for row in worked) / sum(row.wall_s for row in worked) if worked else None
+
+
+# ------------------------------------------------------------------------------------------------- results and failures
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Trials that differ in their seed alone, and the top-1 (a fraction) of those that ended."""
+
+    cell_id: str
+    name: str
+    planned: int
+    top1: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.top1) / len(self.top1)
+
+    @property
+    def std(self) -> float | None:
+        """Of a sample: n - 1 in the denominator."""
+        count, mean = len(self.top1), self.mean
+        return math.sqrt(math.fsum((value - mean) ** 2 for value in self.top1) / (count - 1)) if count > 1 else None
+
+
+def results(rows: Sequence[TrialRow], names: Mapping[str, str]) -> list[Cell]:
+    """The cells with a finished trial, best first. Trials that a scheduler stopped early do not count."""
+    planned = Counter(row.cell_id for row in rows)
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        top1 = row.metrics.get("top1")
+        if row.state == "TERMINATED" and not row.stopped_early and top1 is not None:
+            found[row.cell_id].append(top1)
+    ended = [Cell(cell, names[cell], planned[cell], tuple(values)) for cell, values in found.items()]
+    return sorted(ended, key=lambda cell: (-cell.mean, cell.name))
+
+
+def failures(rows: Sequence[TrialRow]) -> list[tuple[str, list[TrialRow]]]:
+    """Failed trials by what failed, the most frequent first."""
+    groups: dict[str, list[TrialRow]] = defaultdict(list)
+    for row in rows:
+        if row.state == "ERROR":
+            groups[row.error_cause or "no cause was recorded"].append(row)
+    return sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
+
+
+# ------------------------------------------------------------------------------------------------------------- names
+
+
+_SPEAK_FOR_THEMSELVES = ("data.dataset", "mixing.method", "model.arch")
+_FOLLOW = ("model.encoders", "model.classifiers")
+"""Counts that say something only where they differ from the number of subnetworks."""
+
+
+def cell_names(rows: Sequence[TrialRow]) -> dict[str, str]:
+    """A short name for every cell: its label, and the settings in which it differs from others of that label.
+
+    Settings are written as papers do: `cutmix M=2 w=10`.
+    """
+    blocks: dict[str | None, dict[str, TrialRow]] = defaultdict(dict)
+    for row in rows:
+        blocks[row.label][row.cell_id] = row
+    names = {}
+    for label, block in blocks.items():
+        varied = _varied(list(block.values()))
+        for cell_id, row in block.items():
+            words = [*([label] if label else []), *_words(row, varied)]
+            names[cell_id] = " ".join(words) or row.config.get("mixing_method") or f"cell {cell_id[:7]}"
+    return names
+
+
+def _varied(rows: Sequence[TrialRow]) -> list[str]:
+    """The dotted names of the settings that tell these cells apart; null, "without effect", tells nothing."""
+    varied = [name for name in _SPEAK_FOR_THEMSELVES if _differs(rows, name)]
+    for name in [*(name for name, _ in leaves()), "workers"]:
+        if name not in (*varied, "seed") and _differs(rows, name):
+            varied.append(name)
+    return varied
+
+
+def _differs(rows: Sequence[TrialRow], name: str) -> bool:
+    return len({str(value) for row in rows if (value := _shown(row, name)) is not None}) > 1
+
+
+def _shown(row: TrialRow, name: str) -> object:
+    value: object = row.workers if name == "workers" else row.config.get(name.replace(".", "_"))
+    return None if name in _FOLLOW and value == row.config.get("model_subnetworks") else value
+
+
+def _words(row: TrialRow, varied: Sequence[str]) -> list[str]:
+    symbols = {name: spec.metadata["setting"].symbol for name, spec in leaves()}
+    words = []
+    for name in varied:
+        value = _shown(row, name)
+        if value is not None:
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            words.append(
+                text if name in _SPEAK_FOR_THEMSELVES else f"{symbols.get(name) or name.rpartition('.')[2]}={text}"
+            )
+    return words
