@@ -49,13 +49,15 @@ class _Section:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        hints = _hints(type(self))
+        kind: Any = type(self)
+        hints = _hints(kind)
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
-            if hints[spec.name] is float and isinstance(value, int) and not isinstance(value, bool):
-                object.__setattr__(self, spec.name, float(value))
+            # + 0.0 makes -0.0 a 0.0: equal numbers must have equal text, which the identity hashes.
+            if hints[spec.name] is float and isinstance(value, int | float) and not isinstance(value, bool):
+                object.__setattr__(self, spec.name, float(value) + 0.0)
             if get_args(hints[spec.name]) == (float, ...):
-                object.__setattr__(self, spec.name, tuple(float(each) for each in value))
+                object.__setattr__(self, spec.name, tuple(float(each) + 0.0 for each in value))
             check_limits(spec.name, getattr(self, spec.name), spec.metadata["setting"])
 
 
@@ -286,7 +288,7 @@ trial that uses the part gets a new id; results under the old number are stale."
 # --------------------------------------------------------------------------------------------- fields by dotted name
 
 
-def leaves(section: type[_Section] = TrialConfig, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+def leaves(section: Any = TrialConfig, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     """(dotted name, field) of every setting, in order: `data.dataset`, ..., `seed`, `precision`."""
     return iter(_leaves(section, prefix))
 

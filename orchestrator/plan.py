@@ -1,0 +1,223 @@
+"""What a run of a sweep would do: its trials, minus what the store already holds, and what the rest costs. Pure."""
+
+import functools
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mixmo_core.config import flatten, ineffective, parts
+from mixmo_core.cost import parameters, trial_flops
+from orchestrator.errors import RefusedError
+from orchestrator.rows import TrialRow, config_columns
+from orchestrator.sweep import Sweep, Trial
+
+Action = Literal["new", "resume", "retry", "stale", "done", "cached", "failed", "cancelled"]
+"""To run: `new`; `resume`, an earlier run began it; `retry`, it failed and is asked for again; `stale`, its result is
+of older numerics. Not to run: `done` in this sweep; `cached`, another sweep has its result; `failed`; `cancelled`."""
+RUNS: frozenset[Action] = frozenset({"new", "resume", "retry", "stale"})
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTrial:
+    trial: Trial
+    action: Action
+    row: TrialRow | None
+    """What the store holds under this trial's id; of another sweep's result, as a row of this sweep."""
+    reason: str
+    stale: TrialRow | None = None
+    """A result of the same settings under older numerics, so under another id."""
+
+    @property
+    def runs(self) -> bool:
+        return self.action in RUNS
+
+    @property
+    def epochs_left(self) -> int:
+        epochs = self.trial.config.optim.epochs
+        return epochs - min(self.row.epoch if self.row else 0, epochs) if self.runs else 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    sweep: Sweep
+    items: tuple[PlannedTrial, ...]
+    """One for each trial, in the sweep's order."""
+    removed: tuple[TrialRow, ...]
+    """Rows of this sweep whose trials the file no longer has, stale ones apart."""
+    changes: bool
+    """Whether the sweep's rows must be written although nothing runs: a new label, an order, a cached result."""
+
+    @functools.cached_property
+    def to_run(self) -> tuple[Trial, ...]:
+        return tuple(item.trial for item in self.items if item.runs)
+
+    @functools.cached_property
+    def counts(self) -> dict[str, int]:
+        """Trials by action; only actions that occur."""
+        return dict(Counter(item.action for item in self.items))
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values for a terminal or for JSON. FLOPs are of training alone; `to_run` counts what is left of it."""
+        cells = _cells(self)
+        return {
+            "sweep": self.sweep.name,
+            "trials": len(self.items),
+            "cells": len(cells),
+            "seeds": list(self.sweep.seeds),
+            "varied": list(self.sweep.varied),
+            "baseline": self.sweep.baseline,
+            "actions": self.counts,
+            "to_run": len(self.to_run),
+            "epochs_to_run": sum(item.epochs_left for item in self.items),
+            "train_flops": sum(cell["train_flops"] * cell["trials"] for cell in cells),
+            "train_flops_to_run": sum(cell["train_flops_to_run"] for cell in cells),
+            "removed": [row.trial_id for row in self.removed],
+            "stale": [item.stale.trial_id for item in self.items if item.stale],
+            "notes": list(self.sweep.notes),
+            "by_cell": cells,
+        }
+
+
+def make(sweep: Sweep, rows: Iterable[TrialRow], *, retry_failed: bool = False) -> Plan:
+    """Compare a sweep with what the store holds: rows of this sweep, and of others whose results may serve.
+
+    RefusedError when two different trials share an id (the first 12 digits of their hashes).
+    """
+    rows = list(rows)
+    planned = {trial.trial_id for trial in sweep.trials}
+    own = _highest(row for row in rows if row.sweep == sweep.name)
+    others = _highest(row for row in rows if row.sweep != sweep.name and _is_whole(row))
+    outdated = {_settings_of(row): row for row in rows if row.trial_id not in planned and _is_whole(row)}
+    items = []
+    for trial in sweep.trials:
+        held, elsewhere = own.get(trial.trial_id), others.get(trial.trial_id)
+        for row in filter(None, (held, elsewhere)):
+            _hold_same(trial, row)
+        stale = outdated.get(_settings_key(trial)) if outdated else None
+        items.append(_judge(trial, _Known(held, elsewhere, stale), sweep, retry_failed=retry_failed))
+    stale_ids = {item.stale.trial_id for item in items if item.stale}
+    gone = tuple(row for key, row in own.items() if key not in planned and key not in stale_ids)
+    return Plan(sweep, tuple(items), gone, any(_changes(item, own) for item in items))
+
+
+def initial_row(trial: Trial, sweep: Sweep) -> TrialRow:
+    """The row of a trial that nothing has happened to yet."""
+    return TrialRow(
+        sweep=sweep.name, label=trial.label, position=trial.position, trial_id=trial.trial_id, digest=trial.digest,
+        cell_id=trial.cell_id, workers=trial.workers, epochs=trial.config.optim.epochs,
+        split=trial.config.evaluate.split, numerics=_numerics(trial), config=config_columns(trial.config),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """The rows that say something of one trial."""
+
+    held: TrialRow | None
+    elsewhere: TrialRow | None
+    """The result that another sweep has."""
+    stale: TrialRow | None
+
+
+def _judge(trial: Trial, known: _Known, sweep: Sweep, *, retry_failed: bool) -> PlannedTrial:
+    held, elsewhere = known.held, known.elsewhere
+    if held and held.state == "TERMINATED" and (_is_whole(held) or sweep.scheduler.method != "none"):
+        return PlannedTrial(trial, "done", held, "finished here")
+    if elsewhere:
+        row = elsewhere.replace(sweep=sweep.name, cached_from=elsewhere.sweep)
+        row = row.replace(label=trial.label, position=trial.position)
+        return PlannedTrial(trial, "cached", row, f"finished in {elsewhere.sweep}")
+    if held and held.state == "CANCELLED":
+        return PlannedTrial(trial, "cancelled", held, "cancelled")
+    if held and held.state == "ERROR":
+        cause = held.error_cause or "no cause is known"
+        return PlannedTrial(trial, "retry" if retry_failed else "failed", held, f"failed: {cause}")
+    return _begin(trial, known)
+
+
+def _begin(trial: Trial, known: _Known) -> PlannedTrial:
+    """For a trial that has to run: from where, and why."""
+    held, stale, numerics = known.held, known.stale, _numerics(trial)
+    if held and held.stopped_early:
+        return PlannedTrial(trial, "resume", held, f"a scheduler stopped it at epoch {held.epoch} of {held.epochs}")
+    if held and (held.epoch or held.checkpoint or held.attempts):
+        return PlannedTrial(trial, "resume", held, f"epoch {held.epoch} of {held.epochs} is done")
+    if stale and stale.numerics != numerics:
+        reason = f"{stale.trial_id} is a result under older numerics: {_difference(stale.numerics, numerics)}"
+        return PlannedTrial(trial, "stale", held, reason, stale)
+    return PlannedTrial(trial, "new", held, "nothing is known of it")
+
+
+def _is_whole(row: TrialRow) -> bool:
+    """A result: trained to its last epoch."""
+    return row.state == "TERMINATED" and not row.stopped_early
+
+
+def _highest(rows: Iterable[TrialRow]) -> dict[str, TrialRow]:
+    held: dict[str, TrialRow] = {}
+    for row in rows:
+        if row.trial_id not in held or row.order > held[row.trial_id].order:
+            held[row.trial_id] = row
+    return held
+
+
+def _hold_same(trial: Trial, row: TrialRow) -> None:
+    if row.digest != trial.digest:
+        raise RefusedError(
+            f"{row.sweep}: trial {trial.trial_id} is there already with other settings, whose hash begins with the "
+            f"same 12 digits ({row.digest} and {trial.digest}). Change a seed of the sweep"
+        )
+
+
+def _changes(item: PlannedTrial, own: Mapping[str, TrialRow]) -> bool:
+    row = own.get(item.trial.trial_id)
+    return (
+        row is None or item.action == "cached" or (row.label, row.position) != (item.trial.label, item.trial.position)
+    )
+
+
+def _numerics(trial: Trial) -> str:
+    return " ".join(f"{part}={version}" for part, version in parts(trial.config).items())
+
+
+def _difference(before: str | None, now: str) -> str:
+    then = dict(pair.partition("=")[::2] for pair in (before or "").split())
+    today = dict(pair.partition("=")[::2] for pair in now.split())
+    changed = [
+        f"{part} {then.get(part, '?')}, now {version}" for part, version in today.items() if then.get(part) != version
+    ]
+    return ", ".join(changed)
+
+
+def _settings_of(row: TrialRow) -> str:
+    return json.dumps([row.workers, dict(row.config)], sort_keys=True)
+
+
+def _settings_key(trial: Trial) -> str:
+    return json.dumps([trial.workers, config_columns(trial.config)], sort_keys=True)
+
+
+def _cells(plan: Plan) -> list[dict[str, Any]]:
+    """One entry for each cell, in order: what distinguishes it, and what its trials cost."""
+    groups: dict[str, list[PlannedTrial]] = defaultdict(list)
+    for item in plan.items:
+        groups[item.trial.cell_id].append(item)
+    return [_cell(cell_id, group, plan.sweep.varied) for cell_id, group in groups.items()]
+
+
+def _cell(cell_id: str, group: Sequence[PlannedTrial], varied: Sequence[str]) -> dict[str, Any]:
+    config = group[0].trial.config
+    values, silent = flatten(config), ineffective(config)
+    per_trial = trial_flops(config)
+    return {
+        "cell_id": cell_id,
+        "label": group[0].trial.label,
+        "settings": {name: None if name in silent else values[name] for name in varied},
+        "trials": len(group),
+        "actions": dict(Counter(item.action for item in group)),
+        "parameters": parameters(config),
+        "train_flops": per_trial,
+        "train_flops_to_run": per_trial * sum(item.epochs_left for item in group) / config.optim.epochs,
+    }
