@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Self
 
 import pyarrow as pa
@@ -57,7 +57,7 @@ class TrialRow:
     """Seconds of training and evaluation behind the rows that count."""
     gpu_seconds: float = 0.0
     images_per_s: float | None = None
-    """Slots of training per second, in the last epoch."""
+    """Slots of training per second of the last epoch, its evaluation included."""
     train_flops: float | None = None
     """Of the training that the rows stand for."""
     best_top1: float | None = None
@@ -190,6 +190,23 @@ def to_table(rows: Iterable[TrialRow] | Iterable[EpochRow], schema: pa.Schema) -
     return pa.table(columns, schema=schema)
 
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def records(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows as dictionaries, as `to_pylist` has them; that imports pandas when it meets a time."""
+    columns = [_values(table.column(name)) for name in table.schema.names]
+    return [dict(zip(table.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    if not pa.types.is_timestamp(column.type):
+        return list(column.to_pylist())
+    ticks = [tick for chunk in column.chunks for tick in chunk.view(pa.int64()).to_pylist()]
+    per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[column.type.unit]
+    return [None if tick is None else _EPOCH + timedelta(microseconds=tick * 10**6 // per_second) for tick in ticks]
+
+
 def _own_names(row: type[TrialRow] | type[EpochRow]) -> list[str]:
     return [spec.name for spec in dataclasses.fields(row) if spec.name not in ("config", "metrics")]
 
@@ -203,7 +220,7 @@ def trial_rows(table: pa.Table) -> list[TrialRow]:
             config={name: record.get(name) for name in CONFIG_COLUMNS},
             metrics={name: record.get(name) for name in METRIC_COLUMNS},
         )
-        for record in table.to_pylist()
+        for record in records(table)
     ]
 
 
@@ -215,7 +232,7 @@ def epoch_rows(table: pa.Table) -> list[EpochRow]:
             **{name: record[name] for name in own if name in record},
             metrics={name: record.get(name) for name in METRIC_COLUMNS},
         )
-        for record in table.to_pylist()
+        for record in records(table)
     ]
 
 

@@ -1,0 +1,288 @@
+"""Who trains what, now: hands trials to gangs and takes what comes back. Knows nothing of Ray.
+
+A trial is handed out as (trial, attempt, token). What comes back under another token is refused, and the gang that
+sent it drops the trial. A gang that asks for work while it holds a trial has lost it: its workers were formed anew, and
+the trial is handed out again under the next attempt.
+"""
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+# ------------------------------------------------------------------------------------------ what travels to and fro
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """A trial that waits to be trained."""
+
+    index: int
+    """Its position in the sweep."""
+    trial_id: str
+    settings: Mapping[str, Any]
+    """Every setting by its dotted name."""
+    attempts: int = 0
+    """Attempts begun before this driver's time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assignment:
+    """An order in a gang's hands."""
+
+    order: Order
+    fence: int
+    attempt: int
+    token: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpochReport:
+    """What a gang says of one epoch. Times as in `rows.EpochRow`."""
+
+    epoch: int
+    metrics: Mapping[str, float]
+    wall_s: float
+    gpu_seconds: float
+    images_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
+    """One thing that happened, in the order in which it reached the dispatcher."""
+
+    seq: int
+    time: datetime
+    kind: Literal["started", "epochs", "lost", "ended", "gang"]
+    index: int | None = None
+    attempt: int = 0
+    epochs: Sequence[EpochReport] = ()
+    checkpoint: str | None = None
+    state: Literal["TERMINATED", "ERROR", "CANCELLED"] | None = None
+    stopped_early: bool = False
+    text: str = ""
+    cause: str | None = None
+    hosts: tuple[str, ...] = ()
+    device_name: str | None = None
+    torch_version: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Worker:
+    """One rank of a gang, as it introduced itself."""
+
+    gang: str
+    rank: int
+    world_size: int
+    pid: int
+    host: str
+    device_name: str
+    torch_version: str
+
+
+# ------------------------------------------------------------------------------------------------------- dispatcher
+
+
+@dataclass
+class _Standing:
+    """How one order stands."""
+
+    order: Order
+    attempts: int
+    crashes: int = 0
+    held: Assignment | None = None
+    reports: dict[int, EpochReport] = field(default_factory=dict)
+    """By epoch: an attempt repeats the epochs since its checkpoint, and Tune is to see each once."""
+    ended: bool = False
+    stopped_early: bool = False
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Dispatcher:
+    """Hands trials to gangs and takes what comes back. Runs as an asyncio actor; a plain object in its tests.
+
+    Waiting methods are coroutines; all others act at once, one at a time, and so need no lock.
+    """
+
+    def __init__(self, orders: Sequence[Order], *, fence: int, crash_retries: int) -> None:
+        self._fence, self._crash_retries = fence, crash_retries
+        self._standings = {order.index: _Standing(order, order.attempts) for order in orders}
+        self._queue: deque[int] = deque()
+        self._hands: dict[str, Assignment] = {}
+        """What each gang holds."""
+        self._workers: dict[str, dict[int, Worker]] = {}
+        self._updates: deque[Update] = deque()
+        """Those that the driver has not acknowledged."""
+        self._told = 0
+        self._news, self._work = asyncio.Event(), asyncio.Event()
+        self._closed = self._draining = False
+
+    # For gangs
+
+    def join(self, worker: Worker) -> None:
+        """A rank introduces itself, each time its process starts."""
+        self._workers.setdefault(worker.gang, {})[worker.rank] = worker
+
+    async def next(self, gang: str, wait_s: float) -> Assignment | Literal["wait", "leave"]:
+        """A trial for this gang. A gang that asks while it holds one has lost it: its workers were formed anew."""
+        if gang in self._hands:
+            self._lose(self._hands[gang], f"a worker of {gang} died; Ray Train formed the gang again")
+        deadline = time.monotonic() + wait_s
+        while not self._closed:
+            if self._queue and not self._draining:
+                return self._hand_out(self._queue.popleft(), gang)
+            self._work.clear()
+            try:
+                await asyncio.wait_for(self._work.wait(), deadline - time.monotonic())
+            except TimeoutError:
+                return "wait"
+        return "leave"
+
+    def report(self, token: str, epochs: Sequence[EpochReport], checkpoint: str | None) -> bool:
+        """Take the rows of a trial. False: the token is not the trial's any more, or a scheduler stopped it."""
+        standing = self._holder(token)
+        if standing is None or standing.held is None:
+            return False
+        standing.reports |= {report.epoch: report for report in epochs}
+        self._tell("epochs", standing, epochs=tuple(epochs), checkpoint=checkpoint)
+        standing.changed.set()
+        if standing.stopped_early:
+            self._end(standing, "TERMINATED")
+            return False
+        return True
+
+    def finish(self, token: str) -> bool:
+        """The trial has trained all its epochs."""
+        standing = self._holder(token)
+        if standing is None:
+            return False
+        self._end(standing, "TERMINATED")
+        return True
+
+    def fail(self, token: str, error: str, cause: str) -> bool:
+        """An exception came out of the trial. It would come again: no further attempt is made."""
+        standing = self._holder(token)
+        if standing is None:
+            return False
+        self._end(standing, "ERROR", text=error, cause=cause)
+        return True
+
+    def abandon(self, token: str, why: str) -> bool:
+        """The gang cannot go on with the trial, by no fault of the trial: one of its workers was lost."""
+        standing = self._holder(token)
+        if standing is None or standing.held is None:
+            return False
+        self._lose(standing.held, why)
+        return True
+
+    # For Tune's proxies
+
+    def submit(self, index: int) -> None:
+        """Queue a trial: the scheduler wants it run."""
+        self._queue.append(index)
+        self._work.set()
+
+    async def result(self, index: int, epoch: int) -> EpochReport | None:
+        """What the trial reported of this epoch, once it has; None when it ended before."""
+        standing = self._standings[index]
+        while epoch not in standing.reports and not standing.ended:
+            standing.changed.clear()
+            await standing.changed.wait()
+        return standing.reports.get(epoch)
+
+    def stop(self, index: int) -> None:
+        """The scheduler has seen enough of this trial: it ends at its next report, as stopped early."""
+        standing = self._standings[index]
+        if standing.held is not None:
+            standing.stopped_early = True
+        elif not standing.ended and index in self._queue:
+            self._queue.remove(index)
+
+    # For the driver
+
+    async def updates(self, after: int, wait_s: float) -> list[Update]:
+        """What happened after number `after`, as soon as there is something, or nothing after `wait_s` seconds."""
+        while self._updates and self._updates[0].seq <= after:
+            self._updates.popleft()
+        if not self._updates:
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), wait_s)
+        return list(self._updates)
+
+    def workers(self) -> list[Worker]:
+        return [worker for gang in self._workers.values() for worker in gang.values()]
+
+    def gang_ended(self, gang: str, why: str) -> None:
+        """A gang will not come back: what it held goes to another."""
+        if gang in self._hands:
+            self._lose(self._hands[gang], why)
+        self._workers.pop(gang, None)
+        self._tell("gang", None, text=f"{gang} ended: {why}")
+
+    def drain(self) -> None:
+        """Hand out nothing more. Trials in hand go on."""
+        self._draining = True
+
+    def in_hand(self) -> int:
+        return len(self._hands)
+
+    def close(self) -> None:
+        """Send every gang home when it next asks."""
+        self._closed = True
+        self._work.set()
+
+    # Inside
+
+    def _hand_out(self, index: int, gang: str) -> Assignment:
+        standing = self._standings[index]
+        standing.attempts += 1
+        standing.held = Assignment(
+            order=standing.order, fence=self._fence, attempt=standing.attempts, token=secrets.token_hex(4)
+        )
+        self._hands[gang] = standing.held
+        ranks = self._workers.get(gang, {})
+        first = ranks.get(0)
+        self._tell(
+            "started", standing, text=f"on {gang}", hosts=tuple(sorted({worker.host for worker in ranks.values()})),
+            device_name=first and first.device_name, torch_version=first and first.torch_version,
+        )  # fmt: skip
+        return standing.held
+
+    def _holder(self, token: str) -> _Standing | None:
+        for assignment in self._hands.values():
+            if assignment.token == token:
+                return self._standings[assignment.order.index]
+        return None
+
+    def _lose(self, assignment: Assignment, why: str) -> None:
+        standing = self._standings[assignment.order.index]
+        standing.crashes += 1
+        if standing.crashes > self._crash_retries:
+            self._end(standing, "ERROR", text=f"{why}; this was crash {standing.crashes} of the trial", cause="crash")
+            return
+        self._tell("lost", standing, text=why, cause="crash")
+        self._release(standing)
+        self._queue.appendleft(assignment.order.index)
+        self._work.set()
+
+    def _end(self, standing: _Standing, state: Literal["TERMINATED", "ERROR"], **told: Any) -> None:
+        self._tell("ended", standing, state=state, stopped_early=standing.stopped_early, **told)
+        self._release(standing)
+        standing.ended = True
+        standing.changed.set()
+
+    def _release(self, standing: _Standing) -> None:
+        self._hands = {gang: held for gang, held in self._hands.items() if held is not standing.held}
+        standing.held = None
+
+    def _tell(self, kind: Any, standing: _Standing | None, **told: Any) -> None:
+        where = {} if standing is None else {"index": standing.order.index, "attempt": standing.attempts}
+        self._told += 1
+        self._updates.append(Update(seq=self._told, time=datetime.now(UTC), kind=kind, **where, **told))
+        self._news.set()

@@ -1,0 +1,393 @@
+"""One sweep from plan to done, in one process: it holds the sweep's lease and is the only writer of its tables.
+
+What happened reaches it as the dispatcher's updates; `Ledger` turns them into rows, and the store's writer keeps them.
+The main thread does this and owns the signals; Tune's loop and the gangs live in threads of their own.
+"""
+
+import contextlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mixmo_core import cost
+from mixmo_core.config import TrialConfig, flatten, parts
+from orchestrator import plan as planning
+from orchestrator import sweep as sweeps
+from orchestrator.dispatcher import EpochReport, Order, Update
+from orchestrator.errors import ExitCode, NotFoundError, UnreachableError, UsageError
+from orchestrator.rows import EpochRow, TrialRow
+from orchestrator.store import LeaseLostError, ResultStore, Snapshot, SweepWriter
+
+PERIOD_S = 0.5
+"""Between two looks at what happened, when nothing does."""
+STORE_PATIENCE_S = 60.0
+"""How long the end of a sweep waits for a store that takes nothing. While trials run, the wait has no limit."""
+
+Observer = Callable[[Snapshot], None]
+
+
+# ------------------------------------------------------------------------------------------------- updates into rows
+
+
+@dataclass
+class Ledger:
+    """The rows of the sweep as they stand. `apply` is all that changes them."""
+
+    rows: dict[int, TrialRow]
+    """By position."""
+    configs: Mapping[int, TrialConfig]
+    fence: int
+    first_seq: int
+    """Updates are numbered on from here, so that `seq` rises over all drivers of the sweep."""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """Columns that are the same for all that this driver trains: commit, versions."""
+    keep_checkpoint: bool = True
+
+    def apply(self, update: Update) -> tuple[TrialRow, list[EpochRow]]:
+        """The trial's new row and the rows of its epochs that an update about a trial stands for."""
+        assert update.index is not None
+        row = self.rows[update.index].replace(
+            attempt=update.attempt, fence=self.fence, seq=self.first_seq + update.seq, updated_at=update.time
+        )
+        epochs = [self._epoch_row(row, report) for report in update.epochs]
+        match update.kind:
+            case "started":
+                row = self._started(row, update)
+            case "epochs":
+                row = self._advanced(row, update)
+            case "lost":
+                row = row.replace(state="PENDING")
+            case "ended":
+                row = row.replace(
+                    state=update.state, stopped_early=update.stopped_early, error=update.text or None,
+                    error_cause=update.cause, checkpoint=row.checkpoint if self.keep_checkpoint else None,
+                )  # fmt: skip
+        self.rows[update.index] = row
+        return row, epochs
+
+    def _started(self, row: TrialRow, update: Update) -> TrialRow:
+        hosts = sorted({*(row.hosts or "").split(), *update.hosts})
+        numerics = " ".join(f"{name}={number}" for name, number in parts(self.configs[row.position]).items())
+        return row.replace(
+            state="RUNNING", attempts=update.attempt, started_at=row.started_at or update.time, hosts=" ".join(hosts),
+            device_name=update.device_name, torch_version=update.torch_version, numerics=numerics, error=None,
+            error_cause=None, split=self.configs[row.position].evaluate.split, **self.origin,
+        )  # fmt: skip
+
+    def _advanced(self, row: TrialRow, update: Update) -> TrialRow:
+        best, best_epoch, metrics = row.best_top1, row.best_epoch, row.metrics
+        for report in update.epochs:
+            top1 = report.metrics.get("top1")
+            if top1 is not None and (best is None or top1 > best):
+                best, best_epoch = top1, report.epoch
+            metrics = {**metrics, **report.metrics}
+        last = update.epochs[-1]
+        share = last.epoch / row.epochs
+        return row.replace(
+            epoch=last.epoch, metrics=metrics, wall_s=last.wall_s, gpu_seconds=last.gpu_seconds,
+            images_per_s=last.images_per_s, train_flops=cost.trial_flops(self.configs[row.position]) * share,
+            best_top1=best, best_epoch=best_epoch, checkpoint=update.checkpoint or row.checkpoint,
+        )  # fmt: skip
+
+    def _epoch_row(self, row: TrialRow, report: EpochReport) -> EpochRow:
+        return EpochRow(
+            sweep=row.sweep, trial_id=row.trial_id, epoch=report.epoch, attempt=row.attempt, fence=row.fence,
+            seq=row.seq, updated_at=row.updated_at or datetime.now(UTC), wall_s=report.wall_s,
+            gpu_seconds=report.gpu_seconds, images_per_s=report.images_per_s, metrics=report.metrics,
+        )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- the driver
+
+
+def run(
+    sweep: sweeps.Sweep,
+    store: ResultStore,
+    *,
+    data_dir: Path | None = None,
+    retry_failed: bool = False,
+    observer: Observer | None = None,
+    talk: Callable[[str], None] = lambda line: print(line, file=sys.stderr),  # noqa: T201
+) -> ExitCode:
+    """Run what is missing of a sweep, and return how it ended.
+
+    `observer` is called from this thread about twice a second; `talk` gets the few lines worth saying. Raises
+    SweepError or UsageError before anything starts or is written, RefusedError when another driver holds the sweep,
+    UnreachableError when the store or the cluster is gone. The first Ctrl-C lets running trials finish, the second ends
+    now; either way the same command continues.
+    """
+    sweeps.check_runnable(sweep)
+    _check_data(sweep, data_dir)
+    planned = planning.make(sweep, _rows(store, sweep.name), retry_failed=retry_failed)
+    if not planned.to_run and not planned.changes:
+        talk(f"{sweep.name}: nothing to run, all {len(sweep.trials)} trials have ended")
+        return _verdict(_rows(store, sweep.name))
+    with (
+        Signals() as signals,
+        store.writer(sweep.name, sweep_text=sweep.text) as writer,
+        Heartbeat(writer) as heartbeat,
+    ):
+        # Once more, now that no other driver writes.
+        planned = planning.make(sweep, _rows(store, sweep.name), retry_failed=retry_failed)
+        ledger = _open_books(sweep, planned, writer)
+        if planned.to_run:
+            _Session(sweep, planned, store, writer, ledger, signals, heartbeat, data_dir, observer, talk).run()
+        done = all(row.state in ("TERMINATED", "ERROR", "CANCELLED") for row in ledger.rows.values())
+        writer.close(done=done)
+    if signals.code is not None:
+        return signals.code
+    return _verdict(list(ledger.rows.values())) if done else ExitCode.STOPPED
+
+
+def _check_data(sweep: sweeps.Sweep, data_dir: Path | None) -> None:
+    from mixmo_core import data
+
+    for name in sorted({trial.config.data.dataset for trial in sweep.trials}):
+        try:
+            data.check(name, data_dir)
+        except data.DatasetError as error:
+            raise UsageError(str(error)) from error
+
+
+def _rows(store: ResultStore, sweep: str) -> list[TrialRow]:
+    try:
+        return store.trial_rows(sweep)
+    except NotFoundError:
+        return []
+
+
+def _verdict(rows: Sequence[TrialRow]) -> ExitCode:
+    return ExitCode.FAULTS if any(row.state == "ERROR" for row in rows) else ExitCode.OK
+
+
+def _open_books(sweep: sweeps.Sweep, planned: planning.Plan, writer: SweepWriter) -> Ledger:
+    """The ledger of all planned trials; those to run stand as PENDING under this driver's fence."""
+    held = {item.trial.position: item.row or planning.initial_row(item.trial, sweep) for item in planned.items}
+    first_seq = max((row.seq for row in held.values()), default=0)
+    for trial in planned.to_run:
+        row = held[trial.position]
+        held[trial.position] = row.replace(state="PENDING", fence=writer.fence, seq=first_seq, error=None)
+    for item in planned.items:
+        position, label = item.trial.position, item.trial.label
+        held[position] = held[position].replace(position=position, label=label, sweep=sweep.name)
+    writer.forget(row.trial_id for row in planned.removed)
+    writer.put(held.values())
+    writer.flush(force=True)
+    configs = {trial.position: trial.config for trial in sweep.trials}
+    return Ledger(held, configs, writer.fence, first_seq, _origin(), keep_checkpoint=sweep.checkpoints.keep == "last")
+
+
+def _origin() -> dict[str, Any]:
+    """Where this code comes from. A commit is recorded, never part of a trial's identity."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str | None:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+            return done.stdout.strip()
+        return None
+
+    commit = git("rev-parse", "HEAD")
+    dirty = bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None
+    return {"git_commit": commit, "git_dirty": dirty, "ray_version": version("ray")}
+
+
+class Signals:
+    """Ctrl-C and SIGTERM, as wishes that the driver's loop looks at."""
+
+    def __init__(self) -> None:
+        self.drain = self.stop = False
+        self.code: ExitCode | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        with contextlib.suppress(ValueError):  # not in the main thread: the caller owns the signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._wish)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _wish(self, number: int, frame: Any) -> None:
+        self.code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED
+        self.stop = self.drain or number == signal.SIGTERM
+        self.drain = True
+
+
+class Heartbeat:
+    """Renews the lease from a thread of its own, so that nothing slow in the driver makes it look dead."""
+
+    PERIOD_S = 10.0
+
+    def __init__(self, writer: SweepWriter) -> None:
+        self._writer, self._stop = writer, threading.Event()
+        self._lost: LeaseLostError | None = None
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> "Heartbeat":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def check(self) -> None:
+        """Raises LeaseLostError when another driver has taken the sweep over."""
+        if self._lost is not None:
+            raise self._lost
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self.PERIOD_S):
+            try:
+                self._writer.renew()
+            except LeaseLostError as error:
+                self._lost = error
+                return
+            except UnreachableError:
+                pass  # the next beat tries again; a store that nobody reaches gives the lease to nobody
+
+
+@dataclass
+class _Session:
+    """The part of a run in which Ray is up."""
+
+    sweep: sweeps.Sweep
+    planned: planning.Plan
+    store: ResultStore
+    writer: SweepWriter
+    ledger: Ledger
+    signals: Signals
+    heartbeat: "Heartbeat"
+    data_dir: Path | None
+    observer: Observer | None
+    talk: Callable[[str], None]
+    store_silent_since: float | None = None
+
+    def run(self) -> None:
+        from orchestrator import fleet, tune
+
+        resources = self.sweep.resources
+        self.talk(
+            f"{self.sweep.name}: {len(self.planned.to_run)} of {len(self.sweep.trials)} trials to run; starting Ray"
+        )
+        cpus = max(1, round(resources.workers * resources.cpus_per_worker))
+        with self._watched(), fleet.cluster(cpus=cpus) as cluster:
+            plan = self._gang_plan(cluster)
+            limit = None if resources.max_gangs == "auto" else resources.max_gangs
+            gangs = fleet.gangs_for(cluster, plan, trials=len(self.planned.to_run), limit=limit)
+            retries = sys.maxsize if self.sweep.retry.crash == "unlimited" else self.sweep.retry.crash
+            with fleet.Fleet(self._orders(), plan, fence=self.writer.fence, crash_retries=retries) as crew:
+                crew.form(gangs)
+                tuning = tune.Tuning(
+                    [(trial.position, trial.config.optim.epochs) for trial in self.planned.to_run],
+                    dispatcher=plan.dispatcher, namespace=plan.namespace, metric=self.sweep.scheduler.metric,
+                    at_once=gangs, slots=cluster.slots,
+                )  # fmt: skip
+                tuning.start()
+                self._follow(crew, tuning)
+        self._settle()
+
+    def _orders(self) -> list[Order]:
+        return [
+            Order(
+                index=trial.position, trial_id=trial.trial_id, settings=flatten(trial.config),
+                attempts=self.ledger.rows[trial.position].attempts,
+            )
+            for trial in self.planned.to_run
+        ]  # fmt: skip
+
+    def _gang_plan(self, cluster: Any) -> Any:
+        from orchestrator.fleet import NAMESPACE, GangPlan
+
+        resources, every_s = self.sweep.resources, self.sweep.checkpoints.every_s
+        gpus = resources.gpus_per_worker
+        return GangPlan(
+            workers=resources.workers,
+            cpus_per_worker=resources.cpus_per_worker,
+            gpus_per_worker=float(cluster.gpus >= 1) if gpus == "auto" else gpus,
+            checkpoint_every_s=None if every_s == "auto" else every_s,
+            keep_checkpoint=self.ledger.keep_checkpoint,
+            store=self.store.uri,
+            data_dir=str(self.data_dir.resolve()) if self.data_dir else None,
+            namespace=NAMESPACE,
+            dispatcher=f"dispatcher-{self.sweep.name}-{self.writer.fence}",
+        )
+
+    def _follow(self, crew: Any, tuning: Any) -> None:
+        """Turn what happens into rows until every trial has ended, or the user wants no more."""
+        left = {trial.position for trial in self.planned.to_run}
+        drained = False
+        while left and not self.signals.stop:
+            for update in crew.updates(PERIOD_S):
+                self._record(update)
+                if update.kind == "ended":
+                    left.discard(update.index)
+            self._keep()
+            if self.signals.drain and not drained:
+                drained = True
+                tuning.drain()
+                crew.drain()
+                self.talk("stopping: running trials finish, nothing new starts. Ctrl-C again stops now.")
+            if drained and not crew.in_hand():
+                break
+            if tuning.error is not None:
+                raise tuning.error
+
+    def _record(self, update: Update) -> None:
+        trial_id = None
+        if update.index is not None:
+            row, epochs = self.ledger.apply(update)
+            trial_id = row.trial_id
+            self.writer.add(epochs)
+            self.writer.put([row])
+        if update.kind != "epochs":
+            kind = update.state.lower() if update.state else update.kind
+            text = update.cause or "all epochs trained" if update.kind == "ended" else update.text
+            self.writer.event(kind, text, trial_id=trial_id, cause=update.cause)
+
+    def _keep(self, *, force: bool = False) -> None:
+        """Write what changed, and show it. A store that is away for a while costs no trial."""
+        self.heartbeat.check()
+        try:
+            self.writer.flush(force=force)
+            if self.store_silent_since is not None:
+                self.talk("the store takes writes again")
+            self.store_silent_since = None
+        except UnreachableError as error:
+            if self.store_silent_since is None:
+                self.store_silent_since = time.monotonic()
+                self.talk(f"{error}. Trials go on; their rows are kept and written when the store is back.")
+        if self.observer is not None:
+            self.observer(self.writer.snapshot())
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Whatever ends the session, the rows that have arrived are written."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(UnreachableError):
+                self.writer.flush(force=True)
+            raise
+
+    def _settle(self) -> None:
+        """The last write. It waits a minute for a store that is away, then says so."""
+        deadline = time.monotonic() + STORE_PATIENCE_S
+        self._keep(force=True)
+        while self.store_silent_since is not None:
+            if time.monotonic() > deadline:
+                self.writer.flush(force=True)  # raises, and says what the store says
+                return
+            time.sleep(PERIOD_S)
+            self._keep(force=True)

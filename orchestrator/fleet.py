@@ -1,0 +1,248 @@
+"""The driver's side of the fleet: the Ray it lives on, its dispatcher and its gangs.
+
+A gang is one Ray Train worker group. It is formed once, with torch imported and its process group standing, and then
+takes one trial after another from the dispatcher; a Train run per trial would cost 18 to 25 s each (CONTRIBUTING.md,
+"Warm gangs"). When a worker dies, Ray Train forms the group again and the gang's loop asks for work anew.
+
+Only this module and `gang` import `ray.train`.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+# Ray reads its settings when it is imported, so they stand before it. What the user has set holds.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a worker stays where it is, so that relative paths mean what they say
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900",  # a cloud node takes minutes to come
+    "RAY_AIR_NEW_OUTPUT": "0",  # else Tune prints tables on stdout, which belongs to our own output
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_MAX_PENDING_TRIALS_PG": "8",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+}
+if "RAY_ADDRESS" not in os.environ:
+    # A Ray of our own listens on loopback, and asks for a token that only this process and its children know.
+    _ENVIRONMENT |= {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+for _name, _value in _ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+import ray  # noqa: E402
+import ray.exceptions  # noqa: E402
+import ray.train  # noqa: E402
+import ray.train.torch  # noqa: E402
+import ray.tune  # noqa: E402 - here, before any thread starts: Ray's packages import each other in circles
+
+from orchestrator import gang  # noqa: E402
+from orchestrator.dispatcher import Dispatcher, Order, Update, Worker  # noqa: E402
+from orchestrator.errors import UnreachableError, UsageError  # noqa: E402
+from orchestrator.gang import GangPlan  # noqa: E402
+
+NAMESPACE = "mixmo"
+SLOT = "mixmo_slot"
+"""The Ray resource that limits how many trials Tune keeps going. A cluster has 1 of it, on its head; with n gangs a
+proxy takes 1/n."""
+
+# --------------------------------------------------------------------------------------------------------- the Ray
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What Ray has to offer."""
+
+    cpus: float
+    gpus: float
+    slots: bool = True
+    """Whether it has the resource by which Tune counts trials."""
+
+
+@contextlib.contextmanager
+def cluster(*, cpus: int) -> Iterator[Cluster]:
+    """Join the cluster that RAY_ADDRESS names, else start a Ray on this machine that ends with the block.
+
+    A Ray of our own listens on loopback alone and keeps its files in a folder that goes with it. `cpus` is what it is
+    told to have at least.
+    """
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    address = os.environ.get("RAY_ADDRESS")
+    with _local_ray(cpus) if not address else _joined_ray(address):
+        has = ray.cluster_resources()
+        yield Cluster(cpus=has.get("CPU", 0.0), gpus=has.get("GPU", 0.0), slots=has.get(SLOT, 0.0) >= 1)
+
+
+@contextlib.contextmanager
+def _joined_ray(address: str) -> Iterator[None]:
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError) as error:
+        raise UnreachableError(
+            f"no Ray cluster answers at RAY_ADDRESS={address}: {error}. Start it, or unset RAY_ADDRESS to run here."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _local_ray(cpus: int) -> Iterator[None]:
+    with _folder_of_this_ray() as folder:
+        try:
+            ray.init(
+                address="local", namespace=NAMESPACE, num_cpus=max(cpus, os.cpu_count() or 1), resources={SLOT: 1},
+                include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False, logging_level="ERROR",
+                _temp_dir=str(folder), _node_ip_address="127.0.0.1",
+            )  # fmt: skip
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _folder_of_this_ray() -> Iterator[Path]:
+    """A short-named folder that goes with the block. Those of drivers that were killed go first: nobody holds their
+    lock any more, in whatever PID namespace they lived.
+    """
+    for old in Path("/tmp").glob("mixmo-ray-*"):
+        with contextlib.suppress(OSError), (old / "lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix="mixmo-ray-", dir="/tmp"))  # Ray's sockets may have 107 characters
+    with (folder / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# -------------------------------------------------------------------------------------------------------- the fleet
+
+
+class Fleet:
+    """A dispatcher and its gangs, as the driver sees them."""
+
+    def __init__(self, orders: Sequence[Order], plan: GangPlan, *, fence: int, crash_retries: int) -> None:
+        self.plan = plan
+        actor = ray.remote(num_cpus=0, max_concurrency=100_000)(Dispatcher)
+        self.dispatcher: Any = actor.options(name=plan.dispatcher, namespace=plan.namespace).remote(
+            orders, fence=fence, crash_retries=crash_retries
+        )
+        self._scratch = tempfile.mkdtemp(prefix="mixmo-train-")
+        self._threads: list[threading.Thread] = []
+        self._ended: dict[str, str] = {}
+        """Gangs that are gone, and why."""
+        self._acknowledged = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def form(self, gangs: int) -> None:
+        """Start gangs. Each lives in a thread of this process, in which its `fit()` blocks for the whole sweep."""
+        for _ in range(gangs):
+            name = f"gang-{len(self._threads)}"
+            thread = threading.Thread(target=self._keep, args=(name,), name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def updates(self, wait_s: float) -> list[Update]:
+        """What happened since the last call; waits up to `wait_s` seconds for something.
+
+        Raises UnreachableError when every gang has ended while there was work, or the dispatcher is gone.
+        """
+        try:
+            news: list[Update] = ray.get(self.dispatcher.updates.remote(self._acknowledged, wait_s))
+        except ray.exceptions.RayError as error:
+            raise UnreachableError(f"Ray lost the dispatcher: {error}. Run the same command again.") from error
+        if news:
+            self._acknowledged = news[-1].seq
+        elif self._threads and len(self._ended) == len(self._threads):
+            why = "; ".join(sorted(set(self._ended.values())))
+            raise UnreachableError(
+                f"no gang could be kept: {why}. Finished trials are safe; run the same command again."
+            )
+        return news
+
+    def workers(self) -> list[Worker]:
+        found: list[Worker] = ray.get(self.dispatcher.workers.remote())
+        return found
+
+    def drain(self) -> None:
+        ray.get(self.dispatcher.drain.remote())
+
+    def in_hand(self) -> int:
+        """How many trials are being trained."""
+        return int(ray.get(self.dispatcher.in_hand.remote()))
+
+    def close(self, wait_s: float = 15.0) -> None:
+        """Send the gangs home, and wait a while until they are gone."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self.dispatcher.close.remote())
+        for thread in self._threads:
+            thread.join(wait_s)
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _keep(self, name: str) -> None:
+        """One gang's life, from its first worker to its last."""
+        plan = self.plan
+        per_worker = {"CPU": float(plan.cpus_per_worker)}
+        if plan.gpus_per_worker:
+            per_worker["GPU"] = plan.gpus_per_worker
+        trainer = ray.train.torch.TorchTrainer(
+            gang.loop,
+            train_loop_config={"gang": name, "plan": dataclasses.asdict(plan)},
+            torch_config=ray.train.torch.TorchConfig(
+                backend="nccl" if plan.gpus_per_worker else "gloo", timeout_s=int(plan.group_timeout_s)
+            ),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=plan.workers, use_gpu=bool(plan.gpus_per_worker), resources_per_worker=per_worker
+            ),
+            run_config=ray.train.RunConfig(
+                name=name,
+                storage_path=self._scratch,
+                # The dispatcher counts a trial's attempts; over a gang's life there is no limit to count to.
+                failure_config=ray.train.FailureConfig(max_failures=-1, controller_failure_limit=3),
+            ),
+        )
+        why = "it was sent home"
+        try:
+            trainer.fit()
+        except Exception as error:  # whatever ended it, the sweep goes on with the others
+            why = f"{type(error).__name__}: {error}"
+        self._ended[name] = why
+        with contextlib.suppress(Exception):  # at the end of a sweep the dispatcher may be gone before its gangs
+            ray.get(self.dispatcher.gang_ended.remote(name, why))
+
+
+def gangs_for(capacity: Cluster, plan: GangPlan, *, trials: int, limit: int | None) -> int:
+    """How many gangs of this make the cluster holds, no more than there are trials. Raises UsageError if none fits."""
+    need_cpus, need_gpus = plan.workers * plan.cpus_per_worker, plan.workers * plan.gpus_per_worker
+    fits = int(capacity.cpus // need_cpus) if need_cpus else trials
+    if need_gpus:
+        fits = min(fits, int(capacity.gpus / need_gpus + 1e-9))
+    if fits < 1:
+        raise UsageError(
+            f"resources: a gang of {plan.workers} worker(s) needs {need_cpus} CPU(s) and {need_gpus:g} GPU(s), but the "
+            f"cluster has {capacity.cpus:g} and {capacity.gpus:g}. Ask for less in the sweep file's resources, or set "
+            "gpus_per_worker: 0 to train on CPUs."
+        )
+    return max(1, min(fits, trials, limit or fits))

@@ -1,0 +1,285 @@
+"""What runs inside a gang: the loop of a Ray Train worker that trains one trial after another.
+
+Rank 0 speaks for the gang: it asks for work, reports epochs, writes checkpoints; what it learns goes to the other
+ranks by a broadcast. Every wait ends before a collective could time out.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import platform
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from mixmo_core import train
+from mixmo_core.config import TrialConfig, digest, identity, unflatten
+from orchestrator.dispatcher import Assignment, EpochReport, Worker
+from orchestrator.errors import MixmoError
+from orchestrator.store import LOG_BYTES, AttemptFolder, ResultStore, without_secrets
+
+LOG_PERIOD_S = 30.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class GangPlan:
+    """What a gang is made of, and the rules it works by."""
+
+    workers: int = 1
+    cpus_per_worker: float = 1
+    gpus_per_worker: float = 0
+    wait_s: float = 30.0
+    """A wait for a trial ends after this time with a no-op for all ranks."""
+    group_timeout_s: float = 1800.0
+    """Of a collective of the process group. A wait takes at most half of it."""
+    checkpoint_every_s: float | None = None
+    """None: as often as saving stays under 3 % of the time, and at least every ten minutes."""
+    keep_checkpoint: bool = True
+    """Whether the last checkpoint stays once the trial has finished."""
+    store: str
+    data_dir: str | None = None
+    namespace: str
+    dispatcher: str
+    """Name of the dispatcher's actor."""
+
+
+def loop(settings: Mapping[str, Any]) -> None:
+    """The training function of the worker group: `settings` are a gang's name and its GangPlan's fields."""
+    Gang(settings["gang"], GangPlan(**settings["plan"])).work()
+
+
+class Gang:
+    """One rank's view of its gang."""
+
+    def __init__(self, name: str, plan: GangPlan) -> None:
+        context = ray.train.get_context()
+        self.name, self.plan = name, plan
+        self.rank: int = context.get_world_rank()
+        self.world_size: int = context.get_world_size()
+        self.device: torch.device = ray.train.torch.get_device()
+        torch.set_num_threads(max(1, int(plan.cpus_per_worker)))
+        self._store = ResultStore.open(plan.store)
+        self.dispatcher = ray.get_actor(plan.dispatcher, namespace=plan.namespace)
+        self.host = socket.gethostname()
+        self.device_name = _device_name(self.device)
+
+    def work(self) -> None:
+        """Train one trial after another until the dispatcher sends the gang home."""
+        worker = Worker(
+            gang=self.name, rank=self.rank, world_size=self.world_size, pid=os.getpid(), host=self.host,
+            device_name=self.device_name, torch_version=str(torch.__version__),
+        )  # fmt: skip
+        ray.get(self.dispatcher.join.remote(worker))
+        while (assignment := self._next()) != "leave":
+            if assignment != "wait":
+                self._attempt(assignment)
+
+    def _next(self) -> Assignment | Literal["wait", "leave"]:
+        wait_s = min(self.plan.wait_s, self.plan.group_timeout_s / 2)
+        asked = ray.get(self.dispatcher.next.remote(self.name, wait_s)) if self.rank == 0 else None
+        return self._from_first(asked)
+
+    def _from_first(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def _attempt(self, assignment: Assignment) -> None:
+        order = assignment.order
+        folder = self._store.attempt(order.trial_id, assignment.fence, assignment.attempt, assignment.token)
+        log = LogTail(folder, self.rank)
+        try:
+            with log.capture():
+                self._train(assignment, folder, log)
+        except Exception as error:
+            told = without_secrets(traceback.format_exc(), os.environ)
+            log.write(told)
+            if self.world_size > 1 and _peer_lost(error):
+                ray.get(self.dispatcher.abandon.remote(assignment.token, f"a worker of {self.name} was lost: {error}"))
+                raise
+            ray.get(self.dispatcher.fail.remote(assignment.token, told, without_secrets(_cause(error), os.environ)))
+            if self.world_size > 1 or isinstance(error, torch.AcceleratorError):
+                # The other ranks wait in a collective, or the device's context is lost: Ray Train forms the gang anew.
+                raise
+        finally:
+            log.put()
+
+    def _train(self, assignment: Assignment, folder: AttemptFolder, log: "LogTail") -> None:
+        """The trial's epochs, from its newest checkpoint on."""
+        config = unflatten(assignment.order.settings)
+        log.line(f"trial {assignment.order.trial_id}, attempt {assignment.attempt}, on {self.name} ({self.host})")
+        resume = self._resume_point(assignment.order.trial_id, config, log)
+        reports = [EpochReport(**row) for row in resume["rows"]] if resume else []
+        if reports and not self._report(assignment, reports, None):
+            return
+        saver = Saver(self._store, folder, self.plan)
+        data_dir = Path(self.plan.data_dir) if self.plan.data_dir else None
+        for epoch in train.train(config, device=self.device, data_dir=data_dir, resume=resume):
+            reports.append(self._describe(epoch, reports))
+            last = epoch.epoch == config.optim.epochs
+            checkpoint = self._save(saver, epoch, reports, log) if self.rank == 0 and saver.due(last=last) else None
+            log.line(_line(reports[-1], config.optim.epochs))
+            if not self._report(assignment, reports[-1:], checkpoint):
+                log.line("dropped: the trial was stopped, or is another gang's by now")
+                return
+        if self.rank == 0:
+            ray.get(self.dispatcher.finish.remote(assignment.token))
+            saver.clear()
+
+    def _resume_point(self, trial_id: str, config: TrialConfig, log: "LogTail") -> dict[str, Any] | None:
+        """The newest checkpoint of any attempt that is whole and this config's, or None."""
+        found = self._newest(trial_id, config, log) if self.rank == 0 else None
+        key = self._from_first(found and found[0])
+        if key is None:
+            return None
+        log.line(f"resumed from {key}")
+        return found[1] if found else self._load(key, config)
+
+    def _newest(self, trial_id: str, config: TrialConfig, log: "LogTail") -> tuple[str, dict[str, Any]] | None:
+        for key in self._store.checkpoints(trial_id):
+            try:
+                return key, self._load(key, config)
+            except (train.CheckpointError, MixmoError) as error:  # the one before it will do
+                log.line(f"checkpoint {key} is of no use: {error}")
+        return None
+
+    def _load(self, key: str, config: TrialConfig) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(prefix="mixmo-") as scratch:
+            state = train.load(self._store.fetch(key, Path(scratch) / key.rpartition("/")[2]))
+        if state["digest"] != digest(identity(config, self.world_size)):
+            raise train.CheckpointError("it is of another config, seed or number of workers")
+        return state
+
+    def _describe(self, epoch: train.Epoch, before: list[EpochReport]) -> EpochReport:
+        """An epoch's row; times add up over the epochs that count, whichever attempt trained them."""
+        gpus = self.world_size * self.plan.gpus_per_worker
+        wall_s, gpu_seconds = (before[-1].wall_s, before[-1].gpu_seconds) if before else (0.0, 0.0)
+        return EpochReport(
+            epoch=epoch.epoch,
+            metrics=epoch.metrics,
+            wall_s=wall_s + epoch.seconds,
+            gpu_seconds=gpu_seconds + epoch.seconds * gpus,
+            images_per_s=epoch.images / epoch.seconds,
+        )
+
+    def _save(self, saver: "Saver", epoch: train.Epoch, reports: list[EpochReport], log: "LogTail") -> str | None:
+        """A checkpoint, if the store takes one: a trial is worth more than its insurance."""
+        try:
+            return saver.save(epoch, reports)
+        except (OSError, MixmoError) as error:
+            log.line(f"no checkpoint at epoch {epoch.epoch}: {error}")
+            return None
+
+    def _report(self, assignment: Assignment, reports: list[EpochReport], checkpoint: str | None) -> bool:
+        kept = None
+        if self.rank == 0:
+            kept = ray.get(self.dispatcher.report.remote(assignment.token, reports, checkpoint))
+        return bool(self._from_first(kept))
+
+
+class Saver:
+    """When to write a checkpoint, and which to keep. Only rank 0 saves."""
+
+    SHARE = 0.03
+    """Of the time that saving may take."""
+    AT_RISK_S = 600.0
+    """Work that a kill may cost, at most."""
+
+    def __init__(self, store: ResultStore, folder: AttemptFolder, plan: GangPlan) -> None:
+        self._store, self._folder, self._plan = store, folder, plan
+        self._saved_at, self._cost_s = time.monotonic(), 0.0
+        self._keys: list[str] = []
+
+    def due(self, *, last: bool) -> bool:
+        if last:
+            return self._plan.keep_checkpoint
+        since_s = time.monotonic() - self._saved_at
+        if self._plan.checkpoint_every_s is not None:
+            return since_s >= self._plan.checkpoint_every_s
+        return since_s >= min(self._cost_s / self.SHARE, self.AT_RISK_S)
+
+    def save(self, epoch: train.Epoch, reports: list[EpochReport]) -> str:
+        """Write the state and the rows so far; returns the checkpoint's key in the store."""
+        began = time.monotonic()
+        state = {**epoch.state(), "rows": [dataclasses.asdict(report) for report in reports]}
+        with tempfile.TemporaryDirectory(prefix="mixmo-") as scratch:
+            path = train.save(state, Path(scratch))
+            self._keys.append(self._folder.put_file(path, path.name))
+        for key in self._keys[:-2]:  # a damaged one is to have one before it
+            self._store.discard(key)
+        self._keys = self._keys[-2:]
+        self._saved_at, self._cost_s = time.monotonic(), time.monotonic() - began
+        return self._keys[-1]
+
+    def clear(self) -> None:
+        """The trial has finished: of its checkpoints the last one stays, or none."""
+        for key in self._keys[:-1] if self._plan.keep_checkpoint else self._keys:
+            self._store.discard(key)
+
+
+class LogTail(io.TextIOBase):
+    """A rank's log of one attempt: what was printed meanwhile, put into the store every 30 s and at the end."""
+
+    def __init__(self, folder: AttemptFolder, rank: int) -> None:
+        self._folder, self._rank = folder, rank
+        self._text, self._put_at = "", float("-inf")
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        with contextlib.redirect_stdout(self), contextlib.redirect_stderr(self):
+            yield
+
+    def write(self, text: str) -> int:
+        self._text = (self._text + text)[-LOG_BYTES:]
+        if time.monotonic() - self._put_at >= LOG_PERIOD_S:
+            self.put()
+        return len(text)
+
+    def line(self, text: str) -> None:
+        self.write(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} {text}\n")
+
+    def put(self) -> None:
+        """Replace the log in the store. A store that takes none costs the log, not the trial."""
+        self._put_at = time.monotonic()
+        with contextlib.suppress(OSError, MixmoError):
+            self._folder.put_log(self._rank, self._text)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _peer_lost(error: Exception) -> bool:
+    """Whether a collective broke, and so another rank is to blame. Gloo says so only in its message."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _cause(error: BaseException) -> str:
+    """One line by which failures are grouped."""
+    message = str(error).strip()
+    return f"{type(error).__name__}: {message.splitlines()[0]}"[:200] if message else type(error).__name__
+
+
+def _line(report: EpochReport, epochs: int) -> str:
+    shown = " ".join(f"{name} {value:.4g}" for name, value in report.metrics.items())
+    return f"epoch {report.epoch}/{epochs} {shown} ({report.images_per_s:.0f} images/s)"
