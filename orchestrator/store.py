@@ -49,6 +49,7 @@ from orchestrator.rows import (
     TrialRow,
     epoch_rows,
     newest,
+    records,
     to_table,
     trial_rows,
 )
@@ -473,20 +474,24 @@ def merge(tables: Iterable[pa.Table], upto: Mapping[str, int] | None = None) -> 
     """
     import numpy as np
 
-    table = pa.concat_tables([EPOCHS_SCHEMA.empty_table(), *(_fit(each, EPOCHS_SCHEMA) for each in tables)])
-    table = table.combine_chunks()
+    fitting = [_fit(each, EPOCHS_SCHEMA) for each in tables]
+    table = pa.concat_tables(fitting).combine_chunks() if fitting else EPOCHS_SCHEMA.empty_table()
+    if not len(table):
+        return table
     names = table.column("trial_id").combine_chunks().dictionary_encode()
-    trials, codes = names.dictionary.to_pylist(), names.indices.to_numpy(zero_copy_only=False)
-    place = np.argsort(np.argsort(np.array(trials, dtype=object))) if trials else np.zeros(0, dtype=np.int64)
-    ranks = place[codes]
-    epoch, fence, attempt, seq = (table.column(name).to_numpy() for name in ("epoch", "fence", "attempt", "seq"))
+    trials, codes = names.dictionary.to_pylist(), np.from_dlpack(names.indices)
+    ranks = np.argsort(np.argsort(np.array(trials, dtype=object)))[codes]
+    epoch, fence, attempt, seq = (
+        np.from_dlpack(table.column(name).combine_chunks()) for name in ("epoch", "fence", "attempt", "seq")
+    )  # to_numpy() and pa.array() would import pandas, which costs more than all else here
     order = np.lexsort((seq, attempt, fence, epoch, ranks))
     last = np.ones(len(order), dtype=bool)
     last[:-1] = (np.diff(ranks[order]) != 0) | (np.diff(epoch[order]) != 0)
     if upto is not None:
         limit = np.array([upto.get(trial, np.iinfo(np.int64).max) for trial in trials], dtype=np.int64)
         last &= (epoch <= limit[codes])[order]
-    return table.take(pa.array(order[last]))
+    kept = order[last]
+    return table.take(pa.Array.from_buffers(pa.int64(), len(kept), [None, pa.py_buffer(kept)]))
 
 
 # -------------------------------------------------------------------------------------------------------------- store
@@ -581,7 +586,7 @@ class ResultStore:
         """The last 1,000, oldest first."""
         key = f"{_sweep_key(sweep)}/events.parquet"
         stored = self.folder.read(key)
-        return [Event(**record) for record in _decode(stored.data, key).to_pylist()] if stored else []
+        return [Event(**record) for record in records(_decode(stored.data, key))] if stored else []
 
     def snapshot(self, sweep: str) -> Snapshot:
         """What a screen shows, from three objects whose size does not grow with the epochs done."""
