@@ -1,0 +1,293 @@
+"""The blocks of a sweep file and their trials: grids crossed, lists paired, rules applied, seeds in turn."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_origin
+
+from mixmo_core.config import TrialConfig, flatten, identity, ineffective, unflatten
+from mixmo_core.config import cell_id as cell_id_of
+from mixmo_core.config import digest as digest_of
+from orchestrator.document import Faults, Node, show
+from orchestrator.expression import Condition, Kind, Variable, compile_condition
+from orchestrator.fields import MISSING, Field, Given, Reader, settings
+
+_BLOCK_KEYS = ("label", "set", "grid", "zip", "when")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training: a config with its seed, and where the sweep placed it."""
+
+    config: TrialConfig
+    label: str | None
+    """Of the first block that holds it."""
+    workers: int
+    position: int
+    """0 is the first: every cell gets its first seed before any gets its second."""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return digest_of(identity(self.config, self.workers))
+
+    @property
+    def trial_id(self) -> str:
+        return self.digest[:12]
+
+    @functools.cached_property
+    def cell_id(self) -> str:
+        return cell_id_of(self.config, self.workers)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A condition and where it stands."""
+
+    condition: Condition
+    place: str
+    path: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.place} {self.condition.text}"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    path: str
+    place: str
+    label: str | None = None
+    fixed: Given = field(default_factory=dict)
+    axes: tuple[tuple[Given, ...], ...] = ()
+    """Crossed with each other: one for each key of `grid`, one for all of `zip`."""
+    when: Rule | None = None
+
+    @property
+    def size(self) -> int:
+        return math.prod(len(axis) for axis in self.axes)
+
+    @property
+    def varied(self) -> set[str]:
+        return {*self.fixed, *(name for axis in self.axes for given in axis for name in given)}
+
+    def cells(self) -> Iterator[Given]:
+        for chosen in itertools.product(*self.axes):
+            cell = dict(self.fixed)
+            for given in chosen:
+                cell |= given
+            yield cell
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_block(node: Node, path: str, reader: Reader) -> Block:
+    entries = reader.entries(node, path, _BLOCK_KEYS)
+    label = reader.text(entries["label"], f"{path}.label") if "label" in entries else None
+    fixed = reader.given(entries["set"], f"{path}.set") if "set" in entries else {}
+    grid = _read_axes(entries["grid"], f"{path}.grid", reader) if "grid" in entries else {}
+    paired = _read_axes(entries["zip"], f"{path}.zip", reader) if "zip" in entries else {}
+    _hold_apart({"set": fixed, "grid": grid, "zip": paired}, Node(entries, node.place), path, reader.faults)
+    axes = [tuple({name: value} for value in values) for name, values in grid.items()]
+    if len({len(values) for values in paired.values()}) > 1:
+        lengths = ", ".join(f"{name} has {len(values)}" for name, values in paired.items())
+        reader.faults.add(entries["zip"].place, f"{path}.zip", f"only lists of one length can be paired ({lengths})")
+    elif paired:
+        axes.append(tuple(dict(zip(paired, row, strict=True)) for row in zip(*paired.values(), strict=True)))
+    when = read_rule(entries["when"], f"{path}.when", reader) if "when" in entries else None
+    return Block(path, node.place, label, fixed, tuple(axes), when)
+
+
+def _read_axes(node: Node, path: str, reader: Reader) -> dict[str, list[Node]]:
+    """Settings with a list of values each."""
+    axes: dict[str, list[Node]] = {}
+    for name, child in reader.named(node, path):
+        if not isinstance(child.value, list) or not child.value:
+            rule = "must be a list of values; one value stands under `set`, a range under `search.ranges`"
+            reader.faults.add(child.place, f"{path}.{name}", f"{rule} (got {show(child.plain())})")
+            continue
+        values: list[Node] = []
+        for each in child.value:
+            value = reader.typed(settings()[name], each, f"{path}.{name}")
+            if path.endswith(".grid") and value in [other.value for other in values]:
+                reader.faults.add(each.place, f"{path}.{name}", f"{show(value)} is listed twice")
+            if value is not MISSING:
+                values.append(Node(value, each.place))
+        if name in axes:
+            reader.faults.add(child.place, f"{path}.{name}", "given twice")
+        axes[name] = values
+    return axes
+
+
+def _hold_apart(kinds: Mapping[str, Mapping[str, Any]], node: Node, path: str, faults: Faults) -> None:
+    """A setting stands once in a block, and the seed in none."""
+    for first, second in itertools.combinations(kinds, 2):
+        for name in kinds[first].keys() & kinds[second].keys():
+            faults.add(node.value[second].place, f"{path}.{second}.{name}", f"given under `{first}` too; give it once")
+    for kind, given in kinds.items():
+        if "seed" in given:
+            faults.add(node.value[kind].place, f"{path}.{kind}.seed", "seeds are listed under `seeds`, for all blocks")
+
+
+def read_rule(node: Node, path: str, reader: Reader) -> Rule | None:
+    text = reader.text(node, path)
+    if text is None:
+        return None
+    try:
+        return Rule(compile_condition(text, _variables()), node.place, path)
+    except ValueError as error:
+        reader.faults.add(node.place, path, f"{show(text)}: {error}")
+        return None
+
+
+@functools.cache
+def _variables() -> dict[str, Variable]:
+    return {name: _variable(name, each) for name, each in settings().items()}
+
+
+def _variable(name: str, setting: Field) -> Variable:
+    if setting.hint in (int, float):
+        kind: Kind = "number"
+    elif get_origin(setting.hint) is tuple:
+        kind = "list"
+    else:
+        kind = "text" if setting.is_text else "count"
+    return Variable(kind, functools.partial(setting.refuses, name.rpartition(".")[2]))
+
+
+# ----------------------------------------------------------------------------------------------------------- expanding
+
+
+@dataclass(slots=True)
+class _Cell:
+    """A trial but for its seed."""
+
+    block: Block
+    given: Given
+    config: TrialConfig | None = None
+    """With the first seed that the cell was built for."""
+    decides: dict[str, Any] = field(default_factory=dict)
+    broken: bool = False
+
+    def value(self, name: str) -> Any:
+        return self.given[name].value if name in self.given else settings()[name].default
+
+
+@dataclass(slots=True)
+class Expansion:
+    base: Given
+    over: Given
+    excludes: Sequence[Rule]
+    seeds: Sequence[int]
+    workers: Node
+    faults: Faults
+    found: dict[str, Trial] = field(default_factory=dict)
+    """By trial id, in order."""
+    applied: Counter[str] = field(default_factory=Counter)
+    """How many trials each rule left out and each block gave, by place."""
+
+    def trials(self, blocks: Sequence[Block]) -> tuple[Trial, ...]:
+        """Breadth first: every cell with the first seed, then every cell with the second."""
+        cells = [
+            _Cell(block, self.base | block.fixed | chosen | self.over) for block in blocks for chosen in block.cells()
+        ]
+        for seed in self.seeds:
+            for cell in cells:
+                if self._kept(cell, seed) and self._build(cell, seed):
+                    self._place(cell, seed)
+        return tuple(self.found.values())
+
+    def _kept(self, cell: _Cell, seed: int) -> bool:
+        if cell.broken:
+            return False
+        when = cell.block.when
+        if when and not self._holds(when, cell, seed):
+            self.applied[when.key] += 1
+            return False
+        for rule in self.excludes:
+            if self._holds(rule, cell, seed):
+                self.applied[rule.key] += 1
+                return False
+        return True
+
+    def _holds(self, rule: Rule, cell: _Cell, seed: int) -> bool:
+        values = {name: seed if name == "seed" else cell.value(name) for name in rule.condition.names}
+        try:
+            return rule.condition(values)
+        except ValueError as error:
+            self.faults.add(rule.place, rule.path, f"{show(rule.condition.text)}: {error}")
+            return False
+
+    def _build(self, cell: _Cell, seed: int) -> bool:
+        """Make the cell's config, once. What its settings say together is blamed on one of them."""
+        if cell.config is not None:
+            return True
+        try:
+            cell.config = unflatten({name: node.value for name, node in cell.given.items()} | {"seed": seed})
+        except ValueError as error:
+            self._blame(cell, str(error))
+            return False
+        if cell.config.data.batch_size % self.workers.value:
+            self.faults.add(
+                self.workers.place, "resources.workers",
+                f"must divide data.batch_size, {cell.config.data.batch_size} slots (got {self.workers.value})",
+            )  # fmt: skip
+            cell.broken = True
+            return False
+        cell.decides = identity(cell.config, self.workers.value)
+        return True
+
+    def _blame(self, cell: _Cell, message: str) -> None:
+        """Every message of a config begins with the setting it is about; the place is that of what the file gives."""
+        cell.broken = True
+        words = re.findall(r"\w+", message)
+        named = [name for word in words for name in settings() if name.rpartition(".")[2] == word]
+        given = [name for name in named if name in cell.given]
+        first = (given or named or ["trial"])[0]
+        place = cell.given[first].place if given else cell.block.place
+        self.faults.add(place, first, message)
+
+    def _place(self, cell: _Cell, seed: int) -> None:
+        assert cell.config is not None
+        whole = digest_of({**cell.decides, "seed": seed})
+        held = self.found.get(whole[:12])
+        if held is None:
+            config = cell.config if cell.config.seed == seed else dataclasses.replace(cell.config, seed=seed)
+            trial = Trial(config, cell.block.label, self.workers.value, len(self.found))
+            vars(trial)["digest"] = whole  # where cached_property would put it
+            self.found[whole[:12]] = trial
+            self.applied[cell.block.path] += 1
+        elif held.digest != whole:
+            self.faults.add(cell.block.place, cell.block.path, f"two trials share the id {whole[:12]}; change a seed")
+
+    def varied(self) -> tuple[str, ...]:
+        """The settings with several values among the trials in which they have an effect; the seed apart."""
+        seen: dict[str, set[Any]] = {name: set() for name in settings() if name != "seed"}
+        for config in {trial.cell_id: trial.config for trial in self.found.values()}.values():
+            values, silent = flatten(config), ineffective(config)
+            for name in seen.keys() - silent:
+                seen[name].add(values[name])
+        return tuple(name for name, values in seen.items() if len(values) > 1)
+
+    def methods(self) -> set[str]:
+        """The mixing methods that the trials use."""
+        configs = (trial.config for trial in self.found.values())
+        return {config.mixing.method for config in configs if config.model.subnetworks > 1}
+
+    def notes(self, blocks: Sequence[Block]) -> tuple[str, ...]:
+        notes = [
+            f"{rule.place}: {rule.path}: {show(rule.condition.text)} excludes nothing"
+            for rule in self.excludes
+            if not self.applied[rule.key]
+        ]
+        notes += [
+            f"{block.place}: {block.path}: gives no trial that another block does not give"
+            for block in blocks
+            if not self.applied[block.path]
+        ]
+        return tuple(notes)

@@ -1,0 +1,256 @@
+"""What stands beside `trial` in a sweep file: search, scheduler, resources, budget and their like, and its reading."""
+
+import dataclasses
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mixmo_core.config import Setting
+from mixmo_core.metrics import BY_NAME
+from orchestrator.document import Node, nearest, show
+from orchestrator.fields import MISSING, Field, Reader, fields_of, settings
+
+
+def _key(default: Any, meaning: str, **limits: Any) -> Any:
+    return field(default=default, metadata={"setting": Setting(default, meaning, **limits)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """What one trial runs on, and how many run at once. Only `workers` enters a trial's identity."""
+
+    workers: int = _key(1, "Processes that train one trial together, each on its share of the batch.", at_least=1)
+    gpus_per_worker: float | Literal["auto"] = _key(
+        "auto", "GPUs of a worker; a share such as 0.5 lets two workers use one. auto: 1 where there are GPUs, else 0.",
+        at_least=0,
+    )  # fmt: skip
+    cpus_per_worker: float = _key(1.0, "CPU cores of a worker.", above=0)
+    accelerator: str = _key("any", "Type of GPU, in Ray's words (A100, L4 ...).")
+    spot: bool = _key(True, "Whether machines that may be taken away at short notice will do.")
+    slots: int | Literal["auto"] = _key("auto", "Trials trained side by side on one GPU.", at_least=1)
+    max_gangs: int | Literal["auto"] = _key(
+        "auto", "Groups of workers, so trials, at once. auto: what fits.", at_least=1
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("gpus_per_worker", "cpus_per_worker"):
+            count = getattr(self, name)
+            if count != "auto" and count > 1 and count != int(count):
+                raise ValueError(f"{name} above 1 must be a whole number, got {count:g}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoints:
+    every_s: float | Literal["auto"] = _key("auto", "Seconds between checkpoints.", above=0)
+    keep: Literal["last", "none"] = _key("last", "What stays once a trial has finished.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    gpu_hours: float | None = _key(None, "No trial begins past this many GPU-hours.", above=0)
+    trials: int | None = _key(None, "A sweep of more trials is refused.", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Price:
+    gpu_hour: float | None = _key(None, "Price of one GPU for one hour.", at_least=0)
+    currency: str = _key("USD", "In which it is told: three capital letters.")
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch("[A-Z]{3}", self.currency):
+            raise ValueError(f"currency must be three capital letters such as USD, got {show(self.currency)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retry:
+    """How often a trial begins again, by what ended it."""
+
+    crash: int | Literal["unlimited"] = _key(2, "After an exception or a dead worker.", at_least=0)
+    oom: int | Literal["unlimited"] = _key(0, "After it ran out of memory.", at_least=0)
+    preempted: int | Literal["unlimited"] = _key("unlimited", "After its machine was taken away.", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Range:
+    """Values between two limits, for a search that draws them."""
+
+    min: float
+    max: float
+    scale: Literal["linear", "log"] = "linear"
+
+    def __post_init__(self) -> None:
+        if not self.min < self.max:
+            raise ValueError(f"min must be below max, got {self.min:g} and {self.max:g}")
+        if self.scale == "log" and self.min <= 0:
+            raise ValueError(f"min must be above 0 on a log scale, got {self.min:g}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    method: Literal["grid", "random", "optuna"] = _key("grid", "How configs are chosen.")
+    num_samples: int | None = _key(None, "How many are drawn from the ranges.", at_least=1)
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        drawn = {"num_samples": self.num_samples, "ranges": self.ranges}
+        for name, given in drawn.items():
+            if self.method == "grid" and given:
+                raise ValueError(f"{name} belongs to a search that draws; method is grid")
+            if self.method != "grid" and not given:
+                raise ValueError(f"{name} is missing, which method {self.method} needs")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scheduler:
+    method: Literal["none", "asha", "pbt", "median"] = _key("none", "Which trials are stopped before their last epoch.")
+    metric: str = _key("top1", "What decides, for schedulers and searches.")
+    mode: Literal["max", "min"] | None = _key(None, "Left out: max where higher is better, min where lower is.")
+    grace_epochs: int = _key(1, "Epochs that every trial gets.", at_least=1)
+
+    def __post_init__(self) -> None:
+        deciding = [metric.name for metric in BY_NAME.values() if metric.better]
+        if self.metric not in deciding:
+            raise ValueError(f"metric must be one of {', '.join(deciding)}, got {show(self.metric)}"
+                             f"{nearest(self.metric, deciding)}")  # fmt: skip
+        right: Literal["max", "min"] = "max" if BY_NAME[self.metric].better == "higher" else "min"
+        if self.mode not in (None, right):
+            raise ValueError(
+                f"mode must be {right} for {self.metric}, of which {BY_NAME[self.metric].better} is better"
+            )
+        object.__setattr__(self, "mode", right)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ensemble:
+    """A row made from the stored logits of several seeds of each cell."""
+
+    of: str
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """A number from a paper, told beside ours."""
+
+    where: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    source: str
+
+
+SECTIONS: dict[str, Any] = {
+    "search": Search, "scheduler": Scheduler, "resources": Resources, "checkpoints": Checkpoints, "budget": Budget,
+    "price": Price, "retry": Retry,
+}  # fmt: skip
+
+
+def section_keys() -> list[str]:
+    """`resources.workers` and its like, as `-S` names them."""
+    return [f"{section}.{name}" for section, kind in SECTIONS.items() for name in fields_of(kind)]
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_section(key: str, node: Node | None, reader: Reader) -> Any:
+    """The section that a file gives under `key`; its defaults when the file gives none."""
+    kind = SECTIONS[key]
+    if node is None:
+        return kind()
+    fields = fields_of(kind)
+    entries = reader.entries(node, key, [each.name for each in dataclasses.fields(kind)])
+    given = {
+        name: reader.typed(fields[name], child, f"{key}.{name}") for name, child in entries.items() if name in fields
+    }
+    if "ranges" in entries:
+        given["ranges"] = _read_ranges(entries["ranges"], reader)
+    return _made(kind, given, Node(entries, node.place), key, reader)
+
+
+def _made(kind: Any, given: Mapping[str, Any], node: Node, path: str, reader: Reader) -> Any:
+    """A section from its values. What they say together is blamed on the field that the message begins with."""
+    required = [each.name for each in dataclasses.fields(kind) if _has_no_default(each)]
+    missing = [name for name in required if name not in node.value]
+    if missing:
+        reader.faults.add(node.place, path, f"{' and '.join(missing)} must be given")
+    if missing or MISSING in given.values():
+        return None
+    try:
+        return kind(**given)
+    except ValueError as error:
+        name, _, reason = str(error).partition(" ")
+        place = node.value[name].place if name in node.value else node.place
+        reader.faults.add(place, f"{path}.{name}", reason)
+    return None
+
+
+def _has_no_default(spec: "dataclasses.Field[Any]") -> bool:
+    return spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+
+
+def _read_ranges(node: Node, reader: Reader) -> dict[str, Range]:
+    ranges: dict[str, Range] = {}
+    for name, child in reader.named(node, "search.ranges"):
+        path, setting = f"search.ranges.{name}", settings()[name]
+        if setting.hint not in (int, float) or name == "seed":
+            reader.faults.add(child.place, path, "only settings that are numbers have a range; list others in a grid")
+            continue
+        kinds = {"min": setting, "max": setting, "scale": _SCALE}
+        entries = reader.entries(child, path, kinds)
+        given = {key: reader.typed(kinds[key], each, f"{path}.{key}") for key, each in entries.items()}
+        if made := _made(Range, given, Node(entries, child.place), path, reader):
+            ranges[name] = made
+    return ranges
+
+
+_SCALE = Field(Literal["linear", "log"], Setting("linear", "How values lie between the limits."))
+
+
+def read_ensembles(node: Node | None, groups: Collection[str], reader: Reader) -> tuple[Ensemble, ...]:
+    """`groups` are what `of` may name: labels of blocks and mixing methods."""
+    found = []
+    for index, each in enumerate(reader.elements(node, "ensembles") if node else (), start=1):
+        path = f"ensembles[{index}]"
+        entries = reader.entries(each, path, ("of", "members"))
+        if len(entries) < 2:
+            reader.faults.add(each.place, path, "`of` and `members` must be given")
+            continue
+        of = reader.text(entries["of"], f"{path}.of")
+        if of is not None and of not in groups:
+            rule = f"must be a label or a mixing method of the sweep: {', '.join(sorted(groups)) or 'it has none'}"
+            reader.faults.add(entries["of"].place, f"{path}.of", f"{rule} (got {show(of)}){nearest(of, groups)}")
+        found.append(Ensemble(of=of or "", members=_read_members(entries["members"], f"{path}.members", reader)))
+    return tuple(found)
+
+
+def _read_members(node: Node, path: str, reader: Reader) -> tuple[int, ...]:
+    counts = node.plain()
+    if isinstance(counts, list) and counts and all(type(count) is int and count >= 2 for count in counts):
+        return tuple(counts)
+    rule = "must be a list of whole numbers of at least 2: how many seeds form an ensemble"
+    reader.faults.add(node.place, path, f"{rule} (got {show(counts)})")
+    return ()
+
+
+def read_published(node: Node | None, reader: Reader) -> tuple[Published, ...]:
+    found = []
+    for index, each in enumerate(reader.elements(node, "published") if node else (), start=1):
+        path = f"published[{index}]"
+        entries = reader.entries(each, path, ("where", "source", *BY_NAME))
+        given = {key: child for key, child in entries.items() if key in BY_NAME}
+        if not {"where", "source"} <= entries.keys() or not given:
+            reader.faults.add(
+                each.place, path, "`where`, `source` and at least one metric, such as top1, must be given"
+            )
+            continue
+        where = reader.given(entries["where"], f"{path}.where")
+        metrics = {name: reader.typed(_metric(name), child, f"{path}.{name}") for name, child in given.items()}
+        source = reader.text(entries["source"], f"{path}.source")
+        values = {name: setting.value for name, setting in where.items()}
+        found.append(Published(where=values, metrics=metrics, source=source or ""))
+    return tuple(found)
+
+
+def _metric(name: str) -> Field:
+    metric = BY_NAME[name]
+    return Field(float, Setting(None, metric.meaning, at_least=0, at_most=1 if metric.unit == "fraction" else None))
