@@ -298,8 +298,9 @@ class _Parser:
 
     def _notes(self, ensembles: Sequence[Ensemble], seeds: Sequence[int]) -> list[str]:
         most = max((count for each in ensembles for count in each.members), default=0)
-        too_many = [f"{self.top['ensembles'].place}: ensembles: {most} members need as many seeds, not {len(seeds)}"]
-        return too_many if most > len(seeds) else []
+        if most <= len(seeds):
+            return []
+        return [f"{self.top['ensembles'].place}: ensembles: {most} members need as many seeds, not {len(seeds)}"]
 
 
 def _origins(base: Given, over: Given, blocks: Sequence[Block]) -> dict[str, str]:
