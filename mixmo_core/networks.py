@@ -113,7 +113,7 @@ class MixMoNet(nn.Module):
 
     def __init__(self, M: int, channels: int, stem: int, core: _WideResNet, classes: int) -> None:
         super().__init__()
-        self.core = core
+        self.core = core.to(memory_format=torch.channels_last)  # faster on every device, and much so in bf16
         self.encoders = nn.Parameter(torch.empty(M, stem, channels, 3, 3))
         self.classifiers = nn.Parameter(torch.empty(M, classes, core.features))
         self.classifier_biases = nn.Parameter(torch.zeros(M, classes))
@@ -124,7 +124,7 @@ class MixMoNet(nn.Module):
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         mixed_BCHW = self._mixed(images, masks) if self.training else self._summed(images)
-        features_BD = self.core(mixed_BCHW)
+        features_BD = self.core(mixed_BCHW.contiguous(memory_format=torch.channels_last))
         logits = functional.linear(features_BD, self.classifiers.flatten(0, 1), self.classifier_biases.flatten())
         return logits.view(-1, *self.classifier_biases.shape).transpose(0, 1).float()
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,11 +154,7 @@ class _Run:
         self._net = networks.build(config).to(device)
         stepped: nn.Module = self._net
         if world.workers > 1:
-            # Local batch norm, as in the reference: buffers are not broadcast but averaged, once an epoch.
-            devices = [device] if device.type == "cuda" else None
-            stepped = DistributedDataParallel(
-                self._net, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            stepped = _averaging(self._net, device)
         self._step = Step(config, stepped, training, rank=world.rank, workers=world.workers)
 
     def train(self, epoch: int) -> dict[str, float]:
@@ -233,6 +230,17 @@ class _Run:
         held = self._step.optimiser.state
         buffers = {name: held[p].get("momentum_buffer") for name, p in self._net.named_parameters() if p in held}
         return {name: buffer for name, buffer in buffers.items() if buffer is not None}
+
+
+def _averaging(net: nn.Module, device: torch.device) -> nn.Module:
+    """The network, with gradients that are averaged over the workers. Batch norm stays local, as the reference's is
+    on its one GPU: running statistics are not broadcast with every step but averaged, once an epoch.
+    """
+    renamed = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters  # in torch 2.13
+    local: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    devices = [device] if device.type == "cuda" else None
+    averaging: nn.Module = DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True, **local)
+    return averaging
 
 
 def _average(buffers: Sequence[Tensor], workers: int) -> None:
@@ -334,5 +342,5 @@ def _unpack(file: Any, path: Path) -> dict[str, Any]:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # whatever a foreign file makes of the reader
-        raise CheckpointError(f"{path}: not a checkpoint of mixmo: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path}: not a checkpoint of mixmo: {type(error).__name__}") from error
     return dict(state)
