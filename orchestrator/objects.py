@@ -1,0 +1,242 @@
+"""Objects by key under a folder: the few operations that a bucket has too, and no more."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from orchestrator.errors import UnreachableError
+
+UNFINISHED_S = 3600.0
+"""What a writer staged this long ago and never finished is of a writer that was killed."""
+
+
+class DamagedError(UnreachableError):
+    """An object is there, but it is not what its name or its format says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    data: bytes
+    tag: str
+    """Tells one content from another, as an ETag does."""
+
+
+class Folder:
+    """Objects by key (`a/b/c`).
+
+    An object is replaced whole: a reader sees the old one or the new one, also after a crash. Every OSError but
+    "not there" becomes UnreachableError, leaves what was there as it was, and may be retried.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def path(self, key: str) -> Path:
+        return self.root / key
+
+    def read(self, key: str) -> Stored | None:
+        """The object, or None where there is none."""
+        with self._explained("read", key):
+            try:
+                data = self.path(key).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        return Stored(data, _tag(data))
+
+    def put(self, key: str, data: bytes) -> None:
+        """Make or replace an object."""
+        with self._explained("write", key), self._staged(key, data) as temporary:
+            os.replace(temporary, self.path(key))
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Make an object; False, and no change, where there is one."""
+        with self._explained("write", key), self._staged(key, data) as temporary:
+            return _link(temporary, self.path(key))
+
+    def upload(self, key: str, source: Path) -> bool:
+        """As `create`, from a file of any size."""
+        with self._explained("write", key), source.open("rb") as data, self._staged(key, data) as temporary:
+            return _link(temporary, self.path(key))
+
+    def download(self, key: str, local: Path, accept: Callable[[str], bool]) -> str | None:
+        """Copy an object of any size to a local file if its tag is acceptable. The tag; None where there is none."""
+        with self._explained("read", key):
+            try:
+                source = self.path(key).open("rb")
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            with source, Folder(local.parent)._staged(local.name, source) as temporary:
+                tag = tag_of(temporary)
+                if accept(tag):
+                    os.replace(temporary, local)
+        return tag
+
+    def digest(self, key: str) -> str | None:
+        """The tag of an object of any size; None where there is none."""
+        with self._explained("read", key):
+            try:
+                return tag_of(self.path(key))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def swap(self, key: str, data: bytes, tag: str | None) -> str | None:
+        """Replace the object whose tag this is (None: there is none yet). The new tag; None where it has changed."""
+        with self._explained("write", key):
+            self.path(key).parent.mkdir(parents=True, exist_ok=True)
+            with _locked(self.path(key).with_name(".lock")):
+                held = self.read(key)
+                if (held.tag if held else None) != tag:
+                    return None
+                self.put(key, data)
+        return _tag(data)
+
+    def delete(self, key: str) -> None:
+        with self._explained("delete", key):
+            self.path(key).unlink(missing_ok=True)
+
+    def names(self, prefix: str, *, folders: bool = False) -> list[str]:
+        """Sorted names of the objects (or the folders) right under a prefix; names that begin with a dot are ours."""
+        with self._explained("list", prefix):
+            try:
+                with os.scandir(self.path(prefix)) as entries:
+                    found = [entry.name for entry in entries if entry.is_dir() == folders]
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        return sorted(name for name in found if not name.startswith("."))
+
+    def modified(self, key: str) -> float:
+        """When the object was written, in seconds by the store's own clock; 0 where there is none."""
+        with self._explained("read", key):
+            try:
+                return self.path(key).stat().st_mtime
+            except (FileNotFoundError, NotADirectoryError):
+                return 0.0
+
+    def clock(self, key: str) -> float:
+        """The time by the clock that `modified` uses, which on a network folder is not this machine's."""
+        with self._explained("write", key), self._staged(key, b"") as temporary:
+            return temporary.stat().st_mtime
+
+    def tidy(self, prefix: str) -> None:
+        """Delete what writers that were killed more than an hour ago had not finished under a prefix."""
+        with self._explained("tidy", prefix), contextlib.suppress(FileNotFoundError):
+            for each in self.path(prefix).glob(".*.tmp"):
+                if time.time() - each.stat().st_mtime > UNFINISHED_S:
+                    each.unlink(missing_ok=True)
+
+    def probe(self) -> None:
+        """Raise UnreachableError if nothing can be written here."""
+        with self._explained("write", "."):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with self._staged("probe", b"mixmo"):
+                pass
+
+    @contextlib.contextmanager
+    def _staged(self, key: str, data: bytes | BinaryIO) -> Iterator[Path]:
+        """The data in a file beside the object, on disk. The name begins with a dot and does not end in .parquet, so
+        that no glob of a Parquet reader finds it when a kill leaves it behind.
+        """
+        final = self.path(key)
+        temporary = final.with_name(f".{final.name}.{secrets.token_hex(6)}.tmp")
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("xb") as file:
+                shutil.copyfileobj(data, file, 1 << 20) if not isinstance(data, bytes) else file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        _sync_folder(final.parent)
+
+    @contextlib.contextmanager
+    def _explained(self, verb: str, key: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UnreachableError(
+                f"cannot {verb} {self.path(key)}: {reason}. What was stored before is unharmed. Make the results "
+                f"folder readable and writable, with room on its disk, and run the same command again."
+            ) from error
+
+
+def _tag(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def tag_of(path: Path) -> str:
+    """The tag that this file has as an object: the SHA-256 of its content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Give a file its final name unless that is taken. A rename would overwrite, so it is a hard link."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        if target.exists():  # a file system without hard links: attempts have names of their own, so nobody races
+            return False
+        os.replace(source, target)
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (
+            errno.EINVAL,
+            errno.EBADF,
+            errno.ENOTSUP,
+        ):  # some network folders cannot; all else is real
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _locked(lock: Path, patience_s: float = 10.0) -> Iterator[None]:
+    """Hold a lock that dies with its process. Where the file system has none, the fence alone protects."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _flock(descriptor, lock, patience_s)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _flock(descriptor: int, lock: Path, patience_s: float) -> None:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    errno.ETIMEDOUT, f"a process holds {lock} and does not move (`fuser {lock}` names it; kill -9 it)"
+                ) from error
+            time.sleep(0.01)
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL):
+                return None
+            raise
