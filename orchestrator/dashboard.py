@@ -6,6 +6,7 @@ broken screen can hurt no sweep.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +44,7 @@ from orchestrator.rows import TrialRow
 if TYPE_CHECKING:
     from rich.live import Live
 
-    from orchestrator.store import Event, ResultStore, Snapshot
+    from orchestrator.store import ResultStore, Snapshot
 
 WIDE = 110
 """From this many columns on, results stand beside failures and events."""
@@ -84,7 +85,7 @@ def _counts(state: Progress) -> Text:
     line = Text()
     for count, word, style in (
         (state.done, "done", DONE),
-        (state.running, "running", BUSY),
+        (state.running, "to resume" if state.status == "stopped" else "running", BUSY),
         (state.queued, "queued", FAINT),
         (state.paused, "paused", WARN),
         (state.failed, "failed", BAD),
@@ -116,7 +117,7 @@ def _pace(state: Progress, width: int) -> Text:
 # -------------------------------------------------------------------------------------------------- the sections
 
 
-def _running(snapshot: Snapshot, names: Mapping[str, str], width: int) -> Section:
+def _running(snapshot: Snapshot, names: Mapping[str, str], width: int, driven: bool | None) -> Section:
     curves: dict[str, list[float]] = defaultdict(list)
     for epoch in sorted(snapshot.live, key=lambda row: row.epoch):
         top1 = epoch.metrics.get("top1")
@@ -133,7 +134,8 @@ def _running(snapshot: Snapshot, names: Mapping[str, str], width: int) -> Sectio
     lines = [
         _running_line(row, names[row.cell_id], curves[row.trial_id], stretch, curve)[: len(columns)] for row in busy
     ]
-    return Section("Running", f"{STRONG} {BUSY}", tuple(columns), lines, least=4)
+    title = "To resume" if driven is False else "Running"
+    return Section(title, f"{STRONG} {BUSY}", tuple(columns), lines, least=4)
 
 
 def _running_line(row: TrialRow, name: str, top1: Sequence[float], stretch: int, curve: int) -> list[str | Text]:
@@ -196,12 +198,14 @@ _KINDS = {"running": "started", "terminated": "finished", "error": "failed", "pe
 """States, as what has happened."""
 
 
-def _events(events: Sequence[Event], now: datetime) -> Section:
+def _events(snapshot: Snapshot, names: Mapping[str, str], now: datetime) -> Section:
+    spoken = {row.trial_id: f"{names[row.cell_id]}, seed {row.config.get('seed')}" for row in snapshot.rows}
     lines: list[list[str | Text]] = []
-    for event in reversed(events):
-        parts = dict.fromkeys([_KINDS.get(event.kind, event.kind), event.cause, event.text])
+    for event in reversed(snapshot.events):
+        kind, trial_id = _KINDS.get(event.kind, event.kind), event.trial_id or ""
+        parts = dict.fromkeys([kind, spoken.get(trial_id), event.cause, event.text])
         said = " · ".join(" ".join(part.split()) for part in parts if part)
-        lines.append([Text(clock(event.time, now), style=FAINT), _id(event.trial_id or ""), said])
+        lines.append([Text(clock(event.time, now), style=FAINT), _id(trial_id), said])
     return Section("Events", STRONG, (Column("", 8), Column("", 7), Column("", 0)), lines, least=2)
 
 
@@ -222,8 +226,8 @@ def render(snapshot: Snapshot, now: datetime, size: tuple[int, int], *, driven: 
     names = progress.cell_names(snapshot.rows)
     lines = _header(snapshot, progress.measure(snapshot, now, driven=driven), now, width)
     half = (width - 3) // 2 if width >= WIDE else width
-    running, results = _running(snapshot, names, width), _results(snapshot.rows, names, half)
-    notes = [_failures(snapshot.rows, half), _events(snapshot.events, now)]
+    running, results = _running(snapshot, names, width, driven), _results(snapshot.rows, names, half)
+    notes = [_failures(snapshot.rows, half), _events(snapshot, names, now)]
     room = height - len(lines)
     if width >= WIDE:
         body = stack([running], width, room - 1 - min(len(results.lines), room // 2))
@@ -239,7 +243,7 @@ def summary(snapshot: Snapshot, now: datetime, width: int, *, driven: bool | Non
     names = progress.cell_names(snapshot.rows)
     inner = max(10, min(width, 120) - 2)
     sections = [
-        _running(snapshot, names, inner),
+        _running(snapshot, names, inner, driven),
         _results(snapshot.rows, names, inner),
         _failures(snapshot.rows, inner),
     ]
@@ -311,18 +315,15 @@ class Screen:
         self._now = now
         self._say_every = timedelta(seconds=say_every_s)
         self._live: Live | None = None
+        self._draws = console.is_terminal and not console.is_dumb_terminal
         self._frame: Text | None = None
         self._shown: Snapshot | None = None
         self._driven: bool | None = True
         self._said_at: datetime | None = None
         self._rest_until = 0.0
+        self._notes: list[str] = []
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
-            from rich.live import Live
-
-            self._live = Live(Text(), console=self._console, screen=True, auto_refresh=False)
-            self._live.start()
         return self
 
     def __exit__(
@@ -330,21 +331,46 @@ class Screen:
     ) -> None:
         if self._live:
             self._live.stop()
+            for note in self._notes:
+                self._print(note)
         if self._shown:
             self._console.print(summary(self._shown, self._now(), self._console.width, driven=self._driven))
 
+    def ended(self) -> None:
+        """The driver has let go of the sweep: the summary says `stopped` if anything is left."""
+        self._driven = False
+
     def show(self, snapshot: Snapshot, *, driven: bool | None = True) -> None:
-        if self._live:
+        if self._draws:
             self._draw(snapshot, driven)
         else:
             self._say(snapshot, driven)
         self._shown, self._driven = snapshot, driven
 
+    def say(self, text: str) -> None:
+        """A line for people: at the foot of the screen until the next one, and kept for when the screen is gone."""
+        if not self._live:
+            self._print(text)
+            return
+        self._notes = [*self._notes[-19:], text]
+        self._rest_until = 0.0
+        if self._shown:
+            self._draw(self._shown, self._driven)
+
     def _draw(self, snapshot: Snapshot, driven: bool | None) -> None:
         began = time.monotonic()
-        if began < self._rest_until or self._live is None:
+        if began < self._rest_until:
             return
-        frame = render(snapshot, self._now(), self._console.size, driven=driven)
+        if self._live is None:  # not before there is something to see
+            from rich.live import Live
+
+            self._live = Live(Text(), console=self._console, screen=True, auto_refresh=False)
+            self._live.start()
+        width, height = self._console.size
+        frame = render(snapshot, self._now(), (width, height - bool(self._notes)), driven=driven)
+        if self._notes:
+            frame.append("\n" * (height - 1 - frame.plain.count("\n")))
+            frame.append(f" {self._notes[-1]}"[:width], style=WARN)
         if frame != self._frame:
             self._live.update(frame, refresh=True)
             self._frame = frame
@@ -357,7 +383,10 @@ class Screen:
             lines.append(counts(snapshot, now, driven=driven))
             self._said_at = now
         for line in lines:
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def watch(store: ResultStore, sweep: str, console: Console, *, once: bool = False, every_s: float = 1.0) -> ExitCode:
@@ -368,24 +397,17 @@ def watch(store: ResultStore, sweep: str, console: Console, *, once: bool = Fals
     snapshot = store.snapshot(sweep)
     if once:
         now = datetime.now().astimezone()
-        console.print(render(snapshot, now, console.size, driven=_driven(store, sweep)))
+        console.print(render(snapshot, now, console.size, driven=progress.driven(store, sweep)))
         return ExitCode.OK
     with Screen(console) as screen:
         while True:
             began = time.monotonic()
-            driven: bool | None = None
-            try:
+            held: bool | None = None
+            with contextlib.suppress(UnreachableError):
                 snapshot = store.snapshot(sweep)
-                driven = _driven(store, sweep)
-            except UnreachableError:
-                pass
-            screen.show(snapshot, driven=driven)
+                held = progress.driven(store, sweep)
+            screen.show(snapshot, driven=held)
             state = progress.measure(snapshot, datetime.now().astimezone())
             if state.status == "finished":
                 return ExitCode.FAULTS if state.failed else ExitCode.OK
             time.sleep(max(every_s, 20 * (time.monotonic() - began)))
-
-
-def _driven(store: ResultStore, sweep: str) -> bool:
-    lease = store.lease(sweep)
-    return lease is not None and not lease.expired

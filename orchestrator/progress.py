@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Literal
 
 from mixmo_core import cost
 from mixmo_core.config import leaves
+from orchestrator import analysis
 from orchestrator.rows import FINAL, TrialRow, config_of
 
 if TYPE_CHECKING:
-    from orchestrator.store import Snapshot
+    from orchestrator.store import ResultStore, Snapshot
 
 Status = Literal["starting", "running", "finished", "stopped", "quiet"]
 """`stopped`: something is left to run and no driver runs it. `quiet`: whether one does cannot be told."""
@@ -63,11 +64,17 @@ def measure(snapshot: Snapshot, now: datetime, *, driven: bool | None = True) ->
         cancelled=states["CANCELLED"],
         fraction=(ended + partial) / len(rows) if rows else 0.0,
         trials_per_hour=_trials_per_hour(snapshot, own, now),
-        eta_s=_eta_s(rows),
+        eta_s=None if driven is False else _eta_s(rows),
         elapsed_s=_elapsed_s(own),
         gpu_seconds=sum(row.gpu_seconds for row in own),
-        images_per_s=sum(row.images_per_s or 0.0 for row in rows if row.state == "RUNNING"),
+        images_per_s=sum(row.images_per_s or 0.0 for row in rows if row.state == "RUNNING" and driven is not False),
     )
+
+
+def driven(store: ResultStore, sweep: str) -> bool:
+    """Whether a living driver holds the sweep."""
+    lease = store.lease(sweep)
+    return lease is not None and not lease.expired
 
 
 def _left(row: TrialRow) -> float:
@@ -179,54 +186,37 @@ def failures(rows: Sequence[TrialRow]) -> list[tuple[str, list[TrialRow]]]:
 # ------------------------------------------------------------------------------------------------------------- names
 
 
-_SPEAK_FOR_THEMSELVES = ("data.dataset", "mixing.method", "model.arch")
-_FOLLOW = ("model.encoders", "model.classifiers")
+_SPEAK_FOR_THEMSELVES = ("data_dataset", "mixing_method", "model_arch")
+_FOLLOW = ("model_encoders", "model_classifiers")
 """Counts that say something only where they differ from the number of subnetworks."""
 
 
 def cell_names(rows: Sequence[TrialRow]) -> dict[str, str]:
     """A short name for every cell: its label, and the settings in which it differs from others of that label.
 
-    Settings are written as papers do: `cutmix M=2 w=10`.
+    Settings are written as papers do: `cutmix w=10 M=2`.
     """
+    symbols = {name.replace(".", "_"): spec.metadata["setting"].symbol for name, spec in leaves()}
     blocks: dict[str | None, dict[str, TrialRow]] = defaultdict(dict)
     for row in rows:
         blocks[row.label][row.cell_id] = row
     names = {}
     for label, block in blocks.items():
-        varied = _varied(list(block.values()))
+        varied = sorted(analysis.varied(list(block.values()), label=False), key=_words_first)
         for cell_id, row in block.items():
-            words = [*([label] if label else []), *_words(row, varied)]
+            words = [label] if label else []
+            for column in varied:
+                value = row.workers if column == "workers" else row.config.get(column)
+                if value is not None and not (column in _FOLLOW and value == row.config.get("model_subnetworks")):
+                    words.append(_word(column, value, symbols.get(column)))
             names[cell_id] = " ".join(words) or row.config.get("mixing_method") or f"cell {cell_id[:7]}"
     return names
 
 
-def _varied(rows: Sequence[TrialRow]) -> list[str]:
-    """The dotted names of the settings that tell these cells apart; null, "without effect", tells nothing."""
-    varied = [name for name in _SPEAK_FOR_THEMSELVES if _differs(rows, name)]
-    for name in [*(name for name, _ in leaves()), "workers"]:
-        if name not in (*varied, "seed") and _differs(rows, name):
-            varied.append(name)
-    return varied
+def _words_first(column: str) -> bool:
+    return column not in _SPEAK_FOR_THEMSELVES
 
 
-def _differs(rows: Sequence[TrialRow], name: str) -> bool:
-    return len({str(value) for row in rows if (value := _shown(row, name)) is not None}) > 1
-
-
-def _shown(row: TrialRow, name: str) -> object:
-    value: object = row.workers if name == "workers" else row.config.get(name.replace(".", "_"))
-    return None if name in _FOLLOW and value == row.config.get("model_subnetworks") else value
-
-
-def _words(row: TrialRow, varied: Sequence[str]) -> list[str]:
-    symbols = {name: spec.metadata["setting"].symbol for name, spec in leaves()}
-    words = []
-    for name in varied:
-        value = _shown(row, name)
-        if value is not None:
-            text = f"{value:g}" if isinstance(value, float) else str(value)
-            words.append(
-                text if name in _SPEAK_FOR_THEMSELVES else f"{symbols.get(name) or name.rpartition('.')[2]}={text}"
-            )
-    return words
+def _word(column: str, value: object, symbol: str | None) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if column in _SPEAK_FOR_THEMSELVES else f"{symbol or analysis.short(column).rpartition('.')[2]}={text}"

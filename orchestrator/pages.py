@@ -1,0 +1,253 @@
+"""Pages of text for the commands that read: a list of sweeps, a trial, a plan, the state of this machine. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from mixmo_core.config import flatten, leaves
+from mixmo_core.metrics import METRICS
+from orchestrator.lines import (
+    BAD,
+    BUSY,
+    DONE,
+    FAINT,
+    STRONG,
+    WARN,
+    Column,
+    Section,
+    clock,
+    duration,
+    fields,
+    joined,
+    percent,
+    plural,
+    sparkline,
+)
+from orchestrator.progress import Progress
+from orchestrator.rows import CONFIG_COLUMNS, EpochRow, TrialRow
+
+if TYPE_CHECKING:
+    from orchestrator.doctor import Check
+    from orchestrator.plan import PlannedTrial
+    from orchestrator.store import Fault
+    from orchestrator.sweep import Sweep
+
+_ALL = 10**6
+_MARKS = {"good": ("✓", DONE), "note": ("·", WARN), "bad": ("✗", BAD)}
+_STATES = {"TERMINATED": DONE, "RUNNING": BUSY, "ERROR": BAD}
+
+
+def sweeps(listed: Sequence[tuple[str, Progress, datetime | None]], now: datetime, width: int) -> Text:
+    """One line per sweep: (name, progress, when it was last written)."""
+    columns = (
+        Column("", 0),
+        Column("state", 8),
+        Column("done", 13, "right"),
+        Column("failed", 6, "right"),
+        Column("last news", 9, "right"),
+    )
+    lines = [
+        [
+            Text(name, style=STRONG),
+            state.status,
+            f"{state.done:,} of {state.total:,}",
+            Text(f"{state.failed:,}" if state.failed else "", style=BAD),
+            clock(written, now) if written else "",
+        ]
+        for name, state, written in listed
+    ]
+    return joined(Section("Sweeps", STRONG, columns, lines).draw(min(width, 100) - 2, _ALL))
+
+
+def checks(done: Sequence[Check]) -> Text:
+    lines = []
+    for check in done:
+        mark, style = _MARKS[check.verdict]
+        line = Text().append(f"{mark} ", style=style).append(f"{check.name:<14}", style=STRONG).append(check.found)
+        lines.append(line.append(f" · {check.advice}", style=FAINT) if check.advice else line)
+    return joined(lines)
+
+
+def faults(found: Sequence[Fault]) -> Text:
+    lines = []
+    for fault in found:
+        line = Text().append(f"✗ {fault.kind:<12}", style=BAD).append(f"{(fault.trial_id or '')[:7]:<9}", style=FAINT)
+        lines.append(line.append(fault.text).append(f" · {fault.advice}" if fault.advice else "", style=FAINT))
+    return joined(lines)
+
+
+# ------------------------------------------------------------------------------------------------------- one trial
+
+
+def trial(rows: Sequence[TrialRow], epochs: Sequence[EpochRow], now: datetime, width: int) -> Text:
+    """A trial, given by its row in each sweep that has it; the one with the highest order speaks for it."""
+    row = max(rows, key=lambda each: each.order)
+    inner = max(40, min(width, 100) - 2)
+    state = Text(row.state.lower(), style=_STATES.get(row.state, FAINT))
+    head = Text(row.trial_id, style=STRONG).append("  ").append_text(state)
+    head.append(f"  epoch {row.epoch} of {row.epochs}" + (", stopped early" if row.stopped_early else ""))
+    blocks = [
+        [head],
+        _pairs("What became of it", _fate(rows, row, now), inner),
+        _pairs("Results of the last epoch", _metrics(row), inner),
+        _curve(epochs, inner),
+        _pairs("Settings", _settings(row), inner),
+        _pairs("Where it ran", _origin(row), inner),
+    ]
+    if row.error:
+        blocks.append([Text("Error", style=f"{STRONG} {BAD}"), *(Text(line) for line in row.error.splitlines())])
+    blocks.append([Text("Repeat it here, without Ray: ", style=FAINT).append(f"mixmo train --trial {row.trial_id}")])
+    lines = [line for block in blocks if block for line in [*block, Text()]]
+    return joined(lines[:-1])
+
+
+def _pairs(title: str, pairs: Mapping[str, Any], width: int) -> list[Text]:
+    shown = {name: str(value) for name, value in pairs.items() if value not in (None, "")}
+    longest = max((len(name) for name in shown), default=0)
+    columns = (Column("", 1), Column("", longest), Column("", 0))
+    lines = [fields(width, columns, ["", Text(name, style=FAINT), value]) for name, value in shown.items()]
+    return [Text(title, style=STRONG), *lines] if lines else []
+
+
+def _fate(rows: Sequence[TrialRow], row: TrialRow, now: datetime) -> dict[str, Any]:
+    return {
+        "sweeps": ", ".join(sorted({each.sweep for each in rows})),
+        "label": row.label,
+        "cause": row.error_cause,
+        "attempts": row.attempts or None,
+        "began": clock(row.started_at, now) if row.started_at else None,
+        "last news": clock(row.updated_at, now) if row.updated_at else None,
+        "training": duration(row.wall_s) if row.wall_s else None,
+        "GPU-hours": f"{row.gpu_seconds / 3600:.3f}" if row.gpu_seconds else None,
+        "images/s": f"{row.images_per_s:,.0f}" if row.images_per_s else None,
+        "FLOPs": f"{row.train_flops:.3g}" if row.train_flops else None,
+        "taken from": row.cached_from,
+        "best": f"{percent(row.best_top1, 2)} in epoch {row.best_epoch}" if row.best_top1 is not None else None,
+        "checkpoint": row.checkpoint,
+    }
+
+
+def _metrics(row: TrialRow) -> dict[str, Any]:
+    shown = {}
+    for metric in METRICS:
+        value = row.metrics.get(metric.name)
+        if value is not None:
+            shown[metric.name] = percent(value, 2) if metric.unit == "fraction" else f"{value:.4g}"
+    return shown
+
+
+def _curve(epochs: Sequence[EpochRow], width: int) -> list[Text]:
+    top1 = [value for each in epochs if (value := each.metrics.get("top1")) is not None]
+    if len(top1) < 2:
+        return []
+    line = Text("top-1  ", style=FAINT).append(sparkline(top1, min(60, width - 30)), style=BUSY)
+    return [line.append(f"  {percent(top1[0])} to {percent(top1[-1])}")]
+
+
+def _settings(row: TrialRow) -> dict[str, Any]:
+    """By dotted name; those without effect are left out, as they are null in the row."""
+    names = {column: column.replace("_", ".", 1) for column in CONFIG_COLUMNS}
+    shown = {names[column]: row.config.get(column) for column in CONFIG_COLUMNS}
+    return {**shown, "workers": row.workers if row.workers > 1 else None}
+
+
+def _origin(row: TrialRow) -> dict[str, Any]:
+    dirty = " with local changes" if row.git_dirty else ""
+    return {
+        "hosts": row.hosts,
+        "device": row.device_name,
+        "torch": row.torch_version,
+        "ray": row.ray_version,
+        "commit": f"{row.git_commit}{dirty}" if row.git_commit else None,
+        "numerics": row.numerics,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- a plan
+
+
+def plan(summary: Mapping[str, Any], names: Mapping[str, str], width: int) -> Text:
+    """What a run would do. `summary` is that of plan.Plan; `names` gives a name by cell id."""
+    inner = max(40, min(width, 110) - 2)
+    seeds = summary["seeds"]
+    spoken = f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds[:8]))}{' ...' if len(seeds) > 8 else ''}"
+    head = Text(summary["sweep"], style=STRONG)
+    head.append(
+        f"  {plural(summary['trials'], 'trial')} in {plural(summary['cells'], 'cell')}, {spoken}", style="not bold"
+    )
+    lines = [head, _verdict(summary)]
+    columns = (Column("", 0), Column("weights", 9, "right"), Column("FLOPs a trial", 13, "right"),
+               Column("trials", 6, "right"), Column("to run", 6, "right"), Column("", 18))  # fmt: skip
+    cells: list[list[str | Text]] = [
+        [
+            names[cell["cell_id"]],
+            f"{cell['parameters']:,}",
+            f"{cell['train_flops']:.2g}",
+            f"{cell['trials']:,}",
+            f"{sum(count for action, count in cell['actions'].items() if action in _TO_RUN):,}",
+            Text(", ".join(f"{count:,} {action}" for action, count in cell["actions"].items()), style=FAINT),
+        ]
+        for cell in summary["by_cell"]
+    ]
+    lines += Section("Cells", STRONG, columns, cells).draw(inner, _ALL)
+    for key, meaning in (("removed", "no longer in the file; their rows stay"), ("stale", "under older numerics")):
+        if summary[key]:
+            shown = " ".join(each[:7] for each in summary[key][:6]) + (" ..." if len(summary[key]) > 6 else "")
+            lines.append(Text(f"{plural(len(summary[key]), 'trial')} {meaning}: {shown}", style=WARN))
+    return joined([*lines, *(Text(f"note: {note}", style=WARN) for note in summary["notes"])])
+
+
+_TO_RUN = ("new", "resume", "retry", "stale")
+_ACTIONS = {
+    "new": "new", "resume": "to resume", "retry": "failed, to run again", "stale": "stale, to run again",
+    "done": "done", "cached": "cached", "failed": "failed", "cancelled": "cancelled",
+}  # fmt: skip
+
+
+def _verdict(summary: Mapping[str, Any]) -> Text:
+    actions = summary["actions"]
+    runs = [f"{actions[name]:,} {_ACTIONS[name]}" for name in _TO_RUN if name in actions]
+    rest = [f"{count:,} {_ACTIONS[name]}" for name, count in actions.items() if name not in _TO_RUN]
+    line = Text("To run: ").append(f"{summary['to_run']:,}", style=f"{STRONG} {BUSY}")
+    line.append(f" ({', '.join(runs)})" if runs else ", nothing is missing")
+    line.append(f" · {', '.join(rest)}" if rest else "", style=FAINT)
+    epochs = plural(summary["epochs_to_run"], "epoch")
+    flops = f" · {epochs}, {summary['train_flops_to_run']:.2g} FLOPs of training"
+    return line.append(flops if summary["to_run"] else "", style=FAINT)
+
+
+def planned_trials(items: Sequence[PlannedTrial], names: Mapping[str, str], width: int) -> Text:
+    """One line per trial, with its index for `mixmo train --index`."""
+    columns = (Column("index", 6, "right"), Column("trial", 12), Column("", 0), Column("seed", 4, "right"),
+               Column("", 9), Column("", 30))  # fmt: skip
+    lines: list[list[str | Text]] = [
+        [
+            str(index),
+            item.trial.trial_id,
+            names[item.trial.cell_id],
+            str(item.trial.config.seed),
+            Text(item.action, style=BUSY if item.runs else FAINT),
+            Text(item.reason, style=FAINT),
+        ]
+        for index, item in enumerate(items)
+    ]
+    return joined(Section("", STRONG, columns, lines).draw(max(60, min(width, 130) - 2), _ALL))
+
+
+def settings(sweep: Sweep, width: int) -> Text:
+    """Every setting of a sweep's trials: its value, where it comes from, what it means."""
+    common = flatten(sweep.trials[0].config)
+    lines = []
+    for name, spec in leaves():
+        value = common[name] if sweep.origins.get(name) != "varies" else Text("varies", style=BUSY)
+        shown = (
+            value if isinstance(value, Text) else " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        )
+        origin = Text(sweep.origins.get(name, ""), style=FAINT)
+        lines.append([name, shown, origin, Text(spec.metadata["setting"].meaning, style=FAINT)])
+    columns = (Column("", 23), Column("value", 12), Column("from", 22), Column("", 0))
+    return joined(Section("Settings", STRONG, columns, lines).draw(max(60, width - 2), _ALL))
