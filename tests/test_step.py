@@ -223,3 +223,23 @@ def test_momentum_may_be_zero() -> None:
     for old, parameter in zip(before, net.parameters(), strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.detach(), old - 0.1 * parameter.grad)
+
+
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_takes_few_operations() -> None:
+    """What the host pays for a step: 509 operations for WRN-28-2 with torch 2.14, 837 or more in the reference, whose
+    l2 term alone is 575. A tenth is left for other versions of torch.
+    """
+    config = dataclasses.replace(TINY, model=ModelConfig(depth=28, width=2, subnetworks=2))
+    step = Step(config, networks.build(config), images(config))
+    step(batch(config), number=1, p=0.5, lr=0.05)
+    with _Operations() as operations:  # type: ignore[no-untyped-call]
+        step(batch(config), number=2, p=0.5, lr=0.05)
+    assert 100 < operations.count < 560
