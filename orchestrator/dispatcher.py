@@ -282,7 +282,8 @@ class Dispatcher:
         standing.held = None
 
     def _tell(self, kind: Any, standing: _Standing | None, **told: Any) -> None:
-        where = {} if standing is None else {"index": standing.order.index, "attempt": standing.attempts}
         self._told += 1
-        self._updates.append(Update(seq=self._told, time=datetime.now(UTC), kind=kind, **where, **told))
+        index, attempt = (None, 0) if standing is None else (standing.order.index, standing.attempts)
+        update = Update(seq=self._told, time=datetime.now(UTC), kind=kind, index=index, attempt=attempt, **told)
+        self._updates.append(update)
         self._news.set()

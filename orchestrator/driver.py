@@ -308,7 +308,8 @@ class _Session:
         ]  # fmt: skip
 
     def _gang_plan(self, cluster: Any) -> Any:
-        from orchestrator.fleet import NAMESPACE, GangPlan
+        from orchestrator.fleet import NAMESPACE
+        from orchestrator.gang import GangPlan
 
         resources, every_s = self.sweep.resources, self.sweep.checkpoints.every_s
         gpus = resources.gpus_per_worker

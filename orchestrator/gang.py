@@ -25,9 +25,10 @@ import torch.distributed as dist
 
 from mixmo_core import train
 from mixmo_core.config import TrialConfig, digest, identity, unflatten
+from orchestrator.attempts import LOG_BYTES, AttemptFolder, without_secrets
 from orchestrator.dispatcher import Assignment, EpochReport, Worker
 from orchestrator.errors import MixmoError
-from orchestrator.store import LOG_BYTES, AttemptFolder, ResultStore, without_secrets
+from orchestrator.store import ResultStore
 
 LOG_PERIOD_S = 30.0
 
@@ -88,7 +89,8 @@ class Gang:
     def _next(self) -> Assignment | Literal["wait", "leave"]:
         wait_s = min(self.plan.wait_s, self.plan.group_timeout_s / 2)
         asked = ray.get(self.dispatcher.next.remote(self.name, wait_s)) if self.rank == 0 else None
-        return self._from_first(asked)
+        answer: Assignment | Literal["wait", "leave"] = self._from_first(asked)
+        return answer
 
     def _from_first(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""

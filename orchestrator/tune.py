@@ -60,15 +60,15 @@ class Grid(Searcher):
     def __init__(self, suggestions: Sequence[Mapping[str, Any]], metric: str) -> None:
         super().__init__(metric=metric, mode="max")
         self._waiting = list(reversed(suggestions))
-        self._drained = threading.Event()
+        self._drained = False  # a plain flag: Tune pickles its searcher
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if self._drained.is_set() or not self._waiting:
+        if self._drained or not self._waiting:
             return str(Searcher.FINISHED)
         return dict(self._waiting.pop())
 
     def drain(self) -> None:
-        self._drained.set()
+        self._drained = True
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """A grid learns nothing from results."""
