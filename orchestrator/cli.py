@@ -34,6 +34,13 @@ if TYPE_CHECKING:
     from orchestrator.sweep import Sweep
 
 
+class _Command(typer.core.TyperCommand):
+    """Its usage line names arguments as everybody writes them: `mixmo run [OPTIONS] FILE`."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+
+
 class _Sections(typer.core.TyperGroup):
     """Lists the commands under headings, in the order in which they are defined."""
 
@@ -59,9 +66,9 @@ app.add_typer(data_app, name="data", rich_help_panel="Around it")
 
 RUNNING, READING, AROUND = "Plan and run", "Read results", "Around it"
 
-File = Annotated[Path, typer.Argument(help="A sweep file, such as sweeps/quickstart.yaml.")]
-SweepName = Annotated[str, typer.Argument(help="The name in the sweep file; `mixmo ls` lists them.")]
-TrialId = Annotated[str, typer.Argument(help="A trial id, or as many of its first digits as tell it.")]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A sweep file, such as sweeps/quickstart.yaml.")]
+SweepName = Annotated[str, typer.Argument(metavar="SWEEP", help="The name in the sweep file; `mixmo ls` lists them.")]
+TrialId = Annotated[str, typer.Argument(metavar="TRIAL", help="A trial id, or as many of its first digits as tell it.")]
 Results = Annotated[
     str, typer.Option("--results", envvar="MIXMO_RESULTS", metavar="FOLDER", help="Where the results lie.")
 ]
@@ -110,7 +117,7 @@ def program(
 # ---------------------------------------------------------------------------------------------------- plan and run
 
 
-@app.command(rich_help_panel=RUNNING)
+@app.command(cls=_Command, rich_help_panel=RUNNING)
 def plan(
     file: File,
     *,
@@ -145,7 +152,7 @@ def plan(
         console.print(pages.planned_trials(planned.items, names, console.width))
 
 
-@app.command(rich_help_panel=RUNNING)
+@app.command(cls=_Command, rich_help_panel=RUNNING)
 def run(
     file: File,
     *,
@@ -193,9 +200,9 @@ def run(
     return code
 
 
-@app.command(rich_help_panel=RUNNING)
+@app.command(cls=_Command, rich_help_panel=RUNNING)
 def train(
-    file: Annotated[Path | None, typer.Argument(help="A sweep file.")] = None,
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="A sweep file.")] = None,
     *,
     index: Annotated[
         int, typer.Option("--index", help="Which trial of the file, as `mixmo plan --trials` counts.")
@@ -225,7 +232,7 @@ def train(
 # ---------------------------------------------------------------------------------------------------- read results
 
 
-@app.command("ls", rich_help_panel=READING)
+@app.command("ls", cls=_Command, rich_help_panel=READING)
 def list_sweeps(results: Results = "results", as_json: Json = False) -> None:
     """The sweeps in the results, and how far each is."""
     from orchestrator import pages
@@ -243,7 +250,7 @@ def list_sweeps(results: Results = "results", as_json: Json = False) -> None:
         _say(f"no sweeps in {store.uri}; `mixmo run FILE` begins one")
 
 
-@app.command(rich_help_panel=READING)
+@app.command(cls=_Command, rich_help_panel=READING)
 def status(sweep: SweepName, results: Results = "results", as_json: Json = False) -> None:
     """How far a sweep is: counts, time left, results, failures."""
     from orchestrator.dashboard import summary
@@ -258,7 +265,7 @@ def status(sweep: SweepName, results: Results = "results", as_json: Json = False
     console.print(summary(store.snapshot(sweep), _now(), console.width, driven=driven(store, sweep)))
 
 
-@app.command(rich_help_panel=READING)
+@app.command(cls=_Command, rich_help_panel=READING)
 def watch(
     sweep: SweepName,
     once: Annotated[bool, typer.Option("--once", help="Print one frame and exit.")] = False,
@@ -281,9 +288,9 @@ def watch(
     return dashboard.watch(store, sweep, _console(), once=once)
 
 
-@app.command(rich_help_panel=READING)
+@app.command(cls=_Command, rich_help_panel=READING)
 def table(
-    sweep: Annotated[list[str], typer.Argument(help="One sweep, or several as one.")],
+    sweep: Annotated[list[str], typer.Argument(metavar="SWEEP", help="One sweep, or several as one.")],
     *,
     rows: Annotated[
         str, typer.Option("--rows", metavar="FIELDS", help="Settings that make a line, as model.width,label.")
@@ -319,7 +326,7 @@ def table(
     print(shown["json" if as_json else format]().rstrip("\n"))
 
 
-@app.command(rich_help_panel=READING)
+@app.command(cls=_Command, rich_help_panel=READING)
 def figures(
     sweep: SweepName,
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the files go.")] = Path("figures"),
@@ -342,7 +349,7 @@ def figures(
         print(file)
 
 
-@app.command(rich_help_panel=READING)
+@app.command(cls=_Command, rich_help_panel=READING)
 def show(trial: TrialId, results: Results = "results", as_json: Json = False) -> None:
     """One trial: settings, results, attempts, error, how to repeat it."""
     from orchestrator import pages
@@ -360,7 +367,7 @@ def show(trial: TrialId, results: Results = "results", as_json: Json = False) ->
     console.print(pages.trial(rows, epochs, _now(), console.width))
 
 
-@app.command(rich_help_panel=READING)
+@app.command(cls=_Command, rich_help_panel=READING)
 def logs(
     trial: TrialId,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on printing what is added, until Ctrl-C.")] = False,
@@ -385,7 +392,7 @@ def logs(
         text = _print_added(text, store.log(trial_id, rank))
 
 
-@app.command(rich_help_panel=READING)
+@app.command(cls=_Command, rich_help_panel=READING)
 def verify(sweep: SweepName, results: Results = "results", as_json: Json = False) -> ExitCode:
     """Hold a stored sweep to its promises.
 
@@ -407,7 +414,7 @@ def verify(sweep: SweepName, results: Results = "results", as_json: Json = False
 # ------------------------------------------------------------------------------------------------------- around it
 
 
-@app.command(rich_help_panel=AROUND)
+@app.command(cls=_Command, rich_help_panel=AROUND)
 def doctor(data: Data = None, results: Results = "results", as_json: Json = False) -> ExitCode:
     """Whether this machine can run a sweep.
 
@@ -432,10 +439,10 @@ def data_program() -> None:
     """Get datasets."""
 
 
-@data_app.command("get")
+@data_app.command("get", cls=_Command)
 def data_get(
-    name: Annotated[str, typer.Argument(help="cifar10, cifar100 or tiny_imagenet.")],
-    dest: Annotated[Path, typer.Argument(help="The folder to put it in, for --data or MIXMO_DATA.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="cifar10, cifar100 or tiny_imagenet.")],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="The folder to put it in, for --data or MIXMO_DATA.")],
     source: Annotated[
         Path | None, typer.Option("--from", metavar="FOLDER", help="Copy from this folder instead of downloading.")
     ] = None,

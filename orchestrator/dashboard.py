@@ -58,7 +58,7 @@ _STATUS: dict[progress.Status, tuple[str, str]] = {
     "running": ("● running", BUSY),
     "finished": ("✓ finished", DONE),
     "stopped": ("◦ stopped before its end", WARN),
-    "quiet": ("◌ no news", WARN),
+    "quiet": ("◌ no news since", WARN),
 }
 
 
@@ -67,8 +67,6 @@ def _header(snapshot: Snapshot, state: Progress, now: datetime, width: int) -> l
     word, style = _STATUS[state.status]
     if state.status == "finished" and state.failed:
         word, style = f"✗ finished, {state.failed} failed", BAD
-    if state.status == "quiet":
-        word += f" for {duration((now - news) // timedelta(minutes=1) * 60)}"
     status = Text(word, style=style).append(f"  {clock(news, now)}", style=FAINT)
     name = Text(snapshot.rows[0].sweep if snapshot.rows else "(no trials)", style=STRONG)
     name.truncate(max(8, width - status.cell_len - 2), overflow="ellipsis")
@@ -106,7 +104,7 @@ def _pace(state: Progress, width: int) -> Text:
     if state.images_per_s and width >= WIDE:
         parts.append(f"{state.images_per_s:,.0f} images/s")
     if state.trials_per_hour and width >= 76:
-        parts.append(f"{state.trials_per_hour:,.0f} trials/h")
+        parts.append(f"{state.trials_per_hour:,.{0 if state.trials_per_hour >= 10 else 1}f} trials/h")
     if state.status in ("finished", "stopped"):
         parts += [f"took {duration(state.elapsed_s)}"] if state.elapsed_s else []
     elif state.eta_s is not None:
@@ -191,7 +189,7 @@ def _failures(rows: Sequence[TrialRow], width: int) -> Section:
         ids = " ".join(row.trial_id[:7] for row in failed[:room])
         lines.append([Text(f"{len(failed)} ×", style=BAD), cause, Text(ids, style=FAINT)])
     columns = (Column("", 5, "right"), Column("", 0), Column("trials", 8 * room - 1))
-    return Section("Failed", f"{STRONG} {BAD}", columns, lines, least=2)
+    return Section("Causes of failure", f"{STRONG} {BAD}", columns, lines, least=2)
 
 
 _KINDS = {"running": "started", "terminated": "finished", "error": "failed", "pending": "given back"}

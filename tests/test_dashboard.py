@@ -1,0 +1,397 @@
+"""What people see of a sweep: frames, plain lines, and the numbers behind them."""
+
+import dataclasses
+import io
+import os
+import statistics
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sample_sweep
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from rich.text import Text
+from sample_sweep import NAME, NOW, Moment
+
+from mixmo_core.config import DataConfig, MixingConfig, ModelConfig, TrialConfig, cell_id, digest, identity
+from orchestrator import lines, progress
+from orchestrator.dashboard import Screen, changes, counts, render, summary, watch
+from orchestrator.errors import ExitCode, NotFoundError, UnreachableError
+from orchestrator.rows import FINAL, State, TrialRow, config_columns
+from orchestrator.store import Header, ResultStore, Snapshot
+
+GOLDEN = Path(__file__).parent / "golden"
+FRAMES: list[tuple[Moment, tuple[int, int], bool | None]] = [
+    ("middle", (60, 15), True),
+    ("middle", (80, 24), True),
+    ("middle", (120, 40), True),
+    ("middle", (200, 60), True),
+    ("beginning", (80, 24), True),
+    ("end", (80, 24), False),
+    ("middle", (81, 24), False),
+    ("middle", (82, 24), None),
+]
+"""Moment, size, and whether a driver holds the sweep: yes, no, or who knows."""
+
+
+def shot(rows: list[TrialRow], **header: Any) -> Snapshot:
+    return Snapshot(Header(fence=1, written_at=NOW, **header), rows, [], [])
+
+
+def row(config: TrialConfig | None = None, **changes: Any) -> TrialRow:
+    config = config or TrialConfig()
+    name = digest(identity(config))
+    return TrialRow(
+        sweep="s", position=config.seed, trial_id=name[:12], digest=name, cell_id=cell_id(config), epochs=10,
+        fence=1, config=config_columns(config), **changes,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- frames
+
+
+@pytest.mark.parametrize(("moment", "size", "driven"), FRAMES)
+def test_a_frame_is_the_recorded_one(moment: Moment, size: tuple[int, int], driven: bool | None) -> None:
+    """Record anew with MIXMO_RECORD=1, then look at what changed."""
+    frame = render(sample_sweep.snapshot(moment), NOW + timedelta(seconds=200), size, driven=driven).plain + "\n"
+    file = GOLDEN / f"screen_{moment}_{size[0]}x{size[1]}.txt"
+    if os.environ.get("MIXMO_RECORD"):
+        file.write_text(frame)
+    assert frame == file.read_text()
+
+
+@st.composite
+def snapshots(draw: st.DrawFn) -> Snapshot:
+    rows = []
+    for seed in range(draw(st.integers(0, 14))):
+        model = ModelConfig(width=draw(st.integers(1, 10)), subnetworks=draw(st.integers(1, 3)))
+        state: State = draw(st.sampled_from(["PENDING", "RUNNING", "PAUSED", "TERMINATED", "ERROR", "CANCELLED"]))
+        text = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=40)
+        rows.append(
+            row(
+                TrialConfig(model=model, seed=seed),
+                state=state,
+                label=draw(st.none() | text),
+                epoch=10 if state == "TERMINATED" else draw(st.integers(0, 10)),
+                error_cause=draw(st.none() | text),
+                wall_s=draw(st.floats(0, 1e7)),
+                train_flops=draw(st.none() | st.floats(0, 1e20)),
+                started_at=NOW - timedelta(hours=2),
+                updated_at=NOW - timedelta(seconds=draw(st.integers(0, 7200))),
+                metrics={"top1": draw(st.none() | st.floats(0, 1))},
+            )
+        )
+    return shot(rows)
+
+
+@settings(deadline=None, max_examples=25)
+@given(snapshots(), st.integers(1, 240), st.integers(1, 70), st.sampled_from([True, False, None]))
+def test_no_frame_exceeds_its_size(snapshot: Snapshot, width: int, height: int, driven: bool | None) -> None:
+    frame = render(snapshot, NOW, (width, height), driven=driven)
+    drawn = frame.split("\n")
+    assert len(drawn) <= height
+    assert max(line.cell_len for line in drawn) <= max(width, 11)  # below 11 columns the terminal crops it
+
+
+@settings(deadline=None, max_examples=30)
+@given(snapshots())
+def test_what_is_counted_adds_up(snapshot: Snapshot) -> None:
+    state = progress.measure(snapshot, NOW)
+    assert state.total == state.done + state.running + state.queued + state.paused + state.failed + state.cancelled
+    assert 0 <= state.fraction <= 1 + 1e-9
+    assert state.eta_s is None or state.eta_s >= 0
+    assert (state.status == "finished") == all(each.state in FINAL for each in snapshot.rows)
+
+
+def test_a_frame_says_all_without_colour() -> None:
+    """Each state is a word, not only a colour."""
+    plain = render(sample_sweep.snapshot("middle"), NOW, (80, 24)).plain
+    for word in ("● running", "16 done (3 cached)", "6 running", "14 queued", "3 failed", "CUDA out of memory"):
+        assert word in plain
+
+
+def test_bytes_of_a_frame_respect_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn() -> str:
+        stream = io.StringIO()
+        Console(file=stream, force_terminal=True, width=80).print(render(sample_sweep.snapshot("end"), NOW, (80, 24)))
+        return stream.getvalue()
+
+    assert "\x1b[1;32m" in drawn()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "32m" not in drawn()
+
+
+def test_the_screen_is_in_the_time_zone_of_its_reader() -> None:
+    zone = NOW.astimezone().tzinfo
+    assert lines.clock(NOW, NOW) == "14:02:11"
+    assert lines.clock(NOW - timedelta(days=1), NOW.astimezone(zone)) == "20 Nov"
+
+
+# ------------------------------------------------------------------------------------------------- numbers and names
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (59.4, "59 s"), (59.6, "1 m 00 s"), (185, "3 m 05 s"), (3600, "1 h 00 m"), (8040, "2 h 14 m"),
+     (86400, "1 d 00 h"), (273600, "3 d 04 h"), (-3, "0 s")],
+)  # fmt: skip
+def test_durations_have_two_units_at_most(seconds: float, text: str) -> None:
+    assert lines.duration(seconds) == text
+
+
+@given(st.lists(st.floats(0, 1), max_size=400), st.integers(1, 40))
+def test_a_sparkline_fits_and_reaches_from_its_lowest_to_its_highest(values: list[float], width: int) -> None:
+    drawn = lines.sparkline(values, width)
+    assert len(drawn) == min(width, len(values))
+    if len(values) > 1 and len(set(values)) == len(values) <= width:
+        assert drawn[values.index(min(values))] == "▁"
+        assert drawn[values.index(max(values))] == "█"
+
+
+def test_a_sparkline_passes_over_what_is_no_number() -> None:
+    assert lines.sparkline([float("nan"), 0.0, 1.0, float("inf")], 10) == "▁█"
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=20))
+def test_the_spread_of_a_cell_is_the_sample_deviation(values: list[float]) -> None:
+    cell = progress.Cell("id", "name", len(values), tuple(values))
+    assert cell.mean == pytest.approx(statistics.fmean(values))
+    assert cell.std == pytest.approx(statistics.stdev(values), abs=1e-12)
+
+
+def test_results_count_whole_trials_only_and_begin_with_the_best() -> None:
+    wide, narrow = ModelConfig(width=10), ModelConfig(width=2)
+    rows = [
+        row(TrialConfig(model=narrow, seed=0), state="TERMINATED", metrics={"top1": 0.5}),
+        row(TrialConfig(model=narrow, seed=1), state="TERMINATED", metrics={"top1": 0.9}, stopped_early=True),
+        row(TrialConfig(model=narrow, seed=2), state="RUNNING", metrics={"top1": 0.9}),
+        row(TrialConfig(model=wide, seed=0), state="TERMINATED", metrics={"top1": 0.7}),
+    ]
+    found = progress.results(rows, progress.cell_names(rows))
+    assert [(cell.name, cell.top1, cell.planned) for cell in found] == [("w=10", (0.7,), 1), ("w=2", (0.5,), 3)]
+
+
+configs = st.builds(
+    lambda width, subnetworks, method, repetition: TrialConfig(
+        data=DataConfig(repetition=repetition),
+        model=ModelConfig(width=width, subnetworks=subnetworks),
+        mixing=MixingConfig(method=method),
+    ),
+    st.integers(1, 10), st.integers(1, 4), st.sampled_from(["sum", "linear", "cutmix"]), st.sampled_from([1, 2, 4]),
+)  # fmt: skip
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(configs, st.sampled_from([None, "vanilla", "ours"])), min_size=1, max_size=12))
+def test_different_cells_of_a_label_have_different_names(given: list[tuple[TrialConfig, str | None]]) -> None:
+    rows = {config_row.cell_id: config_row for config, label in given for config_row in [row(config, label=label)]}
+    names = progress.cell_names(list(rows.values()))
+    spoken = [(rows[cell].label, name) for cell, name in names.items()]
+    assert len(set(spoken)) == len(rows)
+
+
+def test_names_are_written_as_in_papers() -> None:
+    names = set(progress.cell_names(sample_sweep.snapshot("middle").rows).values())
+    assert {"vanilla w=2", "cutmix w=10 M=2", "linear w=5 M=3"} <= names
+
+
+def test_the_time_left_is_what_the_cell_took_spread_over_what_runs() -> None:
+    rows = [
+        row(TrialConfig(seed=0), state="TERMINATED", epoch=10, wall_s=100.0),
+        row(TrialConfig(seed=1), state="RUNNING", epoch=5),
+        row(TrialConfig(seed=2), state="RUNNING", epoch=5),
+        row(TrialConfig(seed=3)),
+    ]
+    assert progress.measure(shot(rows), NOW).eta_s == pytest.approx(100.0)  # half + half + one, two at a time
+    assert progress.measure(shot(rows[:3]), NOW).eta_s == pytest.approx(50.0)
+    assert progress.measure(shot(rows[1:]), NOW).eta_s is None  # nothing is known
+    assert progress.measure(shot(rows[:1]), NOW).eta_s is None  # nothing is left
+
+
+def test_a_cell_that_has_no_time_yet_is_priced_by_its_flops() -> None:
+    from mixmo_core import cost
+
+    narrow, wide = TrialConfig(model=ModelConfig(width=2)), TrialConfig(model=ModelConfig(width=4))
+    flops = cost.trial_flops(narrow)
+    rows = [row(narrow, state="TERMINATED", epoch=10, wall_s=100.0, train_flops=flops), row(wide, state="RUNNING")]
+    expected = 100.0 * cost.trial_flops(wide) / flops
+    assert progress.measure(shot(rows), NOW).eta_s == pytest.approx(expected)
+
+
+def test_the_pace_is_that_of_the_last_hour_and_of_this_driver() -> None:
+    def ended(seed: int, minutes_ago: float, **changes: Any) -> TrialRow:
+        began, end = NOW - timedelta(hours=3), NOW - timedelta(minutes=minutes_ago)
+        return row(TrialConfig(seed=seed), state="TERMINATED", epoch=10, started_at=began, updated_at=end, **changes)
+
+    rows = [ended(0, 10), ended(1, 50), ended(2, 90), ended(3, 5, cached_from="other"), row(TrialConfig(seed=4))]
+    assert progress.measure(shot(rows), NOW).trials_per_hour == pytest.approx(2.0)
+
+
+def test_failures_are_grouped_by_cause() -> None:
+    groups = progress.failures(sample_sweep.snapshot("middle").rows)
+    assert [(cause, len(rows)) for cause, rows in groups] == [
+        ("CUDA out of memory", 2),
+        ("a worker was killed by signal 9", 1),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ plain lines
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({}, {"state": "RUNNING", "attempts": 1}, "started   cutmix, seed 0"),
+        ({"state": "RUNNING", "attempts": 1}, {"state": "RUNNING", "attempts": 2, "epoch": 4},
+         "started   cutmix, seed 0 · attempt 2 · from epoch 4"),
+        ({"state": "RUNNING"}, {"state": "TERMINATED", "metrics": {"top1": 0.5}, "wall_s": 65.0},
+         "finished  cutmix, seed 0 · top-1 50.0 % · 1 m 05 s"),
+        ({}, {"state": "TERMINATED", "metrics": {"top1": 0.5}, "cached_from": "pilot"},
+         "cached    cutmix, seed 0 · top-1 50.0 % · from pilot"),
+        ({"state": "RUNNING"}, {"state": "ERROR", "error_cause": "boom"}, "failed    cutmix, seed 0 · boom"),
+        ({"state": "RUNNING"}, {"state": "PENDING"}, "given back cutmix, seed 0"),
+        ({"state": "RUNNING"}, {"state": "PAUSED"}, "paused    cutmix, seed 0"),
+        ({}, {"state": "CANCELLED"}, "cancelled cutmix, seed 0"),
+    ],
+)  # fmt: skip
+def test_a_change_is_one_line(before: dict[str, Any], after: dict[str, Any], said: str) -> None:
+    old, new = row(**before), row(**after)
+    assert changes(shot([old]), shot([new]), NOW) == [f"14:02:11  {new.trial_id[:7]}  {said}"]
+
+
+def test_an_epoch_is_no_change() -> None:
+    assert changes(shot([row(state="RUNNING", epoch=1)]), shot([row(state="RUNNING", epoch=2)]), NOW) == []
+
+
+def test_the_header_in_one_line() -> None:
+    said = counts(sample_sweep.snapshot("end"), NOW)
+    assert said.startswith("14:02:11  36 done (3 cached)  3 failed of 39 · ")
+    assert "\n" not in said
+
+
+# ------------------------------------------------------------------------------------------------------ the screen
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def __call__(self) -> object:
+        return self.now
+
+
+def played(moments: list[Snapshot], *, terminal: bool, gap_s: float = 1.0) -> str:
+    """Everything that a screen writes while these snapshots come."""
+    stream, clock = io.StringIO(), Clock()
+    with Screen(Console(file=stream, force_terminal=terminal, width=100, height=30), now=clock) as screen:  # type: ignore[arg-type]
+        for moment in moments:
+            screen._rest_until = 0.0
+            screen.show(moment)
+            clock.now += timedelta(seconds=gap_s)
+    return stream.getvalue()
+
+
+def test_without_a_terminal_there_are_plain_lines_and_a_summary() -> None:
+    text = played([sample_sweep.snapshot(moment) for moment in ("beginning", "middle", "end")], terminal=False)
+    assert "\x1b" not in text
+    told = [line.split()[2] for line in text.splitlines() if line.startswith("14:02:") and len(line.split()[1]) == 7]
+    assert told.count("finished") == 33
+    assert told.count("failed") == 3
+    assert text.splitlines()[0] == "14:02:11  0 done  2 running  37 queued of 39"
+    assert "✗ finished, 3 failed" in text
+
+
+def test_without_a_terminal_the_counts_are_told_once_a_minute() -> None:
+    shots = [sample_sweep.snapshot("middle")] * 130
+    assert sum("of 39" in line for line in played(shots, terminal=False).splitlines()) == 3
+
+
+def test_a_terminal_is_drawn_on_when_something_changed_and_given_back() -> None:
+    middle = sample_sweep.snapshot("middle")
+    once, often = (played([middle] * times, terminal=True) for times in (1, 50))
+    assert len(often) == len(once)
+    assert once.count("\x1b[?1049h") == once.count("\x1b[?1049l") == 1
+    assert "Causes of failure" in once.rpartition("\x1b[?1049l")[2]
+    later = dataclasses.replace(middle.rows[19], epoch=84)
+    changed = dataclasses.replace(middle, rows=[*middle.rows[:19], later, *middle.rows[20:]])
+    assert len(played([middle, changed], terminal=True)) > len(once)
+
+
+def test_nothing_is_drawn_before_there_is_something_to_see() -> None:
+    assert played([], terminal=True) == ""
+
+
+def test_what_the_driver_says_is_on_the_screen_and_stays() -> None:
+    stream = io.StringIO()
+    with Screen(Console(file=stream, force_terminal=True, width=100, height=30)) as screen:
+        screen.show(sample_sweep.snapshot("middle"))
+        screen.say("stopping: running trials finish")
+    during, _, after = stream.getvalue().rpartition("\x1b[?1049l")
+    assert "stopping: running trials finish" in during
+    assert "stopping: running trials finish" in after
+
+
+def test_a_summary_is_as_long_as_it_has_to_be() -> None:
+    assert len(summary(sample_sweep.snapshot("end"), NOW, 80).plain.splitlines()) == 3 + 14 + 3
+
+
+# -------------------------------------------------------------------------------------------------------------- watch
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=100)
+
+
+@pytest.mark.parametrize(("moment", "code"), [("end", ExitCode.FAULTS)])
+def test_watching_ends_with_the_sweep(tmp_path: Path, moment: Moment, code: ExitCode) -> None:
+    assert watch(sample_sweep.stored(tmp_path, moment), NAME, quiet()) is code
+
+
+def test_watching_once_shows_one_frame(tmp_path: Path) -> None:
+    console = quiet()
+    assert watch(sample_sweep.stored(tmp_path, "middle"), NAME, console, once=True) is ExitCode.OK
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "stopped before its end" in shown
+    assert "To resume 6" in shown
+
+
+def test_watching_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="no sweep nothing"):
+        watch(ResultStore.open(tmp_path), "nothing", quiet())
+
+
+class Flaky:
+    """A store that is away at every second look, and whose sweep ends at the last."""
+
+    def __init__(self, away: Callable[[int], bool]) -> None:
+        self.looks, self.away = 0, away
+
+    def snapshot(self, sweep: str) -> Snapshot:
+        self.looks += 1
+        if self.away(self.looks):
+            raise UnreachableError("the disk is away")
+        return sample_sweep.snapshot("end" if self.looks > 4 else "middle")
+
+    def lease(self, sweep: str) -> None:
+        return None
+
+
+def test_watching_outlives_a_store_that_is_away_for_a_while() -> None:
+    store = Flaky(lambda look: look in (2, 3))
+    assert watch(store, NAME, quiet(), every_s=0.0) is ExitCode.FAULTS  # type: ignore[arg-type]
+    assert store.looks == 5
+
+
+def test_watching_a_store_that_is_away_from_the_beginning_fails() -> None:
+    with pytest.raises(UnreachableError):
+        watch(Flaky(lambda look: True), NAME, quiet())  # type: ignore[arg-type]
+
+
+def test_a_section_that_is_cut_says_so() -> None:
+    many = lines.Section("Things", "bold", (lines.Column("", 0),), [[Text(str(i))] for i in range(9)])
+    drawn = [line.plain.rstrip() for line in many.draw(20, 4)]
+    assert drawn == ["Things 3 of 9 ──────", "0", "1", "2"]
