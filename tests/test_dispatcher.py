@@ -1,0 +1,293 @@
+"""The dispatcher as a plain object: no Ray, no processes, no clocks."""
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from orchestrator.dispatcher import Assignment, Dispatcher, EpochReport, Order, Update, Worker
+
+T = TypeVar("T")
+GANG = "gang-0"
+
+
+def order(index: int, attempts: int = 0) -> Order:
+    return Order(index=index, trial_id=f"{index:012x}", settings={"seed": index}, attempts=attempts)
+
+
+def report(epoch: int, top1: float = 0.5) -> EpochReport:
+    return EpochReport(epoch=epoch, metrics={"top1": top1}, wall_s=1.0 * epoch, gpu_seconds=0, images_per_s=100)
+
+
+def dispatcher(trials: int = 2, *, crash_retries: int = 1, attempts: int = 0) -> Dispatcher:
+    desk = Dispatcher([order(i, attempts) for i in range(trials)], fence=7, crash_retries=crash_retries)
+    for index in range(trials):
+        desk.submit(index)
+    return desk
+
+
+def run(wait: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(wait)
+
+
+def take(desk: Dispatcher, gang: str = GANG) -> Assignment:
+    given = asyncio.run(desk.next(gang, 0.0))
+    assert isinstance(given, Assignment)
+    return given
+
+
+def news(desk: Dispatcher, after: int = 0) -> list[Update]:
+    return asyncio.run(desk.updates(after, 0.0))
+
+
+def kinds(updates: Sequence[Update]) -> list[tuple[str, int | None, str | None]]:
+    return [(update.kind, update.index, update.state) for update in updates]
+
+
+def test_trials_are_handed_out_in_the_order_in_which_they_were_submitted() -> None:
+    desk = dispatcher(3)
+    assert [take(desk, f"gang-{i}").order.index for i in range(3)] == [0, 1, 2]
+    assert asyncio.run(desk.next("gang-9", 0.0)) == "wait"
+
+
+def test_an_attempt_is_numbered_on_from_those_of_earlier_drivers() -> None:
+    given = take(dispatcher(1, attempts=4))
+    assert (given.attempt, given.fence) == (5, 7)
+
+
+def test_a_trial_that_trains_all_its_epochs_is_terminated() -> None:
+    desk = dispatcher(1)
+    token = take(desk).token
+    assert desk.report(token, [report(1)], None)
+    assert desk.report(token, [report(2)], "key")
+    assert desk.finish(token)
+    told = news(desk)
+    assert kinds(told) == [
+        ("started", 0, None),
+        ("epochs", 0, None),
+        ("epochs", 0, None),
+        ("ended", 0, "TERMINATED"),
+    ]
+    assert told[2].checkpoint == "key"
+    assert [update.seq for update in told] == [1, 2, 3, 4]
+
+
+def test_an_exception_ends_the_trial_with_its_traceback_and_frees_the_gang() -> None:
+    desk = dispatcher(2)
+    desk.fail(take(desk).token, "Traceback ...", "ValueError: no")
+    ended = news(desk)[-1]
+    assert (ended.state, ended.text, ended.cause) == ("ERROR", "Traceback ...", "ValueError: no")
+    assert take(desk).order.index == 1
+
+
+def test_a_gang_that_asks_while_it_holds_a_trial_has_lost_it_and_gets_it_again() -> None:
+    desk = dispatcher(2)
+    first = take(desk)
+    again = take(desk)
+    assert again.order == first.order
+    assert again.attempt == first.attempt + 1
+    assert again.token != first.token
+    assert [update.kind for update in news(desk)] == ["started", "lost", "started"]
+
+
+def test_what_comes_under_an_old_token_is_refused() -> None:
+    desk = dispatcher(1)
+    old = take(desk).token
+    take(desk)
+    before = len(news(desk))
+    assert not desk.report(old, [report(1)], None)
+    assert not desk.finish(old)
+    assert not desk.fail(old, "late", "late")
+    assert not desk.abandon(old, "late")
+    assert len(news(desk)) == before
+
+
+def test_a_poison_trial_ends_after_its_retries_and_takes_no_other_with_it() -> None:
+    desk = dispatcher(2, crash_retries=2)
+    for _ in range(3):
+        assert take(desk).order.index == 0
+    assert take(desk).order.index == 1
+    ended = next(update for update in news(desk) if update.kind == "ended")
+    assert (ended.index, ended.state, ended.cause) == (0, "ERROR", "crash")
+
+
+def test_a_gang_that_ends_gives_its_trial_to_another() -> None:
+    desk = dispatcher(1)
+    take(desk, "gang-0")
+    desk.gang_ended("gang-0", "its node went away")
+    given = take(desk, "gang-1")
+    assert (given.order.index, given.attempt) == (0, 2)
+
+
+def test_a_lost_worker_of_a_larger_gang_is_a_crash_and_no_error_of_the_trial() -> None:
+    desk = dispatcher(1)
+    desk.abandon(take(desk).token, "a worker was lost")
+    assert [update.kind for update in news(desk)] == ["started", "lost"]
+    assert take(desk).attempt == 2
+
+
+def test_a_drained_dispatcher_hands_out_nothing_more_and_a_closed_one_sends_gangs_home() -> None:
+    desk = dispatcher(2)
+    take(desk, "gang-0")
+    desk.drain()
+    assert asyncio.run(desk.next("gang-1", 0.0)) == "wait"
+    assert desk.in_hand() == 1
+    desk.close()
+    assert asyncio.run(desk.next("gang-1", 0.0)) == "leave"
+
+
+def test_a_trial_that_the_scheduler_stops_ends_at_its_next_report_as_stopped_early() -> None:
+    desk = dispatcher(1)
+    token = take(desk).token
+    desk.stop(0)
+    assert not desk.report(token, [report(1)], None)
+    ended = news(desk)[-1]
+    assert (ended.state, ended.stopped_early) == ("TERMINATED", True)
+
+
+def test_a_proxy_sees_each_epoch_once_although_an_attempt_repeats_some() -> None:
+    async def scenario() -> list[float]:
+        desk = Dispatcher([order(0)], fence=1, crash_retries=5)
+        desk.submit(0)
+        first = await desk.next(GANG, 0.0)
+        assert isinstance(first, Assignment)
+        desk.report(first.token, [report(1, 0.1), report(2, 0.2)], None)
+        second = await desk.next(GANG, 0.0)
+        assert isinstance(second, Assignment)
+        desk.report(second.token, [report(1, 0.1), report(2, 0.2)], None)
+        waiting = asyncio.create_task(desk.result(0, 3))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        desk.report(second.token, [report(3, 0.3)], None)
+        got = [await desk.result(0, 1), await desk.result(0, 2), await waiting]
+        desk.finish(second.token)
+        assert await desk.result(0, 4) is None
+        return [each.metrics["top1"] for each in got if each is not None]
+
+    assert run(scenario()) == [0.1, 0.2, 0.3]
+
+
+def test_a_waiting_gang_gets_a_trial_as_soon_as_one_is_submitted() -> None:
+    async def scenario() -> Any:
+        desk = Dispatcher([order(0)], fence=1, crash_retries=0)
+        waiting = [asyncio.create_task(desk.next(f"gang-{i}", 60.0)) for i in range(3)]
+        await asyncio.sleep(0)
+        desk.submit(0)
+        done, rest = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        desk.close()
+        return [task.result() for task in done], [await task for task in rest]
+
+    (given,), rest = run(scenario())
+    assert isinstance(given, Assignment)
+    assert rest == ["leave", "leave"]
+
+
+def test_updates_are_told_until_they_are_acknowledged() -> None:
+    desk = dispatcher(2)
+    take(desk, "gang-0")
+    take(desk, "gang-1")
+    assert [update.seq for update in news(desk, 0)] == [1, 2]
+    assert [update.seq for update in news(desk, 0)] == [1, 2]
+    assert [update.seq for update in news(desk, 1)] == [2]
+    assert news(desk, 2) == []
+
+
+def test_started_says_where_and_on_what() -> None:
+    desk = dispatcher(1)
+    for rank, host in enumerate(("b", "a")):
+        worker = Worker(gang=GANG, rank=rank, world_size=2, pid=1, host=host, device_name=f"d{rank}", torch_version="2")
+        desk.join(worker)
+    take(desk)
+    (started,) = news(desk)
+    assert (started.hosts, started.device_name, started.torch_version) == (("a", "b"), "d0", "2")
+
+
+class Fleet(RuleBasedStateMachine):
+    """Gangs that take, report, finish, fail, crash and vanish in any order lose no trial and end none twice."""
+
+    TRIALS, RETRIES = 4, 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.desk = dispatcher(self.TRIALS, crash_retries=self.RETRIES)
+        self.held: dict[str, Assignment] = {}
+        self.dead: list[str] = []
+
+    @rule(gang=st.sampled_from(["gang-0", "gang-1", "gang-2"]))
+    def ask(self, gang: str) -> None:
+        if gang in self.held:
+            self.dead.append(self.held.pop(gang).token)
+        given = asyncio.run(self.desk.next(gang, 0.0))
+        if isinstance(given, Assignment):
+            self.held[gang] = given
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), end=st.sampled_from(["report", "finish", "fail", "abandon"]))
+    def speak(self, data: st.DataObject, end: str) -> None:
+        gang = data.draw(st.sampled_from(sorted(self.held)))
+        token = self.held[gang].token
+        if end == "report":
+            assert self.desk.report(token, [report(1)], None)
+            return
+        del self.held[gang]
+        self.dead.append(token)
+        calls = {"finish": (), "fail": ("traceback", "cause"), "abandon": ("lost",)}
+        assert getattr(self.desk, end)(token, *calls[end])
+
+    @precondition(lambda self: self.dead)
+    @rule(data=st.data())
+    def speak_too_late(self, data: st.DataObject) -> None:
+        assert not self.desk.finish(data.draw(st.sampled_from(self.dead)))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def vanish(self, data: st.DataObject) -> None:
+        gang = data.draw(st.sampled_from(sorted(self.held)))
+        self.dead.append(self.held.pop(gang).token)
+        self.desk.gang_ended(gang, "gone")
+
+    @invariant()
+    def every_trial_is_in_one_place(self) -> None:
+        told = news(self.desk)
+        ended = [update.index for update in told if update.kind == "ended"]
+        assert len(ended) == len(set(ended))
+        in_hand = [assignment.order.index for assignment in self.held.values()]
+        assert len(in_hand) == len(set(in_hand)) == self.desk.in_hand()
+        assert not set(ended) & set(in_hand)
+
+    def teardown(self) -> None:
+        """Whatever happened, gangs that behave now end every trial."""
+        for gang in sorted(self.held):
+            assert self.desk.finish(self.held[gang].token)
+        while isinstance(given := asyncio.run(self.desk.next("gang-9", 0.0)), Assignment):
+            assert self.desk.finish(given.token)
+        ended = [update.index for update in news(self.desk) if update.kind == "ended"]
+        assert sorted(ended, key=str) == list(range(self.TRIALS))
+
+
+TestFleet = Fleet.TestCase
+TestFleet.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+@given(crashes=st.integers(0, 6), retries=st.integers(0, 4))
+def test_attempts_are_one_more_than_the_crashes_that_were_forgiven(crashes: int, retries: int) -> None:
+    desk = dispatcher(1, crash_retries=retries)
+    given = asyncio.run(desk.next(GANG, 0.0))
+    for _ in range(crashes):
+        given = asyncio.run(desk.next(GANG, 0.0))
+    if crashes <= retries:
+        assert isinstance(given, Assignment)
+        assert given.attempt == crashes + 1
+    else:
+        assert given == "wait"
+        assert news(desk)[-1].state == "ERROR"
+
+
+@pytest.mark.parametrize("call", ["report", "finish", "fail", "abandon"])
+def test_a_token_that_was_never_given_is_refused(call: str) -> None:
+    arguments = {"report": ([report(1)], None), "finish": (), "fail": ("t", "c"), "abandon": ("w",)}[call]
+    assert not getattr(dispatcher(1), call)("no-such-token", *arguments)

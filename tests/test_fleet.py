@@ -1,0 +1,176 @@
+"""Warm gangs on a real Ray: worker groups of Ray Train that train, fail, idle, die and come back."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from mixmo_core.config import TrialConfig, flatten, trial_id, unflatten
+from orchestrator.dispatcher import Order, Update, Worker
+from orchestrator.errors import UsageError
+from orchestrator.store import ResultStore
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+SMALL = {
+    "data.dataset": "digits", "data.train_images": 200, "data.batch_size": 40, "data.augmentation": "none",
+    "model.depth": 10, "model.width": 1, "optim.epochs": 5, "optim.lr": 0.1,
+}  # fmt: skip
+
+
+def config(seed: int = 0, **changes: object) -> TrialConfig:
+    return unflatten({**SMALL, "seed": seed, **changes})
+
+
+def failing() -> TrialConfig:
+    """CIFAR-10 without its files: an exception in the trial itself."""
+    return unflatten({"data.dataset": "cifar10", "model.depth": 10, "model.width": 1, "optim.epochs": 2})
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    from orchestrator import fleet
+
+    with fleet.cluster(cpus=2):
+        yield
+
+
+class Crew:
+    """A fleet under test, and all that it told."""
+
+    def __init__(self, folder: Path, configs: Sequence[TrialConfig], *, workers: int, name: str) -> None:
+        from orchestrator import fleet
+        from orchestrator.gang import GangPlan
+
+        self.store = ResultStore.open(folder / "results", create=True)
+        orders = [
+            Order(index=index, trial_id=trial_id(config, workers), settings=flatten(config))
+            for index, config in enumerate(configs)
+        ]
+        plan = GangPlan(
+            workers=workers, store=self.store.uri, namespace=fleet.NAMESPACE, dispatcher=name,
+            group_timeout_s=5, checkpoint_every_s=0,
+        )  # fmt: skip
+        self.fleet = fleet.Fleet(orders, plan, fence=1, crash_retries=2)
+        self.told: list[Update] = []
+
+    def submit(self, *indices: int) -> None:
+        import ray
+
+        for index in indices:
+            ray.get(self.fleet.dispatcher.submit.remote(index))
+
+    def until(self, happened: Callable[[Update], bool], patience_s: float = 240) -> Update:
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            for update in self.fleet.updates(0.5):
+                self.told.append(update)
+                if happened(update):
+                    return update
+        raise AssertionError(f"it did not happen in {patience_s} s; told: {self.told[-5:]}")
+
+    def ended(self, index: int) -> Update:
+        earlier = [update for update in self.told if update.kind == "ended" and update.index == index]
+        return earlier[0] if earlier else self.until(lambda update: update.kind == "ended" and update.index == index)
+
+    def losses(self, index: int) -> dict[int, float]:
+        """Of all epochs told, the last told of each."""
+        reports = [report for update in self.told if update.index == index for report in update.epochs]
+        return {report.epoch: report.metrics["loss"] for report in reports}
+
+    def workers(self) -> list[Worker]:
+        return sorted(self.fleet.workers(), key=lambda worker: worker.rank)
+
+
+def undisturbed(config: TrialConfig) -> dict[int, float]:
+    from mixmo_core import train
+
+    return {epoch.epoch: epoch.metrics["loss"] for epoch in train.train(config)}
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_gang_of_one_worker_trains_fails_idles_and_survives_a_kill(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, [config(0), failing(), config(1), config(2)], workers=1, name="one")
+    with crew.fleet:
+        crew.fleet.form(1)
+        crew.submit(0, 1, 2)
+
+        assert crew.ended(0).state == "TERMINATED"
+        # Ray Train's own context says what the gang is.
+        (worker,) = crew.workers()
+        assert (worker.rank, worker.world_size) == (0, 1)
+
+        # An exception is the trial's error, with its traceback, and the same process takes the next trial.
+        failed = crew.ended(1)
+        assert failed.state == "ERROR"
+        assert "Traceback" in failed.text
+        assert failed.cause is not None
+        assert failed.cause.startswith("DatasetError: cifar10")
+        assert crew.ended(2).state == "TERMINATED"
+        assert crew.workers() == [worker]
+
+        # Idle past the process group's timeout of 5 s, then killed in the middle of a trial.
+        time.sleep(7)
+        crew.submit(3)
+        crew.until(lambda update: update.index == 3 and any(each.epoch == 2 for each in update.epochs))
+        assert crew.workers() == [worker]
+        os.kill(worker.pid, signal.SIGKILL)
+        assert crew.ended(3).state == "TERMINATED"
+        (healed,) = crew.workers()
+        assert healed.pid != worker.pid
+        assert [update.kind for update in crew.told if update.index == 3 and update.kind != "epochs"] == [
+            "started", "lost", "started", "ended",
+        ]  # fmt: skip
+        # It went on from a checkpoint, and came to the numbers of a run that nothing disturbed.
+        log = crew.store.log(trial_id(config(2)))
+        assert "resumed from trials/" in log
+    assert crew.losses(3) == undisturbed(config(2))
+    assert len(crew.store.checkpoints(trial_id(config(0)))) == 1
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_gang_of_two_workers_trains_is_formed_anew_after_an_exception_and_after_a_kill(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, [config(0), failing(), config(1)], workers=2, name="two")
+    with crew.fleet:
+        crew.fleet.form(1)
+        crew.submit(0)
+        assert crew.ended(0).state == "TERMINATED"
+        ranks = crew.workers()
+        assert [(worker.rank, worker.world_size) for worker in ranks] == [(0, 2), (1, 2)]
+
+        time.sleep(7)  # idle past the process group's timeout of 5 s
+        crew.submit(1, 2)
+        failed = crew.ended(1)
+        assert failed.state == "ERROR"
+        assert "DatasetError" in failed.text
+        crew.until(lambda update: update.index == 2 and any(each.epoch == 2 for each in update.epochs))
+        anew = crew.workers()
+        assert {worker.pid for worker in anew}.isdisjoint(worker.pid for worker in ranks)
+
+        os.kill(anew[1].pid, signal.SIGKILL)
+        ended = crew.ended(2)
+        assert (ended.state, ended.attempt) == ("TERMINATED", 2)
+        assert "resumed from trials/" in crew.store.log(trial_id(config(1), 2), rank=1)
+    assert sorted(crew.losses(2)) == [1, 2, 3, 4, 5]
+    # No trial was charged for another's exception.
+    assert [update.index for update in crew.told if update.kind == "lost"] == [2]
+
+
+def test_a_gang_that_does_not_fit_is_refused_with_what_there_is() -> None:
+    from orchestrator.fleet import Cluster, gangs_for
+    from orchestrator.gang import GangPlan
+
+    def count(cpus: float, gpus: float, **needs: float) -> int:
+        plan = GangPlan(store="", namespace="", dispatcher="", **needs)  # type: ignore[arg-type]
+        return gangs_for(Cluster(cpus=cpus, gpus=gpus), plan, trials=10, limit=None)
+
+    assert count(8, 0, workers=2) == 4
+    assert count(64, 0) == 10
+    assert count(8, 1, gpus_per_worker=0.25) == 4
+    with pytest.raises(UsageError, match=r"needs 4 CPU.*0 GPU.*cluster has 2"):
+        count(2, 0, workers=4)
+    with pytest.raises(UsageError, match="gpus_per_worker: 0"):
+        count(8, 0, gpus_per_worker=1)
