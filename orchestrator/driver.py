@@ -22,7 +22,7 @@ from mixmo_core.config import TrialConfig, flatten, parts
 from orchestrator import plan as planning
 from orchestrator import sweep as sweeps
 from orchestrator.dispatcher import EpochReport, Order, Update
-from orchestrator.errors import ExitCode, NotFoundError, UnreachableError, UsageError
+from orchestrator.errors import ExitCode, UnreachableError, UsageError
 from orchestrator.rows import EpochRow, TrialRow
 from orchestrator.store import LeaseLostError, ResultStore, Snapshot, SweepWriter
 
@@ -124,20 +124,18 @@ def run(
     UnreachableError when the store or the cluster is gone. The first Ctrl-C lets running trials finish, the second ends
     now; either way the same command continues.
     """
-    sweeps.check_runnable(sweep)
-    _check_data(sweep, data_dir)
-    planned = planning.make(sweep, _rows(store, sweep.name), retry_failed=retry_failed)
+    check(sweep, data_dir)
+    planned = plan(sweep, store, retry_failed=retry_failed)
     if not planned.to_run and not planned.changes:
         talk(f"{sweep.name}: nothing to run, all {len(sweep.trials)} trials have ended")
-        return _verdict(_rows(store, sweep.name))
+        return _verdict(store.trial_rows(sweep.name))
     with (
         Signals() as signals,
         store.writer(sweep.name, sweep_text=sweep.text) as writer,
         Heartbeat(writer) as heartbeat,
     ):
-        # Once more, now that no other driver writes.
-        planned = planning.make(sweep, _rows(store, sweep.name), retry_failed=retry_failed)
-        ledger = _open_books(sweep, planned, writer)
+        planned = plan(sweep, store, retry_failed=retry_failed)  # once more, now that no other driver writes
+        ledger = _open_books(sweep, planned, store, writer)
         if planned.to_run:
             _Session(sweep, planned, store, writer, ledger, signals, heartbeat, data_dir, observer, talk).run()
         done = all(row.state in ("TERMINATED", "ERROR", "CANCELLED") for row in ledger.rows.values())
@@ -147,7 +145,9 @@ def run(
     return _verdict(list(ledger.rows.values())) if done else ExitCode.STOPPED
 
 
-def _check_data(sweep: sweeps.Sweep, data_dir: Path | None) -> None:
+def check(sweep: sweeps.Sweep, data_dir: Path | None) -> None:
+    """Raises SweepError for what no run can honour yet, UsageError for a dataset whose files are not as published."""
+    sweeps.check_runnable(sweep)
     from mixmo_core import data
 
     for name in sorted({trial.config.data.dataset for trial in sweep.trials}):
@@ -157,18 +157,17 @@ def _check_data(sweep: sweeps.Sweep, data_dir: Path | None) -> None:
             raise UsageError(str(error)) from error
 
 
-def _rows(store: ResultStore, sweep: str) -> list[TrialRow]:
-    try:
-        return store.trial_rows(sweep)
-    except NotFoundError:
-        return []
+def plan(sweep: sweeps.Sweep, store: ResultStore, *, retry_failed: bool = False) -> planning.Plan:
+    """What a run would do, given all that the store holds: a trial that another sweep has finished is taken over."""
+    rows = [row for name in store.sweeps() for row in store.trial_rows(name)]
+    return planning.make(sweep, rows, retry_failed=retry_failed)
 
 
 def _verdict(rows: Sequence[TrialRow]) -> ExitCode:
     return ExitCode.FAULTS if any(row.state == "ERROR" for row in rows) else ExitCode.OK
 
 
-def _open_books(sweep: sweeps.Sweep, planned: planning.Plan, writer: SweepWriter) -> Ledger:
+def _open_books(sweep: sweeps.Sweep, planned: planning.Plan, store: ResultStore, writer: SweepWriter) -> Ledger:
     """The ledger of all planned trials; those to run stand as PENDING under this driver's fence."""
     held = {item.trial.position: item.row or planning.initial_row(item.trial, sweep) for item in planned.items}
     first_seq = max((row.seq for row in held.values()), default=0)
@@ -178,6 +177,8 @@ def _open_books(sweep: sweeps.Sweep, planned: planning.Plan, writer: SweepWriter
     for item in planned.items:
         position, label = item.trial.position, item.trial.label
         held[position] = held[position].replace(position=position, label=label, sweep=sweep.name)
+        if item.action == "cached" and held[position].cached_from:
+            writer.add(store.epoch_rows(held[position].cached_from or "", item.trial.trial_id))
     writer.forget(row.trial_id for row in planned.removed)
     writer.put(held.values())
     writer.flush(force=True)
