@@ -8,7 +8,7 @@ export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help quickstart test check format clean
+.PHONY: help quickstart test chaos check format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/make \1|\2/' | column -t -s '|'
@@ -30,6 +30,9 @@ quickstart: .venv/runs ## install, run a sweep of 12 trials on real scans, print
 
 test: .venv/tests ## every test that this machine can run, under 40 minutes on 2 cores
 	$(BIN)/python -m pytest
+
+chaos: .venv/tests ## kill a sweep ten times at random moments; about 10 minutes
+	$(BIN)/python -m pytest tests/chaos
 
 check: .venv/tests ## format, lint, types, import contracts, quick tests, under 3 minutes
 	$(BIN)/ruff format --check .

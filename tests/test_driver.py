@@ -1,18 +1,15 @@
 """Whole sweeps through the command line: run to the end, killed, drained, refused, failing."""
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import PATIENCE_S, Mixmo, kill
 
 from mixmo_core.config import TrialConfig, unflatten
 from orchestrator.dispatcher import EpochReport, Update
@@ -33,65 +30,10 @@ seeds: 2
 resources: {gpus_per_worker: 0}
 checkpoints: {every_s: 0.001}
 """
-PATIENCE_S = 280
-
-
-class Mixmo:
-    """The command line in a folder of its own."""
-
-    def __init__(self, folder: Path, sweep: str = SWEEP) -> None:
-        self.folder = folder
-        (folder / "sweep.yaml").write_text(sweep)
-
-    def start(self, *words: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.cli", *words], cwd=self.folder, env=self._environment(),
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def __call__(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        process = self.start(*words)
-        out, err = process.communicate(timeout=PATIENCE_S)
-        assert process.returncode == code, f"{words} gave {process.returncode}\n{out}\n{err}"
-        return subprocess.CompletedProcess(words, process.returncode, out, err)
-
-    def json(self, *words: str) -> dict[str, Any]:
-        answer: dict[str, Any] = json.loads(self(*words, "--json").stdout)
-        return answer
-
-    def rows(self) -> list[TrialRow]:
-        return ResultStore.open(self.folder / "results").trial_rows("small")
-
-    def until(self, running: subprocess.Popen[str], happened: Callable[[list[TrialRow]], bool]) -> None:
-        """Wait for the store to say so."""
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            assert running.poll() is None, f"it ended with {running.returncode}: {running.communicate()}"
-            if (self.folder / "results/sweeps/small/trials.parquet").exists() and happened(self.rows()):
-                return
-            time.sleep(0.1)
-        raise AssertionError("it did not happen in time")
-
-    def results(self) -> dict[str, dict[str, Any]]:
-        """What a run has to repeat to the bit: the metrics of every epoch of every trial, and of the trials."""
-        store = ResultStore.open(self.folder / "results")
-        found = {row.trial_id: {"trial": row.metrics, "state": row.state, "epoch": row.epoch} for row in self.rows()}
-        for each in store.epoch_rows("small"):
-            found[each.trial_id][str(each.epoch)] = each.metrics
-        return found
-
-    def _environment(self) -> dict[str, str]:
-        here = str(Path(__file__).resolve().parent.parent)
-        return {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
 
 
 def reached(epochs: int) -> Callable[[list[TrialRow]], bool]:
     return lambda rows: sum(row.epoch for row in rows) >= epochs
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.communicate()
 
 
 def descendants(pid: int) -> Iterator[int]:
@@ -110,7 +52,7 @@ def workers(driver: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Mixmo:
-    mixmo = Mixmo(tmp_path_factory.mktemp("undisturbed"))
+    mixmo = Mixmo(tmp_path_factory.mktemp("undisturbed"), SWEEP)
     mixmo("run", "sweep.yaml")
     return mixmo
 
@@ -170,9 +112,9 @@ def test_parquet_opens_in_duckdb_and_pandas(undisturbed: Mixmo) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_driver_killed_at_random_moments_loses_nothing(undisturbed: Mixmo, tmp_path: Path) -> None:
-    mixmo, moments = Mixmo(tmp_path), random.Random(os.environ.get("MIXMO_TEST_SEED", "1"))
+    mixmo, moments = Mixmo(tmp_path, SWEEP), random.Random(os.environ.get("MIXMO_TEST_SEED", "1"))
     for _ in range(2):
-        enough = moments.randint(1, 9) + sum(row.epoch for row in mixmo.rows()) if mixmo.json("ls")["sweeps"] else 3
+        enough = mixmo.epochs() + moments.randint(1, 8)
         running = mixmo.start("run", "sweep.yaml")
         mixmo.until(running, reached(enough))
         kill(running)
@@ -185,7 +127,7 @@ def test_a_driver_killed_at_random_moments_loses_nothing(undisturbed: Mixmo, tmp
 @pytest.mark.ray
 @pytest.mark.slow
 def test_one_driver_at_a_time_and_ctrl_c_lets_running_trials_finish(tmp_path: Path) -> None:
-    mixmo = Mixmo(tmp_path)
+    mixmo = Mixmo(tmp_path, SWEEP)
     first = mixmo.start("run", "sweep.yaml")
     mixmo.until(first, lambda rows: any(row.state == "RUNNING" for row in rows))
     refused = mixmo("run", "sweep.yaml", code=6)
