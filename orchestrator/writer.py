@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from orchestrator.errors import MixmoError, NotFoundError, RefusedError, UnreachableError
 from orchestrator.lease import HeldLease, LeaseLostError, Process
+from orchestrator.objects import DamagedError
 from orchestrator.rows import (
     EPOCHS_SCHEMA,
     FINAL,
@@ -29,7 +30,6 @@ from orchestrator.rows import (
     trial_rows,
 )
 from orchestrator.tables import (
-    EPOCHS_FILE,
     EVENTS_SCHEMA,
     Event,
     Header,
@@ -85,6 +85,7 @@ class SweepWriter:
         self._rows: dict[str, TrialRow] = {}
         self._live: dict[tuple[str, int], EpochRow] = {}
         self._lingering: list[tuple[float, list[EpochRow]]] = []
+        self._loose: list[str] = []  # parts that are written, but not named yet
         self._events: list[Event] = []
         self._changes: Counter[str] = Counter()  # of trials, live and events, so far ...
         self._written: Counter[str] = Counter()  # ... and how many of them are in the store
@@ -184,11 +185,10 @@ class SweepWriter:
         """
         with self._writing:
             began = time.monotonic()
-            batch = self._batch()
-            if batch.changes == self._written or not (force or began >= self._next_flush):
+            if self._changes == self._written or not (force or began >= self._next_flush):
                 return False
             try:
-                self._write(batch)
+                self._write(self._batch())
             finally:
                 ended = time.monotonic()
                 self._next_flush = ended + max(1.0, 20 * (ended - began))
@@ -236,47 +236,51 @@ class SweepWriter:
 
     def _write_parts(self, sealing: Sequence[EpochRow]) -> tuple[dict[str, int], list[str]]:
         """Write what is to be sealed or merged; the parts that count then, and those that count no more."""
-        parts, seq = dict(self._header.parts), self._seq
+        parts = dict(self._header.parts)
         if sealing:
-            parts |= self._write_part(seq, [to_table(sealing, EPOCHS_SCHEMA)])
-            seq += 1
+            parts |= self._write_part([to_table(sealing, EPOCHS_SCHEMA)])
         merging = _to_merge(parts)
         if merging:
             tables = [self._files.part(name) for name in merging]
             parts = {name: rows for name, rows in parts.items() if name not in merging}
-            parts |= self._write_part(seq, tables)
+            parts |= self._write_part(tables)
         return parts, merging
 
-    def _write_part(self, seq: int, tables: Sequence[pa.Table]) -> dict[str, int]:
-        """A part is named by the next write of trials only, so one that a failed flush left is simply replaced."""
-        name, table = f"part-{self.fence}-{seq:06d}.parquet", merge(tables)
-        self._folder.put(f"{self._key}/epochs/{name}", encode(table))
+    def _write_part(self, tables: Sequence[pa.Table]) -> dict[str, int]:
+        """Nothing names the part until the trials do; should they not get written, its name is not used again."""
+        name, table = f"part-{self.fence}-{self._seq:06d}.parquet", merge(tables)
+        self._seq += 1
+        self._loose.append(name)
+        self._folder.create(f"{self._key}/epochs/{name}", encode(table))
         return {name: len(table)}
 
-    def _write_trials(self, rows: Sequence[TrialRow], parts: dict[str, int], merged: Iterable[str]) -> None:
-        header, data = self._trials_object(rows, parts, merged)
+    def _write_trials(self, rows: Sequence[TrialRow], parts: Mapping[str, int], merged: Iterable[str]) -> None:
+        header, data = self._trials_object(rows, parts, self._retire(parts, merged))
         self._swap_trials(data)
-        for name in set(self._header.retired) - set(header.retired):
-            self._folder.delete(f"{self._key}/epochs/{name}")
         self._header = header
+        self._loose.clear()
+
+    def _retire(self, parts: Mapping[str, int], merged: Iterable[str]) -> dict[str, str]:
+        """The files that count no more, and since when. Those that have not for an hour are deleted."""
+        now, retired = self._now(), {}
+        for name, since in self._header.retired.items():
+            if (now - datetime.fromisoformat(since)).total_seconds() > OUTLIVES_S:
+                self._folder.delete(f"{self._key}/epochs/{name}")
+            else:
+                retired[name] = since
+        return retired | {name: now.isoformat() for name in (*merged, *self._loose) if name not in parts}
 
     def _trials_object(
-        self, rows: Sequence[TrialRow], parts: dict[str, int], merged: Iterable[str]
+        self, rows: Sequence[TrialRow], parts: Mapping[str, int], retired: Mapping[str, str]
     ) -> tuple[Header, bytes]:
-        now = self._now()
-        retired = {
-            name: since
-            for name, since in self._header.retired.items()
-            if (now - datetime.fromisoformat(since)).total_seconds() <= OUTLIVES_S
-        }
         header = replace(
             self._header,
             fence=self.fence,
             generation=self._header.generation + 1,
             parts=parts,
-            retired=retired | dict.fromkeys(merged, now.isoformat()),
+            retired=retired,
             totals=totals(rows),
-            written_at=now,
+            written_at=self._now(),
         )
         return header, encode(to_table(rows, TRIALS_SCHEMA).replace_schema_metadata({"mixmo": header.encode()}))
 
@@ -295,8 +299,6 @@ class SweepWriter:
 
     def _adopt(self, sealed: Sequence[EpochRow]) -> None:
         """The sealed rows now count where the trials say; they linger in the live file for those who read by glob."""
-        ours = [int(match[3]) for match in map(EPOCHS_FILE.fullmatch, self._header.parts) if match and match[3]]
-        self._seq = 1 + max([self._seq - 1, *ours])
         with self._lock:
             for row in sealed:
                 if self._live.get((row.trial_id, row.epoch)) is row:
@@ -320,7 +322,7 @@ class SweepWriter:
         for _ in range(8):
             self._load()
             self._write_live(list(self._live.values()))
-            header, data = self._trials_object(self.rows, dict(self._header.parts), [])
+            header, data = self._trials_object(self.rows, self._header.parts, self._header.retired)
             self._tag = self._folder.swap(f"{self._key}/trials.parquet", data, self._tag)
             if self._tag is not None:
                 self._header = header
@@ -328,21 +330,23 @@ class SweepWriter:
         raise UnreachableError(f"{self._folder}/{self._key} keeps changing: an older driver must still run; stop it")
 
     def _load(self) -> None:
-        self._folder.tidy(self._key)
-        self._folder.tidy(f"{self._key}/epochs")
+        for prefix in (self._key, f"{self._key}/epochs"):
+            self._folder.tidy(prefix)
+        left = [match[0] for match in self._files.files() if int(match[2]) < self.fence]
         try:
             seen = self._files.look(parts=False)
         except NotFoundError:
-            self._header, self._tag = Header(), None
+            self._header, self._tag = Header(retired=dict.fromkeys(left, self._now().isoformat())), None
             return
         if seen.header.fence > self.fence:
             raise self._lease.lost()
+        self._tag = seen.tag
         self._rows = {row.trial_id: row for row in trial_rows(seen.trials)}
         ended = {trial_id for trial_id, row in self._rows.items() if row.state in FINAL}  # theirs are in the parts
         live = [row for row in epoch_rows(seen.live) if row.trial_id not in ended]
         self._live = {(row.trial_id, row.epoch): row for row in newest(live)}
-        self._events, self._tag = self._files.events(), seen.tag
-        left = [match[0] for match in self._files.files() if int(match[2]) < self.fence]
+        with contextlib.suppress(DamagedError):  # no result hangs on them
+            self._events = self._files.events()
         counted, now = {*seen.header.parts, *seen.header.retired}, self._now().isoformat()
         retired = {**seen.header.retired, **{name: now for name in left if name not in counted}}
         self._header = replace(seen.header, done=False, retired=retired)

@@ -1,0 +1,59 @@
+"""Rows made by hand: small, distinct, and the same on every machine."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from mixmo_core.config import DataConfig, MixingConfig, ModelConfig, TrialConfig, cell_id, digest, identity
+from orchestrator.rows import METRIC_COLUMNS, EpochRow, TrialRow, config_columns
+from orchestrator.store import SweepWriter
+
+NOW = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
+NOTHING: dict[str, float | None] = dict.fromkeys(METRIC_COLUMNS)
+
+
+def trial(seed: int = 0, *, width: int = 2, subnetworks: int = 2, method: str = "cutmix", **columns: Any) -> TrialRow:
+    """A trial of three epochs that waits."""
+    config = TrialConfig(
+        data=DataConfig(dataset="synthetic", repetition=4 if subnetworks > 1 else 1),
+        model=ModelConfig(depth=10, width=width, subnetworks=subnetworks),
+        mixing=MixingConfig(method=method),  # type: ignore[arg-type]
+        seed=seed,
+    )
+    whole = digest(identity(config))
+    given = {
+        "sweep": "made", "position": seed, "trial_id": whole[:12], "digest": whole, "cell_id": cell_id(config),
+        "epochs": 3, "config": config_columns(config), "metrics": NOTHING,
+    }  # fmt: skip
+    return TrialRow(**{**given, **columns})
+
+
+def top1(trial_id: str, epoch: int) -> float:
+    """What the trial reaches at this epoch, in every attempt."""
+    return (int(trial_id[:4], 16) % 89 + epoch) / 100
+
+
+def epoch(row: TrialRow, number: int, *, seq: int = 0, attempt: int = 1, fence: int = 0) -> EpochRow:
+    return EpochRow(
+        sweep=row.sweep, trial_id=row.trial_id, epoch=number, attempt=attempt, fence=fence, seq=seq,
+        updated_at=NOW + timedelta(seconds=seq), wall_s=2.5 * number, gpu_seconds=0.0, images_per_s=1000.0,
+        metrics={**NOTHING, "loss": 1 / number, "lr": 0.1, "top1": top1(row.trial_id, number)},
+    )  # fmt: skip
+
+
+def reached(row: TrialRow, number: int, *, seq: int = 0, attempt: int = 1, **columns: Any) -> TrialRow:
+    """The trial when it has done so many epochs; finished with the last."""
+    given: dict[str, Any] = {
+        "state": "TERMINATED" if number == row.epochs else "RUNNING",
+        "epoch": number, "attempt": attempt, "attempts": attempt, "seq": seq, "best_epoch": number,
+        "best_top1": top1(row.trial_id, number), "metrics": epoch(row, number).metrics if number else NOTHING,
+        "wall_s": 2.5 * number, "updated_at": NOW + timedelta(seconds=seq),
+    }  # fmt: skip
+    return row.replace(**{**given, **columns})
+
+
+def advance(writer: SweepWriter, row: TrialRow, number: int, *, seq: int = 0, attempt: int = 1) -> TrialRow:
+    """Tell the writer of one more epoch, as the driver does."""
+    row = reached(row, number, seq=seq, attempt=attempt)
+    writer.add([epoch(row, number, seq=seq, attempt=attempt)])
+    writer.put([row])
+    return row
