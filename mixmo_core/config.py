@@ -230,7 +230,7 @@ class TrialConfig(_Section):
     mixing: MixingConfig = _setting(MixingConfig(), "The mixing block and its loss weights. Without effect at M = 1.")
     optim: OptimConfig = _setting(OptimConfig(), "The optimiser and its schedule.")
     evaluate: EvaluateConfig = _setting(EvaluateConfig(), "What is measured, and when.")
-    seed: int = _setting(0, "Decides initial weights, order, augmentation and mixing.", at_least=0)
+    seed: int = _setting(0, "Decides initial weights, order, augmentation and mixing.", at_least=0, at_most=2**32 - 1)
     precision: Literal["fp32", "bf16"] = _setting(
         "fp32", "Arithmetic of the network. bf16 keeps weights, batch statistics and loss in fp32."
     )

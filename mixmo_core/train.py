@@ -5,6 +5,7 @@ these processes are the trial's workers and train it together.
 """
 
 import hashlib
+import math
 import os
 import re
 import tempfile
@@ -31,6 +32,10 @@ EVALUATION_BATCH = 500
 
 class CheckpointError(ValueError):
     """A checkpoint that is damaged, foreign, or of another trial."""
+
+
+class DivergedError(ArithmeticError):
+    """The training loss is no finite number any more; no later epoch could mend that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +95,9 @@ def train(
     batch norm sees the slots of its own worker, running statistics are averaged at the end of each epoch, and every
     worker gets the same metrics and state.
 
-    Raises CheckpointError at once where `resume` is not of this trial, ValueError where the batch cannot be split, and
-    data.DatasetError, when the first epoch is asked for, where the images are not there.
+    Raises CheckpointError at once where `resume` is not of this trial, ValueError where the batch cannot be split;
+    data.DatasetError, when the first epoch is asked for, where the images are not there; DivergedError after an epoch
+    whose loss is not finite.
     """
     rank, workers = _world()
     if config.data.batch_size % workers:
@@ -131,6 +137,11 @@ def _epochs(
     for epoch in range(done + 1, config.optim.epochs + 1):
         started = time.perf_counter()
         metrics = run.train(epoch)
+        if not math.isfinite(metrics["loss"]):
+            raise DivergedError(
+                f"diverged at epoch {epoch}: the training loss is {metrics['loss']}. Try a smaller optim.lr "
+                f"({config.optim.lr:g} here) or a longer optim.warmup"
+            )
         if epoch % config.evaluate.every == 0 or epoch == config.optim.epochs:
             metrics |= run.evaluate()
         history = (*history, metrics)

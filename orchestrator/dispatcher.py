@@ -15,6 +15,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+NAMESPACE = "mixmo"
+"""In which the actors of a sweep find each other."""
+SLOT = "mixmo_slot"
+"""The Ray resource that limits how many trials Tune keeps going. A cluster has 1 of it, on its head; with n gangs a
+proxy takes 1/n."""
+
+
 # ------------------------------------------------------------------------------------------ what travels to and fro
 
 

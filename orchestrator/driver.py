@@ -21,7 +21,7 @@ from mixmo_core import cost
 from mixmo_core.config import TrialConfig, flatten, parts
 from orchestrator import plan as planning
 from orchestrator import sweep as sweeps
-from orchestrator.dispatcher import EpochReport, Order, Update
+from orchestrator.dispatcher import NAMESPACE, EpochReport, Order, Update
 from orchestrator.errors import ExitCode, UnreachableError, UsageError
 from orchestrator.rows import EpochRow, TrialRow
 from orchestrator.store import LeaseLostError, ResultStore, Snapshot, SweepWriter
@@ -309,7 +309,6 @@ class _Session:
         ]  # fmt: skip
 
     def _gang_plan(self, cluster: Any) -> Any:
-        from orchestrator.fleet import NAMESPACE
         from orchestrator.gang import GangPlan
 
         resources, every_s = self.sweep.resources, self.sweep.checkpoints.every_s

@@ -50,14 +50,9 @@ import ray.train.torch  # noqa: E402
 import ray.tune  # noqa: E402 - here, before any thread starts: Ray's packages import each other in circles
 
 from orchestrator import gang  # noqa: E402
-from orchestrator.dispatcher import Dispatcher, Order, Update, Worker  # noqa: E402
+from orchestrator.dispatcher import NAMESPACE, SLOT, Dispatcher, Order, Update, Worker  # noqa: E402
 from orchestrator.errors import UnreachableError, UsageError  # noqa: E402
 from orchestrator.gang import GangPlan  # noqa: E402
-
-NAMESPACE = "mixmo"
-SLOT = "mixmo_slot"
-"""The Ray resource that limits how many trials Tune keeps going. A cluster has 1 of it, on its head; with n gangs a
-proxy takes 1/n."""
 
 # --------------------------------------------------------------------------------------------------------- the Ray
 

@@ -17,7 +17,7 @@ import ray
 import ray.tune
 from ray.tune.search import Searcher
 
-from orchestrator.fleet import SLOT
+from orchestrator.dispatcher import SLOT  # not of the fleet: a proxy's process is spared torch
 
 
 class Proxy(ray.tune.Trainable):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mixmo_core.config import TrialConfig, flatten, trial_id, unflatten
-from orchestrator.dispatcher import Order, Update, Worker
+from orchestrator.dispatcher import NAMESPACE, Order, Update, Worker
 from orchestrator.errors import UsageError
 from orchestrator.store import ResultStore
 
@@ -51,7 +51,7 @@ class Crew:
             for index, config in enumerate(configs)
         ]
         plan = GangPlan(
-            workers=workers, store=self.store.uri, namespace=fleet.NAMESPACE, dispatcher=name,
+            workers=workers, store=self.store.uri, namespace=NAMESPACE, dispatcher=name,
             group_timeout_s=5, checkpoint_every_s=0,
         )  # fmt: skip
         self.fleet = fleet.Fleet(orders, plan, fence=1, crash_retries=2)
