@@ -172,6 +172,8 @@ class _Cell:
     config: TrialConfig | None = None
     """With the first seed that the cell was built for."""
     decides: dict[str, Any] = field(default_factory=dict)
+    """The identity of that config; another seed changes nothing else in it."""
+    cell_id: str = ""
     broken: bool = False
 
     def value(self, name: str) -> Any:
@@ -240,6 +242,7 @@ class Expansion:
             cell.broken = True
             return False
         cell.decides = identity(cell.config, self.workers.value)
+        cell.cell_id = cell_id_of(cell.config, self.workers.value)
         return True
 
     def _blame(self, cell: _Cell, message: str) -> None:
@@ -259,7 +262,8 @@ class Expansion:
         if held is None:
             config = cell.config if cell.config.seed == seed else dataclasses.replace(cell.config, seed=seed)
             trial = Trial(config, cell.block.label, self.workers.value, len(self.found))
-            vars(trial)["digest"] = whole  # where cached_property would put it
+            # Where the cached properties would put them: hashing each trial anew doubles the time of a large sweep.
+            vars(trial).update(digest=whole, cell_id=cell.cell_id)
             self.found[whole[:12]] = trial
             self.applied[cell.block.path] += 1
         elif held.digest != whole:

@@ -1,6 +1,7 @@
 """A YAML 1.2 document as plain values, each with the place it stands at; and the list of all that is wrong with it."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,14 +32,17 @@ class Node:
 class Faults:
     """Everything wrong with a sweep, told at once: one line each, `place: field: what`."""
 
-    lines: dict[str, None] = field(default_factory=dict)
+    lines: dict[str, int] = field(default_factory=dict)
+    """Each with the line of the file that it is about."""
 
     def add(self, place: str, name: str, message: str) -> None:
-        self.lines[f"{place}: {name}: {message}" if name else f"{place}: {message}"] = None
+        number = re.search(r":(\d+)", place)
+        told = f"{place}: {name}: {message}" if name else f"{place}: {message}"
+        self.lines[told] = int(number[1]) if number else 0
 
     def raise_any(self) -> None:
         if self.lines:
-            lines = list(self.lines)
+            lines = sorted(self.lines, key=self.lines.__getitem__)
             rest = len(lines) - _MOST_FAULTS
             raise SweepError(
                 "\n".join([*lines[:_MOST_FAULTS], *([f"... and {rest} more like these"] if rest > 0 else [])])
@@ -69,9 +73,6 @@ def show(value: Any) -> str:
 
 def read(text: str, source: str, faults: Faults) -> Node | None:
     """The document in `text`, whose lines are told as `source:line`. None when it is no YAML, with the fault added."""
-    if not text.strip():
-        faults.add(source, "", "the file is empty; it must at least give a name and a trial")
-        return None
     return _read(text, lambda line: f"{source}:{line + 1}", faults)
 
 
@@ -107,7 +108,8 @@ def _reason(error: Any) -> str:
         return "a tab where only spaces may stand"
     if "another document" in str(error.problem):
         return "the file holds more than one document (a second `---`)"
-    return " ".join(part for part in (error.context, error.problem) if part)
+    begun = f" ({error.context}, which begins in line {error.context_mark.line + 1})" if error.context_mark else ""
+    return f"{error.problem or error.context}{begun}"
 
 
 @dataclass(slots=True)
@@ -136,7 +138,7 @@ class _Builder:
         for key, value in node.value:
             where = self.place(key.start_mark.line)
             if key.id != "scalar" or key.tag != "tag:yaml.org,2002:str":
-                told = key.value if key.id == "scalar" else f"a {key.id}"
+                told = key.value if key.id == "scalar" else "a list" if key.id == "sequence" else "a mapping"
                 advice = "; merging is not YAML 1.2, write the keys out" if key.value == "<<" else ""
                 self.faults.add(where, "", f"a key must be text (got {told}){advice}")
             elif key.value in found:
@@ -150,7 +152,8 @@ class _Builder:
         if kind == "timestamp":
             return node.value
         if kind not in ("null", "bool", "int", "float", "str"):
-            self.faults.add(where, "", f"the tag !{node.tag} has no meaning here")
+            tag = str(node.tag).replace("tag:yaml.org,2002:", "!!")
+            self.faults.add(where, "", f"the tag {tag} is not allowed: only text, numbers, lists and mappings are")
             return None
         try:
             value = self.constructor.construct_object(node)
@@ -158,6 +161,6 @@ class _Builder:
             self.faults.add(where, "", f"{node.value[:40]} is no number: {error}")
             return None
         if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
-            self.faults.add(where, "", "a whole number must fit into 64 bits")
+            self.faults.add(where, "", f"a whole number must fit into 64 bits (got {node.value[:40]})")
             return None
         return value

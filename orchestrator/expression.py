@@ -8,6 +8,7 @@ never used. Every part has a kind before anything is evaluated, so that a compar
 import ast
 import math
 import operator
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -103,7 +104,8 @@ def compile_condition(text: str, variables: Mapping[str, Variable]) -> Condition
         reader = _Reader(variables, line)
         return Condition(text, frozenset(reader.named(tree)), reader.part(tree).truth())
     except SyntaxError as error:
-        raise ValueError(f"not an expression: {error.msg}; allowed are {_ALLOWED}") from None
+        equals = ", and equality is ==" if re.search(r"[^=<>!]=[^=]", text) else ""
+        raise ValueError(f"not an expression ({error.msg}); allowed are {_ALLOWED}{equals}") from None
     except (RecursionError, MemoryError):
         raise ValueError("nested too deeply") from None
 
@@ -130,8 +132,7 @@ class _Reader:
             ast.Compare: self._comparison,
         }
         if type(node) not in readers:
-            what = "a call" if isinstance(node, ast.Call) else type(node).__name__
-            raise ValueError(f"{text} is {what}, which is not allowed; allowed are {_ALLOWED}")
+            raise ValueError(f"{text}: a {type(node).__name__.lower()} is not allowed; allowed are {_ALLOWED}")
         return readers[type(node)](node, text)
 
     def _constant(self, node: ast.Constant, text: str) -> _Part:

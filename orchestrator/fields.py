@@ -27,10 +27,10 @@ class Field:
 
     @property
     def allowed(self) -> str:
-        """What it may be: `'all' or a whole number, at least 1`."""
+        """What it may be: `'all' or a whole number of at least 1`."""
         limits = {"at least": self.setting.at_least, "above": self.setting.above, "at most": self.setting.at_most}
-        told = [f"{word} {limit:g}" for word, limit in limits.items() if limit is not None]
-        return ", ".join([_spoken(self.hint), *told])
+        told = " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
+        return f"{_spoken(self.hint)}, {told}" if told else _spoken(self.hint)
 
     @property
     def is_text(self) -> bool:
@@ -38,17 +38,13 @@ class Field:
 
     def refuses(self, name: str, value: Any) -> str | None:
         """Why it cannot have this value, as `must be ...`; None when it can."""
-        from pydantic import ValidationError
-
         try:
             check_limits(name, _adapter(self.hint).validate_python(value, strict=True), self.setting)
-        except ValidationError:
+        except ValueError:  # pydantic's errors are ValueErrors too
             words = _words(self.hint)
             near = nearest(value, words) if isinstance(value, str) else ""
             given = f"the text {show(value)}" if isinstance(value, str) and not words else show(value)
             return f"must be {self.allowed} (got {given}){near}"
-        except ValueError as error:
-            return str(error).removeprefix(f"{name} ")
         return None
 
 
@@ -105,14 +101,16 @@ class Reader:
     def mapping(self, node: Node, path: str) -> dict[str, Node]:
         if isinstance(node.value, dict):
             return node.value
-        empty = "; leave the key out to take the defaults" if node.value is None else ""
+        empty = "; fill it, or leave it out" if node.value is None else ""
         self.faults.add(node.place, path, f"must be a mapping (got {show(node.plain())}){empty}")
         return {}
 
     def elements(self, node: Node, path: str) -> list[Node]:
         if isinstance(node.value, list) and node.value:
             return node.value
-        self.faults.add(node.place, path, f"must be a list of at least one element (got {show(node.plain())})")
+        self.faults.add(
+            node.place, path, f"must be a list of at least one element, each behind a `-` (got {show(node.plain())})"
+        )
         return []
 
     def text(self, node: Node, path: str) -> str | None:

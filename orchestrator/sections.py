@@ -188,7 +188,9 @@ def _has_no_default(spec: "dataclasses.Field[Any]") -> bool:
     return spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
 
 
-def _read_ranges(node: Node, reader: Reader) -> dict[str, Range]:
+def _read_ranges(node: Node, reader: Reader) -> Any:
+    """By dotted name; MISSING when one of them was refused."""
+    before = len(reader.faults.lines)
     ranges: dict[str, Range] = {}
     for name, child in reader.named(node, "search.ranges"):
         path, setting = f"search.ranges.{name}", settings()[name]
@@ -200,7 +202,7 @@ def _read_ranges(node: Node, reader: Reader) -> dict[str, Range]:
         given = {key: reader.typed(kinds[key], each, f"{path}.{key}") for key, each in entries.items()}
         if made := _made(Range, given, Node(entries, child.place), path, reader):
             ranges[name] = made
-    return ranges
+    return ranges if len(reader.faults.lines) == before else MISSING
 
 
 _SCALE = Field(Literal["linear", "log"], Setting("linear", "How values lie between the limits."))

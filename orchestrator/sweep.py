@@ -99,7 +99,9 @@ def parse(text: str, *, source: str, overrides: Sequence[str] = (), quick: bool 
     faults = Faults()
     root = read(text, source, faults)
     faults.raise_any()
-    if root is None or not isinstance(root.value, dict):
+    if root is None or root.value is None:
+        raise SweepError(f"{source}: the file is empty; it must at least give a name and a trial")
+    if not isinstance(root.value, dict):
         raise SweepError(f"{source}:1: a sweep file is a mapping of {', '.join(KEYS)}")
     parser = _Parser(Reader(faults).entries(root, "", KEYS), source, faults, Reader(faults))
     return parser.sweep(text, tuple(overrides), quick=quick)
@@ -120,10 +122,10 @@ class _Parser:
         blocks, excludes, seeds = self._blocks(), self._excludes(), self._seeds()
         sections = {key: read_section(key, self.top.get(key), self.reader) for key in SECTIONS}
         labels = tuple(dict.fromkeys(block.label for block in blocks if block.label))
-        baseline = self._baseline(labels)
         published = read_published(self.top.get("published"), self.reader)
         self._hold_limit(blocks, seeds)
         self.faults.raise_any()
+        baseline = self._baseline(labels)
         expansion = Expansion(base, over, excludes, seeds, self._workers(sections["resources"]), self.faults)
         trials = expansion.trials(blocks)
         ensembles = read_ensembles(self.top.get("ensembles"), {*labels, *expansion.methods()}, self.reader)
@@ -143,7 +145,7 @@ class _Parser:
 
     def _trial(self) -> Given:
         if "trial" not in self.top:
-            self._missing("trial", "the settings that all trials share")
+            self._missing("trial", "the settings that all trials share, such as {data: {dataset: digits}}")
             return {}
         node = self.top["trial"]
         entries = dict(self.reader.mapping(node, "trial"))
@@ -250,10 +252,11 @@ class _Parser:
         given = node.plain()
         if type(given) is int and 1 <= given <= MOST_TRIALS:
             return tuple(range(given))
-        listed = isinstance(given, list) and all(type(seed) is int and seed >= 0 for seed in given)
-        if listed and given and len(set(given)) == len(given):
+        setting = settings()["seed"]
+        listed = isinstance(given, list) and given and not any(setting.refuses("seed", seed) for seed in given)
+        if listed and len(set(given)) == len(given):
             return tuple(given)
-        rule = "must be a count of at least 1, or a list of different whole numbers of at least 0"
+        rule = f"must be a count, at least 1, or a list of different seeds, each {setting.allowed}"
         self.faults.add(node.place, path, f"{rule} (got {show(given)})")
         return ()
 
@@ -286,7 +289,7 @@ class _Parser:
         self, trials: Sequence[Trial], scheduler: Scheduler, search: Search, varied: Sequence[str]
     ) -> None:
         """What only the trials and the sections together can show."""
-        if not trials:
+        if not trials and not self.faults.lines:
             self.faults.add(self.source, "", "no trial is left; see the blocks' `when`, and `exclude`")
         shortest = min((trial.config.optim.epochs for trial in trials), default=scheduler.grace_epochs)
         if scheduler.method != "none" and scheduler.grace_epochs > shortest:

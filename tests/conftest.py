@@ -10,8 +10,13 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import hypothesis
 import numpy as np
 import pytest
+
+# An example's wall time depends on who else uses the machine.
+hypothesis.settings.register_profile("mixmo", deadline=None)
+hypothesis.settings.load_profile("mixmo")
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
