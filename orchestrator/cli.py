@@ -5,6 +5,7 @@ What is slow to load (torch, Ray, pandas, matplotlib) is imported by the command
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -38,7 +39,7 @@ class _Command(typer.core.TyperCommand):
     """Its usage line names arguments as everybody writes them: `mixmo run [OPTIONS] FILE`."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+        return [piece.strip("{}").replace("}...", "") for piece in super().collect_usage_pieces(ctx)]
 
 
 class _Sections(typer.core.TyperGroup):
@@ -85,9 +86,17 @@ Data = Annotated[
 ]
 
 
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mixmo {_version()}")
+        raise typer.Exit
+
+
 @app.callback()
 def program(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     """Sweeps of MixMo trainings: one YAML file in, Ray in the middle, Parquet and a table out.
 
@@ -107,11 +116,6 @@ def program(
       3  finished, some trials failed; or verify found faults
       4  stopped before the end        130, 143  interrupted
     """  # noqa: D301  (the backspace keeps lines as they are)
-    if version:
-        from importlib.metadata import version as installed
-
-        print(f"mixmo {installed('mixmo-sweeps')}")
-        raise typer.Exit
 
 
 # ---------------------------------------------------------------------------------------------------- plan and run
@@ -205,7 +209,7 @@ def train(
     file: Annotated[Path | None, typer.Argument(metavar="FILE", help="A sweep file.")] = None,
     *,
     index: Annotated[
-        int, typer.Option("--index", help="Which trial of the file, as `mixmo plan --trials` counts.")
+        int, typer.Option("--index", metavar="N", help="Which trial of the file, as `mixmo plan --trials` counts.")
     ] = 0,
     trial: Annotated[
         str | None, typer.Option("--trial", metavar="ID", help="A trial in the results, instead of a file.")
@@ -214,9 +218,11 @@ def train(
     overrides: Overrides = None,
     data: Data = None,
     device: Annotated[
-        str, typer.Option("--device", help="cpu, cuda, cuda:1 ...; auto is a GPU where there is one.")
+        str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...; auto is a GPU where there is one.")
     ] = "auto",
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Processor threads for arithmetic.")] = 1,
+    threads: Annotated[
+        int, typer.Option("--threads", metavar="N", min=1, help="Processor threads for arithmetic.")
+    ] = 1,
     results: Results = "results",
 ) -> None:
     """Train one trial in the foreground: no Ray, for a debugger.
@@ -290,13 +296,13 @@ def watch(
 
 @app.command(cls=_Command, rich_help_panel=READING)
 def table(
-    sweep: Annotated[list[str], typer.Argument(metavar="SWEEP", help="One sweep, or several as one.")],
+    sweep: Annotated[list[str], typer.Argument(metavar="SWEEP...", help="One sweep, or several as one.")],
     *,
     rows: Annotated[
         str, typer.Option("--rows", metavar="FIELDS", help="Settings that make a line, as model.width,label.")
     ] = "",
     cols: Annotated[str, typer.Option("--cols", metavar="FIELDS", help="Settings that make a column.")] = "",
-    metric: Annotated[str, typer.Option("--metric", help="top1, top5, nll, ece, brier, ...")] = "top1",
+    metric: Annotated[str, typer.Option("--metric", metavar="NAME", help="top1, top5, nll, ece, brier, ...")] = "top1",
     at: Annotated[At, typer.Option("--at", help="The last epoch, or the best one.")] = "last",
     baseline: Annotated[
         str | None, typer.Option("--baseline", metavar="LABEL", help="Compare with this label. [default: the file's]")
@@ -371,7 +377,7 @@ def show(trial: TrialId, results: Results = "results", as_json: Json = False) ->
 def logs(
     trial: TrialId,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on printing what is added, until Ctrl-C.")] = False,
-    rank: Annotated[int, typer.Option("--rank", min=0, help="Which worker of the trial.")] = 0,
+    rank: Annotated[int, typer.Option("--rank", metavar="N", min=0, help="Which worker of the trial.")] = 0,
     results: Results = "results",
     as_json: Json = False,
 ) -> None:
@@ -406,7 +412,7 @@ def verify(sweep: SweepName, results: Results = "results", as_json: Json = False
     if as_json:
         _print_json("verify", {"sweep": sweep, "faults": [_plain(fault) for fault in found]})
     elif found:
-        _console().print(pages.faults(found))
+        _console().print(pages.faults(found), soft_wrap=True)
     _say(f"{sweep}: {len(found)} faults" if found else f"{sweep}: no faults")
     return ExitCode.FAULTS if found else ExitCode.OK
 
@@ -428,7 +434,7 @@ def doctor(data: Data = None, results: Results = "results", as_json: Json = Fals
     for check in examination.examine(Path(results), data):
         done.append(check)
         if not as_json:
-            console.print(pages.checks([check]))
+            console.print(pages.checks([check]), soft_wrap=True)
     if as_json:
         _print_json("doctor", {"checks": [_plain(check) for check in done]})
     return examination.verdict(done)
@@ -462,6 +468,15 @@ def data_get(
 
 
 # ------------------------------------------------------------------------------------------- what commands share
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("mixmo-sweeps")
+    except PackageNotFoundError:
+        return "from a source tree that is not installed"
 
 
 def _load(file: Path, overrides: Sequence[str] | None, quick: bool) -> Sweep:
@@ -670,6 +685,8 @@ class _Terminated(BaseException):
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    # What is imported is never garbage, and to look for some there costs a tenth of a short command's time.
+    gc.set_threshold(100_000, 20, 20)
     sys.exit(_guarded(lambda: app(args=arguments, prog_name="mixmo", standalone_mode=False)))
 
 

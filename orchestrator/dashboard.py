@@ -201,7 +201,7 @@ def _events(snapshot: Snapshot, names: Mapping[str, str], now: datetime) -> Sect
     lines: list[list[str | Text]] = []
     for event in reversed(snapshot.events):
         kind, trial_id = _KINDS.get(event.kind, event.kind), event.trial_id or ""
-        parts = dict.fromkeys([kind, spoken.get(trial_id), event.cause, event.text])
+        parts = dict.fromkeys([kind, event.cause, spoken.get(trial_id), event.text])
         said = " · ".join(" ".join(part.split()) for part in parts if part)
         lines.append([Text(clock(event.time, now), style=FAINT), _id(trial_id), said])
     return Section("Events", STRONG, (Column("", 8), Column("", 7), Column("", 0)), lines, least=2)

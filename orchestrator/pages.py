@@ -73,10 +73,16 @@ def checks(done: Sequence[Check]) -> Text:
 
 
 def faults(found: Sequence[Fault]) -> Text:
-    lines = []
+    """Faults of one kind together, and once what to do about them."""
+    groups: dict[tuple[str, str], list[Fault]] = {}
     for fault in found:
-        line = Text().append(f"✗ {fault.kind:<12}", style=BAD).append(f"{(fault.trial_id or '')[:7]:<9}", style=FAINT)
-        lines.append(line.append(fault.text).append(f" · {fault.advice}" if fault.advice else "", style=FAINT))
+        groups.setdefault((fault.kind, fault.advice), []).append(fault)
+    lines = []
+    for (kind, advice), members in groups.items():
+        for fault in members:
+            line = Text().append(f"✗ {kind:<12}", style=BAD)
+            lines.append(line.append(f"{(fault.trial_id or '')[:7]:<9}", style=FAINT).append(fault.text))
+        lines.append(Text(f"  → {advice}", style=FAINT))
     return joined(lines)
 
 

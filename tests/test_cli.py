@@ -1,0 +1,450 @@
+"""The command line: exit codes, the two streams, JSON, help, and what a command must not load."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sample_sweep
+import typer
+from sample_sweep import NAME
+
+from orchestrator import cli, doctor
+from orchestrator.errors import ExitCode, MixmoError, NotFoundError, RefusedError, SweepError, UnreachableError
+
+ROOT = Path(__file__).parent.parent
+TINY = """\
+name: tiny
+trial:
+  data: {dataset: synthetic, train_images: 64, batch_size: 32}
+  model: {depth: 10, width: 1}
+  optim: {epochs: 2}
+blocks:
+  - grid: {mixing.method: [sum, linear]}
+seeds: 2
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+class Shell:
+    """Runs commands in this process, as a terminal would see them."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str | Path) -> Ended:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(each) for each in arguments])
+        out, err = self._capsys.readouterr()
+        return Ended(int(ended.value.code or 0), out, err)
+
+
+@pytest.fixture
+def mixmo(capsys: pytest.CaptureFixture[str]) -> Iterator[Shell]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield Shell(capsys)
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    sample_sweep.stored(folder, "end")
+    return folder
+
+
+@pytest.fixture
+def sweep_file(tmp_path: Path) -> Path:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TINY)
+    return file
+
+
+def commands() -> list[tuple[str, Any]]:
+    """Every command with its words: `run`, `data get`, and the program itself first."""
+    program: Any = typer.main.get_command(cli.app)
+
+    def below(words: str, command: Any) -> Iterator[tuple[str, Any]]:
+        yield words, command
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from below(f"{words} {name}".strip(), inner)
+
+    return list(below("", program))
+
+
+COMMANDS = commands()
+READS = [
+    "ls",
+    f"status {NAME}",
+    f"watch {NAME} --once",
+    f"table {NAME}",
+    "show 2e2fd7b",
+    "logs 2e2fd7b",
+    f"verify {NAME}",
+]
+
+
+# ---------------------------------------------------------------------------------------------------------- help
+
+
+def spoken(mixmo: Shell, words: str) -> str:
+    help_text = mixmo(*words.split(), "--help").out
+    return help_text.replace("\n\n\n", "\n\n").rstrip()
+
+
+def test_the_reference_holds_every_help(mixmo: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write it anew with MIXMO_RECORD=1."""
+    held = re.search(r"^typer==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    if held and held[1] != typer.__version__:
+        pytest.skip(f"docs/cli.md is as typer {held[1]} words it (constraints.txt); here is {typer.__version__}")
+    monkeypatch.setenv("COLUMNS", "90")
+    lines = [
+        "# Commands",
+        "",
+        "Every `mixmo` command and its `--help`. This page is generated: `MIXMO_RECORD=1 python -m pytest"
+        " tests/test_cli.py -k reference`.",
+    ]
+    for words, _ in COMMANDS:
+        title = f"mixmo {words}".strip()
+        lines += ["", f"## {title}", "", "```text", spoken(mixmo, words), "```"]
+    page, text = ROOT / "docs" / "cli.md", "\n".join(lines) + "\n"
+    if os.environ.get("MIXMO_RECORD"):
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(text)
+    assert page.read_text() == text, "docs/cli.md is out of date: MIXMO_RECORD=1 writes it anew"
+
+
+@pytest.mark.parametrize(("words", "command"), COMMANDS, ids=[words or "mixmo" for words, _ in COMMANDS])
+def test_every_command_and_option_says_what_it_is(words: str, command: Any) -> None:
+    assert command.help
+    first = command.help.strip().splitlines()[0]
+    assert first.endswith(".")
+    assert len(first) <= 90
+    for parameter in command.params:
+        assert parameter.name == "help" or getattr(parameter, "help", None), f"{words}: {parameter.name}"
+
+
+def test_commands_of_the_design_are_there() -> None:
+    words = {words for words, _ in COMMANDS}
+    assert words >= {"plan", "run", "ls", "status", "watch", "show", "logs", "table", "figures", "train", "verify",
+                     "doctor", "data get"}  # fmt: skip
+
+
+def test_without_a_command_there_is_help_and_a_word_that_is_none_is_corrected(mixmo: Shell) -> None:
+    ended = mixmo("staus")
+    assert ended.code == 2
+    assert "Did you mean 'status'?" in ended.err
+    assert ended.out == ""
+
+
+def test_the_version_is_told(mixmo: Shell) -> None:
+    ended = mixmo("--version")
+    assert ended.code == 0
+    assert re.fullmatch(r"mixmo (\d+\.\d+\.\d+|from a source tree that is not installed)\n", ended.out)
+
+
+# ------------------------------------------------------------------------------------------------------ exit codes
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(SweepError("x.yaml:3: no"), 2), (NotFoundError("gone"), 5), (RefusedError("held"), 6), (UnreachableError("x"), 7),
+     (KeyboardInterrupt(), 130), (typer.Abort(), 130), (cli._Terminated(), 143)],
+)  # fmt: skip
+def test_each_end_has_its_code(error: BaseException, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise error
+
+    assert cli._guarded(fail) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    if isinstance(error, MixmoError):
+        assert err == f"mixmo: {error}\n"
+
+
+@pytest.mark.parametrize(("ended", "code"), [(None, 0), (ExitCode.FAULTS, 3), (ExitCode.STOPPED, 4)])
+def test_what_a_command_returns_is_its_code(ended: ExitCode | None, code: int) -> None:
+    assert cli._guarded(lambda: ended) == code
+
+
+def test_what_nobody_foresaw_is_our_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli._guarded(lambda: 1 // 0) == 1
+    err = capsys.readouterr().err
+    assert "ZeroDivisionError" in err
+    assert "this is a bug in mixmo" in err
+
+
+def test_a_reader_that_stops_reading_is_no_fault() -> None:
+    def command() -> None:
+        raise BrokenPipeError
+
+    code = "import sys; from orchestrator import cli\ndef f(): raise BrokenPipeError\nsys.exit(cli._guarded(f))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ("status nothing", 5, "no sweep nothing in .*: it has cifar100_width"),
+        ("show ffff", 5, "no trial in .* has an id that begins with 'ffff'"),
+        ("logs 2e2fd7b --rank 3", 5, "no log of rank 3"),
+        ("table cifar100_width --metric speed", 2, "no metric speed; there are loss, lr, top1"),
+        ("table cifar100_width --rows model.widht", 2, "no setting model.widht"),
+        ("train", 2, "give a sweep FILE .* or --trial ID"),
+        ("train FILE --index 99", 5, "tiny has trials 0 to 3; there is no trial 99"),
+        ("train FILE --device abacus", 2, "--device abacus"),
+        ("train FILE -S mixing.method=cowmix -S seeds=1", 2, "not yet"),
+        ("plan nowhere.yaml", 2, "nowhere.yaml: there is no such file"),
+        ("plan FILE -S optim.epoch=3", 2, "did you mean 'optim.epochs'"),
+        ("run FILE -S data.dataset=cifar10 -S data.train_images=all --yes", 2, "mixmo data get cifar10 DEST"),
+        ("run FILE -S mixing.method=cowmix --yes", 2, "not yet"),
+        ("data get mnist DEST", 2, "nothing to get"),
+        ("ls --results s3://bucket/x", 2, "buckets are not built yet"),
+        ("ls --results FILE", 7, "is a file"),
+    ],
+)
+def test_what_is_refused_is_one_clear_message(
+    mixmo: Shell, results: Path, sweep_file: Path, tmp_path: Path, arguments: str, code: int, message: str
+) -> None:
+    words = [str(sweep_file) if word == "FILE" else word for word in arguments.split()]
+    if "--results" not in words and words[0] != "data":
+        words += ["--results", str(tmp_path / "none" if words[0] == "run" else results)]
+    ended = mixmo(*words)
+    assert ended.code == code, ended.err
+    assert re.search(message, ended.err), ended.err
+    assert "Traceback" not in ended.err
+    assert ended.out == ""
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_sweep_that_is_verified_with_faults_ends_with_3(mixmo: Shell, results: Path) -> None:
+    ended = mixmo("verify", NAME, "--results", results)
+    assert ended.code == 3
+    assert "faults" in ended.err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_watching_and_puts_the_terminal_back(tmp_path: Path, number: int, code: int) -> None:
+    sample_sweep.stored(tmp_path, "middle")
+    command = [
+        sys.executable,
+        "-c",
+        "from orchestrator.cli import main; main()",
+        "watch",
+        NAME,
+        "--results",
+        str(tmp_path),
+    ]
+    environment = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as running:
+        assert running.stdout
+        seen = b""
+        while b"To resume" not in seen:
+            seen += os.read(running.stdout.fileno(), 65536)
+        running.send_signal(number)
+        out, err = running.communicate(timeout=60)
+    assert running.returncode == code
+    assert (seen + out).count(b"\x1b[?1049h") == (seen + out).count(b"\x1b[?1049l") == 1
+    assert b"Traceback" not in err
+
+
+# ------------------------------------------------------------------------------------------------ streams and JSON
+
+
+@pytest.mark.parametrize("command", READS)
+def test_what_is_read_goes_to_stdout_without_escapes(mixmo: Shell, results: Path, command: str) -> None:
+    ended = mixmo(*command.split(), "--results", results)
+    assert ended.code == (3 if command.startswith("verify") else 0)
+    assert ended.out
+    assert "\x1b" not in ended.out
+    assert ended.err == "" or command.startswith("verify")
+
+
+@pytest.mark.parametrize("command", READS)
+def test_every_reading_command_speaks_json(mixmo: Shell, results: Path, command: str) -> None:
+    name = command.split()[0]
+    ended = mixmo(*command.split(), "--json", "--results", results)
+    document = json.loads(ended.out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert document["schema"] == f"mixmo.{'status' if name == 'watch' else name}/1"
+
+
+def test_the_status_in_json(mixmo: Shell, results: Path) -> None:
+    document = json.loads(mixmo("status", NAME, "--json", "--results", results).out)
+    assert (document["status"], document["total"], document["done"], document["failed"]) == ("finished", 39, 36, 3)
+    assert document["failures"][0]["cause"] == "CUDA out of memory"
+    best = document["results"][0]
+    assert (best["name"], best["n"], best["planned"]) == ("cutmix w=10 M=2", 3, 3)
+    assert best["mean"] == pytest.approx(sum(best["top1"]) / 3)
+
+
+def test_an_empty_place_has_no_sweeps(mixmo: Shell, tmp_path: Path) -> None:
+    ended = mixmo("ls", "--results", tmp_path / "none")
+    assert (ended.code, ended.out) == (0, "")
+    assert "no sweeps in" in ended.err
+    assert not (tmp_path / "none").exists()
+
+
+def test_results_may_be_named_by_the_environment(mixmo: Shell, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIXMO_RESULTS", str(results))
+    assert NAME in mixmo("ls").out
+
+
+def test_a_trial_is_shown_with_the_command_that_repeats_it(mixmo: Shell, results: Path) -> None:
+    text = mixmo("show", "2e2fd7b", "--results", results).out
+    for word in ("a worker was killed by signal 9", "RuntimeError: no", "mixing.method", "mixmo train --trial 2e2fd7b"):
+        assert word in text
+
+
+def test_a_log_is_printed_as_it_is(mixmo: Shell, results: Path) -> None:
+    assert mixmo("logs", "2e2fd7b", "--results", results).out == "epoch 3\nas it was printed\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "added"),
+    [("one\n", "one\ntwo\n", "two\n"), ("one\n", "one\n", ""), ("", "one\n", "one\n"), ("gone\n", "new\n", "new\n")],
+)
+def test_following_a_log_prints_what_is_new(
+    before: str, now: str, added: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli._print_added(before, now) == now
+    assert capsys.readouterr().out == added
+
+
+# ------------------------------------------------------------------------------------------------------ plan, train
+
+
+def test_a_plan_says_what_would_run_and_writes_nothing(mixmo: Shell, sweep_file: Path, tmp_path: Path) -> None:
+    ended = mixmo("plan", sweep_file, "--results", tmp_path / "none", "--show", "--trials")
+    assert ended.code == 0
+    assert "4 trials in 2 cells, seeds 0, 1" in ended.out
+    assert "To run: 4 (4 new)" in ended.out
+    assert re.search(r"optim.epochs +2 ", ended.out)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_plan_in_json(mixmo: Shell, sweep_file: Path, tmp_path: Path) -> None:
+    document = json.loads(mixmo("plan", sweep_file, "--json", "--results", tmp_path / "none").out)
+    assert document["schema"] == "mixmo.plan/1"
+    assert document["actions"] == {"new": 4}
+    assert [each["index"] for each in document["by_trial"]] == [0, 1, 2, 3]
+
+
+def test_training_in_the_foreground_prints_a_line_per_epoch_and_keeps_nothing(
+    mixmo: Shell, sweep_file: Path, tmp_path: Path
+) -> None:
+    ended = mixmo("train", sweep_file, "--index", "1", "--results", tmp_path / "none")
+    assert ended.code == 0, ended.err
+    lines = ended.out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+    assert all(re.search(r"loss \d+\.\d+  top1 \d+\.\d+ %  nll", line) for line in lines)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.yaml"]
+
+
+# ---------------------------------------------------------------------------------------------------------- doctor
+
+
+def test_the_doctor_leaves_nothing_behind(mixmo: Shell, tmp_path: Path) -> None:
+    ended = mixmo("doctor", "--json", "--results", tmp_path / "none")
+    checks = {check["name"]: check for check in json.loads(ended.out)["checks"]}
+    assert checks["Python"]["verdict"] == "good"
+    assert {"torch", "ray", "processors", "results", "disk", "data", "cifar10"} <= set(checks)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_doctor_and_the_project_agree_on_versions() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == f">={'.'.join(map(str, doctor.PYTHON))}"
+    wanted = {re.split(r"[\[=<>]", each)[0]: each for each in project["dependencies"]}
+    for name, (least, below) in doctor.PACKAGES.items():
+        text = re.sub(r"\[.*\]", "", wanted[name]).removeprefix(name)
+        expected = f"=={least}.*" if below else f">={least}"
+        assert text == expected
+
+
+@pytest.mark.parametrize(
+    ("installed", "verdict"),
+    [("2.59.1", "bad"), ("2.60.0", "good"), ("2.60.9", "good"), ("2.61.0", "bad"), ("2.60.0+cu130", "good")],
+)
+def test_a_version_is_held_to_its_range(installed: str, verdict: str) -> None:
+    check = doctor.package("ray", "2.60", "2.61", lambda name: installed)
+    assert check.verdict == verdict
+    assert check.code == (ExitCode.OK if verdict == "good" else ExitCode.USAGE)
+
+
+def test_a_package_that_is_not_there_is_told_with_its_command() -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    check = doctor.package("torch", "2.11", None, missing)
+    assert (check.verdict, check.code) == ("bad", ExitCode.USAGE)
+    assert "pip install 'torch>=2.11'" in check.advice
+
+
+def test_results_that_cannot_be_written_end_with_7(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    check = doctor.results_folder(file)
+    assert (check.verdict, check.code) == ("bad", ExitCode.UNREACHABLE)
+    assert doctor.verdict([doctor.Check("a", "note", ""), check]) is ExitCode.UNREACHABLE
+    assert doctor.results_folder(tmp_path / "deep" / "down").verdict == "good"
+
+
+def test_a_dataset_with_a_wrong_file_is_a_fault_and_one_that_is_not_there_a_note(tmp_path: Path) -> None:
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    found = {check.name: check for check in doctor.datasets(tmp_path)}
+    assert (found["cifar10"].verdict, found["cifar10"].code) == ("bad", ExitCode.USAGE)
+    assert found["cifar100"].verdict == "note"
+
+
+# ------------------------------------------------------------------------------------------------- what is not loaded
+
+NEVER = {"torch", "ray", "boto3", "pyarrow.dataset", "duckdb", "pandas", "matplotlib", "sklearn"}
+
+
+@pytest.mark.parametrize("command", [*READS, "plan FILE"])
+def test_what_a_reading_command_must_not_load(command: str, results: Path, sweep_file: Path) -> None:
+    """This is what keeps it under 0.3 s of CPU."""
+    words = [str(sweep_file) if word == "FILE" else word for word in command.split()]
+    code = (
+        "import sys; from orchestrator import cli; code = cli._guarded(lambda: cli.app(args=sys.argv[1:],"
+        " standalone_mode=False)); print(code, *sorted(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, "--results", str(results)],
+        cwd=ROOT, capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    ended, *loaded = done.stderr.splitlines()[-1].split()
+    assert int(ended) in (0, 3), done.stderr
+    assert set(loaded) & NEVER == set()
+    assert "pyarrow.parquet" in loaded  # it did read
+
+
+def test_help_loads_no_tables() -> None:
+    code = (
+        "import sys; from orchestrator import cli;"
+        " cli._guarded(lambda: cli.app(args=['--help'], standalone_mode=False));"
+        " print(*sorted(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert set(done.stderr.split()) & (NEVER | {"pyarrow", "numpy", "rich.console"}) == set()
