@@ -165,11 +165,11 @@ def draw_curves(cells: Sequence[CellPlot], metric: str) -> "Figure":
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(5.2 if across == 1 else 3.6 * across, 3.4 * down), layout="constrained")
-    axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat
+    axes = list(figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat)
     for axis, panel in zip(axes, panels, strict=False):
         _draw_panel(axis, [cell for cell in cells if cell.panel == panel], metric)
         axis.set_title(panel)
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.remove()
     figure.supxlabel("epoch", size="medium")
     figure.supylabel(_axis_name(metric), size="medium")

@@ -121,7 +121,7 @@ def _doubled(files: Mapping[str, Sequence[EpochRow]]) -> list[Fault]:
                 faults.append(Fault("duplicate", trial_id, f"{count} rows of epoch {epoch} in {name}", _REPORT))
         for row in rows:
             first = seen.setdefault((row.trial_id, row.epoch, row.order), row)
-            if first != row:
+            if first is not row and repr(first) != repr(row):  # a loss may be nan, which equals nothing
                 text = f"two rows of epoch {row.epoch} have one order {row.order}, one of them in {name}"
                 faults.append(Fault("duplicate", row.trial_id, text, _REPORT))
     return faults

@@ -1,0 +1,162 @@
+"""Every kind of fault, planted."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from made_rows import advance, epoch, reached, trial
+
+from orchestrator.rows import EPOCHS_SCHEMA, TRIALS_SCHEMA, EpochRow, TrialRow, epoch_rows, to_table, trial_rows
+from orchestrator.store import Fault, ResultStore
+
+CONTENT = b"weights"
+CHECKPOINT = f"epoch-00003-{hashlib.sha256(CONTENT).hexdigest()[:16]}.pt"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ResultStore:
+    """Two trials that finished; the first has a checkpoint."""
+    store = ResultStore.open(tmp_path / "results", create=True)
+    (tmp_path / CHECKPOINT).write_bytes(CONTENT)
+    with store.writer("made", sweep_text="") as writer:
+        for row in (trial(), trial(1)):
+            for number in (1, 2, 3):
+                row = advance(writer, row, number, seq=number)
+            if row.position == 0:
+                key = store.attempt(row.trial_id, writer.fence, 1, "aa").put_file(tmp_path / CHECKPOINT, CHECKPOINT)
+                writer.put([row.replace(checkpoint=key)])
+        writer.close(done=True)
+    assert store.verify("made") == []
+    return store
+
+
+def part(store: ResultStore) -> Path:
+    return store.folder.path(f"sweeps/made/epochs/{next(iter(store.snapshot('made').header.parts))}")
+
+
+def live(store: ResultStore) -> Path:
+    return store.folder.path("sweeps/made/epochs/live-1.parquet")
+
+
+def change_trials(store: ResultStore, change: Callable[[list[TrialRow]], list[TrialRow]]) -> None:
+    path = store.folder.path("sweeps/made/trials.parquet")
+    table = pq.ParquetFile(path).read()
+    changed = to_table(change(trial_rows(table)), TRIALS_SCHEMA)
+    pq.write_table(changed.replace_schema_metadata(table.schema.metadata), path)
+
+
+def change_epochs(store: ResultStore, change: Callable[[list[EpochRow]], list[EpochRow]]) -> None:
+    """In the part, and nowhere else."""
+    pq.write_table(EPOCHS_SCHEMA.empty_table(), live(store))
+    table = to_table(change(epoch_rows(pq.ParquetFile(part(store)).read())), EPOCHS_SCHEMA)
+    pq.write_table(table, part(store))
+
+
+def first(rows: list[Any], **changes: Any) -> list[Any]:
+    return [replace(rows[0], **changes), *rows[1:]]
+
+
+PLANTED: dict[str, tuple[Callable[[ResultStore], object], list[str], str]] = {
+    "a trial that is not finished": (
+        lambda s: change_trials(s, lambda rows: first(rows, state="RUNNING")), ["unfinished"], "still RUNNING",
+    ),
+    "an epoch that is missing": (
+        lambda s: change_epochs(s, lambda rows: [*rows[:1], *rows[2:]]), ["rows"], "has rows of 1, 3",
+    ),
+    "the last epoch missing": (
+        lambda s: change_epochs(s, lambda rows: [*rows[:2], *rows[3:]]), ["rows"], "has rows of 1-2",
+    ),
+    "no epochs at all": (lambda s: change_epochs(s, lambda rows: rows[3:]), ["rows"], "has rows of no epoch"),
+    "an epoch too many": (
+        lambda s: change_epochs(s, lambda rows: [*rows, replace(rows[2], epoch=4)]), ["rows"], "row of epoch 4",
+    ),
+    "epochs of no trial": (lambda s: change_trials(s, lambda rows: rows[:1]), ["rows"], "no row in trials"),
+    "a trial twice": (lambda s: change_trials(s, lambda rows: [*rows, rows[0]]), ["duplicate"], "2 rows in trials"),
+    "an epoch twice": (
+        lambda s: change_epochs(s, lambda rows: [*rows, rows[0]]), ["duplicate"], "2 rows of epoch 1",
+    ),
+    "two contents with one order": (
+        lambda s: pq.write_table(
+            to_table([replace(epoch_rows(pq.ParquetFile(part(s)).read())[0], wall_s=-1.0)], EPOCHS_SCHEMA), live(s)
+        ), ["duplicate"], "have one order",
+    ),
+    "a metric that its epoch contradicts": (
+        lambda s: change_trials(s, lambda rows: first(rows, metrics={**rows[0].metrics, "top1": 0.99})),
+        ["metrics"], "top1 is 0.99",
+    ),
+    "a metric that its epoch lacks": (
+        lambda s: change_trials(s, lambda rows: first(rows, metrics={**rows[0].metrics, "ece": 0.1})),
+        ["metrics"], "ece is 0.1",
+    ),
+    "a checkpoint that is gone": (
+        lambda s: s.discard(s.checkpoints(trial().trial_id)[0]), ["checkpoint"], "is not there",
+    ),
+    "a checkpoint that is damaged": (
+        lambda s: s.folder.path(s.checkpoints(trial().trial_id)[0]).write_bytes(b"x"), ["checkpoint"], "is damaged",
+    ),
+    "a part that is gone": (lambda s: part(s).unlink(), ["missing"], "is named but not there"),
+    "a live file that is gone": (lambda s: live(s).unlink(), ["missing"], "is named but not there"),
+    "a part that is cut short": (
+        lambda s: part(s).write_bytes(part(s).read_bytes()[:-9]), ["damaged"], "is no Parquet file",
+    ),
+    "trials that are cut short": (
+        lambda s: os.truncate(s.folder.path("sweeps/made/trials.parquet"), 99), ["damaged"], "is no Parquet file",
+    ),
+    "a part that nothing names": (
+        lambda s: s.folder.put("sweeps/made/epochs/part-1-000007.parquet", part(s).read_bytes()),
+        ["unnamed"], "part-1-000007.parquet is named by nothing",
+    ),
+    "a trial that no sweep has": (
+        lambda s: s.attempt("f" * 12, 1, 1, "aa").put_log(0, "x"), ["unnamed"], "belongs to no trial",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_fault_is_found(store: ResultStore, fault: str) -> None:
+    plant, kinds, text = PLANTED[fault]
+    plant(store)
+    found = store.verify("made")
+    assert set(kinds) <= {each.kind for each in found}
+    assert text in " ".join(each.text for each in found)
+    if kinds not in (["missing"], ["damaged"]) or fault == "a live file that is gone":
+        assert {each.kind for each in found} == set(kinds), found
+        assert len(found) == 1
+    assert all(isinstance(each, Fault) and each.advice for each in found)
+
+
+def test_what_only_looks_like_a_fault_is_none(store: ResultStore) -> None:
+    """A trial of another sweep, one that failed early, one that runs, and a metric that is not a number."""
+    with store.writer("made", sweep_text="") as writer:
+        writer.put([trial(2).replace(cached_from="other", state="TERMINATED", epoch=3)])
+        advance(writer, trial(3), 1, seq=9)
+        lost = advance(writer, trial(4), 2, seq=9)
+        writer.put([lost.replace(state="ERROR", epoch=0, seq=10)])
+        row = trial(5, epochs=1)
+        broken = replace(epoch(row, 1, seq=9), metrics={**epoch(row, 1).metrics, "loss": float("nan")})
+        writer.add([broken])
+        writer.put([reached(row, 1, seq=9, metrics=broken.metrics)])
+        writer.flush(force=True)
+        assert store.verify("made") == []
+
+
+def test_a_driver_at_work_is_not_faulted_for_what_it_has_yet_to_name(store: ResultStore) -> None:
+    with store.writer("made", sweep_text="") as writer:
+        store.folder.put(f"sweeps/made/epochs/part-{writer.fence}-000009.parquet", part(store).read_bytes())
+        assert store.verify("made") == []
+    assert [fault.kind for fault in store.verify("made")] == ["unnamed"]
+    with store.writer("made", sweep_text=""):
+        pass
+    assert store.verify("made") == []
+
+
+def test_a_table_of_a_later_version_is_no_fault(store: ResultStore) -> None:
+    table = pq.ParquetFile(part(store)).read()
+    pq.write_table(table.append_column("colour", pa.array(["red"] * len(table))), part(store))
+    assert store.verify("made") == []
