@@ -330,18 +330,19 @@ class _Session:
         left = {trial.position for trial in self.planned.to_run}
         drained = False
         while left and not self.signals.stop:
+            over = drained and not crew.in_hand()  # asked before the updates, so that none of them is missed
             for update in crew.updates(PERIOD_S):
                 self._record(update)
                 if update.kind == "ended":
                     left.discard(update.index)
             self._keep()
+            if over:
+                break
             if self.signals.drain and not drained:
                 drained = True
                 tuning.drain()
                 crew.drain()
                 self.talk("stopping: running trials finish, nothing new starts. Ctrl-C again stops now.")
-            if drained and not crew.in_hand():
-                break
             if tuning.error is not None:
                 raise tuning.error
 

@@ -124,13 +124,18 @@ class Gang:
         """The trial's epochs, from its newest checkpoint on."""
         config = unflatten(assignment.order.settings)
         log.line(f"trial {assignment.order.trial_id}, attempt {assignment.attempt}, on {self.name} ({self.host})")
-        resume = self._resume_point(assignment.order.trial_id, config, log)
-        reports = [EpochReport(**row) for row in resume["rows"]] if resume else []
-        if reports and not self._report(assignment, reports, None):
-            return
         saver = Saver(self._store, folder, self.plan)
+        resume = self._resume_point(assignment.order.trial_id, config, log)
+        reports: list[EpochReport] = []
+        if resume is not None:
+            key, state = resume
+            reports = [EpochReport(**row) for row in state["rows"]]
+            saver.adopt(key)
+            log.line(f"resumed from {key}")
+            if not self._report(assignment, reports, key):
+                return
         data_dir = Path(self.plan.data_dir) if self.plan.data_dir else None
-        for epoch in train.train(config, device=self.device, data_dir=data_dir, resume=resume):
+        for epoch in train.train(config, device=self.device, data_dir=data_dir, resume=resume and resume[1]):
             reports.append(self._describe(epoch, reports))
             last = epoch.epoch == config.optim.epochs
             checkpoint = self._save(saver, epoch, reports, log) if self.rank == 0 and saver.due(last=last) else None
@@ -142,14 +147,11 @@ class Gang:
             ray.get(self.dispatcher.finish.remote(assignment.token))
             saver.clear()
 
-    def _resume_point(self, trial_id: str, config: TrialConfig, log: "LogTail") -> dict[str, Any] | None:
-        """The newest checkpoint of any attempt that is whole and this config's, or None."""
+    def _resume_point(self, trial_id: str, config: TrialConfig, log: "LogTail") -> tuple[str, dict[str, Any]] | None:
+        """The newest checkpoint of any attempt that is whole and this config's, with its key."""
         found = self._newest(trial_id, config, log) if self.rank == 0 else None
         key = self._from_first(found and found[0])
-        if key is None:
-            return None
-        log.line(f"resumed from {key}")
-        return found[1] if found else self._load(key, config)
+        return None if key is None else found or (key, self._load(key, config))
 
     def _newest(self, trial_id: str, config: TrialConfig, log: "LogTail") -> tuple[str, dict[str, Any]] | None:
         for key in self._store.checkpoints(trial_id):
@@ -205,6 +207,10 @@ class Saver:
         self._store, self._folder, self._plan = store, folder, plan
         self._saved_at, self._cost_s = time.monotonic(), 0.0
         self._keys: list[str] = []
+
+    def adopt(self, key: str) -> None:
+        """An earlier attempt's checkpoint is the newest so far."""
+        self._keys = [key]
 
     def due(self, *, last: bool) -> bool:
         if last:
