@@ -219,7 +219,8 @@ def draw_values(cells: Sequence[CellPlot], metric: str) -> "Figure":
 
 def _within(cell: CellPlot) -> str:
     """The cell's name and count, without what the title of its panel says."""
-    return f"{', '.join(word for word in cell.name.split(', ') if word != cell.panel)} ({len(cell.values)})"
+    words = [word for word in cell.name.split(", ") if word != cell.panel]
+    return f"{', '.join(words) or cell.name} ({len(cell.values)})"
 
 
 def _scale(metric: str) -> float:

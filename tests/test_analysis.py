@@ -1,0 +1,245 @@
+"""Tables against numpy, by hand, and in every form they are written in."""
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made_rows import NOTHING, reached, trial
+
+from orchestrator import analysis
+from orchestrator.analysis import Cell, ResultTable, table, varied
+from orchestrator.errors import UsageError
+from orchestrator.rows import TrialRow
+from orchestrator.store import ResultStore
+
+VALUES = {
+    (2, "linear", 2): [0.70, 0.72, 0.71], (2, "cutmix", 2): [0.74, 0.75, 0.76],
+    (2, "linear", 5): [0.80, 0.81, 0.82], (2, "cutmix", 5): [0.84, 0.84, 0.87],
+    (1, "none", 2): [0.69, 0.70, 0.71], (1, "none", 5): [0.78, 0.79, 0.80],
+}  # fmt: skip
+"""top1 by subnetworks, method and width, one for each seed."""
+
+
+def done(seed: int, value: float, **given: Any) -> TrialRow:
+    row = trial(seed, **given)
+    return reached(row, row.epochs, best_top1=value + 0.01, metrics={**NOTHING, "top1": value, "nll": 1 - value})
+
+
+def rows() -> list[TrialRow]:
+    made: list[TrialRow] = []
+    for (subnetworks, method, width), values in VALUES.items():
+        label, how = ("vanilla", "cutmix") if subnetworks == 1 else (None, method)
+        for seed, value in enumerate(values):
+            position = len(made)
+            made.append(
+                done(seed, value, width=width, subnetworks=subnetworks, method=how, label=label, position=position)
+            )
+    return made
+
+
+def cell(of: ResultTable, *row: Any, col: tuple[Any, ...] = ()) -> Cell:
+    return of.cells[row, col]
+
+
+# ------------------------------------------------------------------------------------------------------- statistics
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=9))
+def test_mean_and_spread_are_numpys(values: list[float]) -> None:
+    cell = Cell(tuple(values))
+    assert cell.mean == pytest.approx(np.mean(values), abs=1e-15)
+    assert cell.std == pytest.approx(np.std(values, ddof=1), abs=1e-12)
+
+
+def test_one_trial_has_no_spread_and_none_has_no_mean() -> None:
+    assert (Cell((0.5,)).mean, Cell((0.5,)).std) == (0.5, None)
+    assert (Cell().mean, Cell().std, Cell().n) == (None, None, 0)
+
+
+def test_a_cell_is_all_seeds_of_one_setting() -> None:
+    made = table(rows())
+    assert made.row_fields == ("label", "model_width", "model_subnetworks", "mixing_method")
+    assert len(made.cells) == 6
+    for (subnetworks, method, width), values in VALUES.items():
+        key = ("vanilla", width, 1, None) if subnetworks == 1 else (None, width, 2, method)
+        assert cell(made, *key).values == tuple(values)
+    assert made.averaged == ()
+
+
+def test_rows_and_columns_are_the_users_choice() -> None:
+    made = table(rows(), row_fields=["mixing.method"], col_fields=["model_width"])
+    assert (made.row_keys, made.col_keys) == (((None,), ("cutmix",), ("linear",)), ((2,), (5,)))
+    assert cell(made, "linear", col=(5,)).values == (0.80, 0.81, 0.82)
+
+
+def test_a_table_says_when_it_averages_over_more_than_seeds() -> None:
+    made = table(rows(), row_fields=["model.subnetworks"])
+    assert cell(made, 1).n == 6
+    assert made.averaged == ("model_width", "mixing_method")
+    assert "Averaged over model.width, mixing.method too" in made.to_markdown()
+
+
+def test_settings_that_follow_from_others_are_not_shown_by_themselves() -> None:
+    """Repetition goes with the number of subnetworks here, and adds nothing."""
+    assert varied(rows()) == ["label", "model_width", "model_subnetworks", "mixing_method"]
+    assert varied(rows()[:3]) == []
+    assert table(rows()[:3]).row_keys == ((),)
+
+
+def test_other_metrics_and_the_best_epoch() -> None:
+    assert cell(table(rows(), metric="nll"), "vanilla", 2, 1, None).mean == pytest.approx(0.30)
+    assert cell(table(rows(), at="best"), "vanilla", 2, 1, None).mean == pytest.approx(0.71)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"metric": "top2"}, "there are loss, lr, top1"),
+        ({"metric": "nll", "at": "best"}, "known of top1 only"),
+        ({"at": "first"}, "last, best"),
+        ({"row_fields": ["model.widht"]}, "no setting model.widht; there are label, .*model.width"),
+        ({"baseline": "plain"}, "labels are vanilla"),
+        ({"baseline": "vanilla", "row_fields": ["model.width"]}, "add label"),
+    ],
+)
+def test_what_there_is_not_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        table(rows(), **given)
+
+
+# -------------------------------------------------------------------------------------------------- what does not count
+
+
+@pytest.mark.parametrize(
+    ("changes", "waiting", "failed"),
+    [
+        ({"state": "RUNNING"}, 1, 0), ({"state": "PENDING"}, 1, 0), ({"state": "PAUSED"}, 1, 0),
+        ({"state": "ERROR"}, 0, 1), ({"state": "CANCELLED"}, 0, 1), ({"stopped_early": True}, 0, 1),
+        ({"metrics": NOTHING}, 0, 1),
+    ],
+)  # fmt: skip
+def test_only_trials_that_ran_to_their_end_count(changes: dict[str, Any], waiting: int, failed: int) -> None:
+    made = rows()
+    made[0] = made[0].replace(**changes)
+    found = cell(table(made), None, 2, 2, "linear")
+    assert (found.values, found.waiting, found.failed, found.planned) == ((0.72, 0.71), waiting, failed, 3)
+    text = table(made).to_text()
+    assert "71.50 ± 0.71 (2/3)" in text
+    assert "two of three trials finished" in text
+
+
+def test_a_cell_that_has_not_begun_shows_how_many_are_planned() -> None:
+    waiting = [trial(seed) for seed in range(3)]
+    assert "... (0/3)" in table(waiting).to_text()
+
+
+def test_a_trial_of_two_sweeps_counts_once_and_as_finished() -> None:
+    made = rows()
+    again = [row.replace(sweep="other", state="PENDING") for row in made]
+    assert table(again + made).cells == table(made).cells
+
+
+# ------------------------------------------------------------------------------------------------------------ baseline
+
+
+def test_every_cell_is_compared_with_the_baseline_of_its_width() -> None:
+    made = table(rows(), baseline="vanilla")
+    five = cell(made, None, 5, 2, "cutmix")
+    assert five.difference == pytest.approx(0.85 - 0.79)
+    spread = math.sqrt(np.var(VALUES[2, "cutmix", 5], ddof=1) / 3 + np.var(VALUES[1, "none", 5], ddof=1) / 3)
+    assert five.difference_se == pytest.approx(spread)
+    assert cell(made, None, 2, 2, "linear").difference == pytest.approx(0.01)
+    base = cell(made, "vanilla", 5, 1, None)
+    assert (base.baseline, base.difference) == (True, None)
+
+
+def test_the_baseline_is_found_across_columns() -> None:
+    made = table(rows(), row_fields=["label", "mixing.method"], col_fields=["model.width"], baseline="vanilla")
+    assert cell(made, None, "cutmix", col=(5,)).difference == pytest.approx(0.06)
+    header, _ = made.text_cells()
+    assert header == ["label", "mixing.method", "model.width 2", "vs baseline", "model.width 5", "vs baseline"]
+
+
+def test_without_a_matching_baseline_there_is_no_difference() -> None:
+    lonely = [*rows(), done(0, 0.9, width=10, position=99)]
+    found = cell(table(lonely, baseline="vanilla"), None, 10, 2, "cutmix")
+    assert (found.difference, found.baseline) == (None, False)
+
+
+# --------------------------------------------------------------------------------------------------------------- forms
+
+
+def test_markdown() -> None:
+    expected = """\
+| label | model.width | model.subnetworks | mixing.method | top1 % | vs baseline |
+| --- | --- | --- | --- | ---: | ---: |
+| - | 2 | 2 | cutmix | 75.00 ± 1.00 (3) | +5.00 ± 0.82 |
+| - | 2 | 2 | linear | 71.00 ± 1.00 (3) | +1.00 ± 0.82 |
+| - | 5 | 2 | cutmix | 85.00 ± 1.73 (3) | +6.00 ± 1.15 |
+| - | 5 | 2 | linear | 81.00 ± 1.00 (3) | +2.00 ± 0.82 |
+| vanilla | 2 | 1 | - | 70.00 ± 1.00 (3) | baseline |
+| vanilla | 5 | 1 | - | 79.00 ± 1.00 (3) | baseline |
+"""
+    assert table(rows(), baseline="vanilla").to_markdown() == expected
+
+
+def test_text_keeps_its_columns_in_line() -> None:
+    made = rows()
+    made[0] = made[0].replace(label="a | b")
+    lines = table(made, baseline="vanilla").to_text().splitlines()
+    assert lines[1].replace("─", "").strip() == ""
+    assert len({line.index("(") for line in lines[2:9] if "(3)" in line}) == 1
+    assert r"a \| b" in table(made).to_markdown()
+
+
+def test_csv_has_one_plain_line_per_cell() -> None:
+    read = list(csv.DictReader(io.StringIO(table(rows(), baseline="vanilla").to_csv())))
+    assert len(read) == 6
+    first = next(line for line in read if line["mixing_method"] == "cutmix" and line["model_width"] == "2")
+    assert float(first["mean"]) == pytest.approx(0.75)
+    assert [float(value) for value in first["values"].split()] == VALUES[2, "cutmix", 2]
+    assert (first["label"], first["n"]) == ("", "3")
+
+
+def test_json_is_strict_and_carries_its_version() -> None:
+    made = rows()
+    made[0] = made[0].replace(metrics={**NOTHING, "top1": float("nan")})
+    read = json.loads(table(made).to_json(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert (read["schema"], read["metric"], read["unit"]) == ("mixmo.table/1", "top1", "fraction")
+    broken = next(each for each in read["cells"] if each["mixing_method"] == "linear" and each["model_width"] == 2)
+    assert (broken["mean"], broken["values"]) == (None, [None, 0.72, 0.71])
+    assert len(read["cells"]) == 6
+
+
+def test_metrics_that_are_no_fractions_are_not_shown_in_percent() -> None:
+    assert "0.30 ± 0.01 (3)" in table(rows(), metric="nll").to_text().replace("0.3 ", "0.30 ")
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    store = ResultStore.open(tmp_path, create=True)
+    for sweep, part in (("one", rows()[:9]), ("two", rows()[6:])):
+        with store.writer(sweep, sweep_text="") as writer:
+            writer.put(part)
+    return tmp_path
+
+
+def test_sweeps_are_loaded_one_below_the_other(stored: Path) -> None:
+    loaded = analysis.load(stored, "two", "one")
+    assert (loaded.table.num_rows, loaded.sweeps) == (21, ("two", "one"))
+    assert len(analysis.load(stored).rows) == 21
+    assert set(table(loaded.rows).cells) == set(table(rows()).cells)
+    frame = loaded.to_pandas()
+    assert list(frame.groupby("sweep").size()) == [9, 12]
+    assert loaded.epochs().num_rows == 0
+    assert analysis.load(stored / "nothing").rows == []
