@@ -92,6 +92,7 @@ def test_the_file_of_the_design() -> None:
     cells += [(2, 2, "cutmix", 0.1, 4)]  # the other pair of the zip is in the grid already
     names = ("model.width", "model.subnetworks", "mixing.method", "optim.lr", "data.repetition", "seed")
     assert values(sweep, *names) == [(*cell, seed) for seed in range(3) for cell in cells]
+    assert set(values(sweep, "model.depth", "optim.epochs", "data.train_images")) == {(28, 300, "all")}
     assert [trial.label for trial in sweep.trials[:10]] == [None] * 6 + ["vanilla"] * 3 + [None]
     assert [trial.position for trial in sweep.trials] == list(range(30))
     assert (sweep.name, sweep.baseline, sweep.seeds, sweep.labels) == (
@@ -219,7 +220,8 @@ def test_anchors_and_dotted_names_serve() -> None:
 
 
 def test_a_setting_without_effect_does_not_vary() -> None:
-    sweep = small("blocks: [set: {model.subnetworks: 1}, set: {mixing.method: sum}, set: {mixing.method: linear}]\n")
+    vanilla = "set: {model.subnetworks: 1, mixing.alpha: 7}"
+    sweep = small(f"blocks: [{vanilla}, set: {{mixing.method: cutmix}}, set: {{mixing.method: linear}}]\n")
     assert sweep.varied == ("model.subnetworks", "mixing.method")
 
 
