@@ -135,7 +135,7 @@ class _Parser:
             name=name, trials=trials, varied=expansion.varied(), seeds=seeds, labels=labels, baseline=baseline,
             **sections, ensembles=ensembles, published=published, quick=quick, overrides=overrides, text=text,
             source=self.source, origins=_origins(base, over, blocks),
-            notes=(*expansion.notes(blocks), *self._notes(ensembles, seeds)),
+            notes=(*expansion.notes(blocks), *self._notes(ensembles, seeds, sections["search"])),
         )  # fmt: skip
 
     def _missing(self, key: str, why: str) -> None:
@@ -299,11 +299,17 @@ class _Parser:
             if name in varied:
                 self.faults.add(self.top["search"].place, f"search.ranges.{name}", "the blocks vary it too; give one")
 
-    def _notes(self, ensembles: Sequence[Ensemble], seeds: Sequence[int]) -> list[str]:
+    def _notes(self, ensembles: Sequence[Ensemble], seeds: Sequence[int], search: Search) -> list[str]:
+        notes = []
         most = max((count for each in ensembles for count in each.members), default=0)
-        if most <= len(seeds):
-            return []
-        return [f"{self.top['ensembles'].place}: ensembles: {most} members need as many seeds, not {len(seeds)}"]
+        if most > len(seeds):
+            told = f"{most} members need as many seeds, not {len(seeds)}"
+            notes.append(f"{self.top['ensembles'].place}: ensembles: {told}")
+        if search.method != "grid":
+            notes.append(
+                f"{self.top['search'].place}: search: each cell stands for {search.num_samples} draws of ranges"
+            )
+        return notes
 
 
 def _origins(base: Given, over: Given, blocks: Sequence[Block]) -> dict[str, str]:

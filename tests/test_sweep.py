@@ -754,6 +754,7 @@ def test_a_method_that_has_no_effect_stops_nothing() -> None:
 
 def test_ranges_are_kept() -> None:
     sweep = small("search: {method: optuna, num_samples: 2, ranges: {optim.lr: {min: 0.1, max: 1, scale: log}}}\n")
+    assert sweep.notes == ("x.yaml:3: search: each cell stands for 2 draws of ranges",)
     assert dict(sweep.search.ranges) == {"optim.lr": Range(min=0.1, max=1.0, scale="log")}
 
 
