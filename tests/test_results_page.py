@@ -108,8 +108,8 @@ def test_the_pandas_block(results: ResultStore) -> None:
 
 
 def query(sql: str) -> pd.DataFrame:
-    done = duckdb.connect().execute(sql)
-    return pd.DataFrame(done.fetchall(), columns=[each[0] for each in done.description or []])
+    table: pd.DataFrame = duckdb.connect().sql(sql).to_arrow_table().to_pandas()
+    return table
 
 
 def test_the_sql_blocks(results: ResultStore) -> None:
