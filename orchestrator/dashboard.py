@@ -233,7 +233,7 @@ def render(snapshot: Snapshot, now: datetime, size: tuple[int, int], *, driven: 
         lines += body + beside(left, stack(notes, half, room - len(body)), half)
     else:
         lines += stack([running, results, *notes], width, room)
-    return joined(lines[:height])
+    return joined(lines[:height], size[0])
 
 
 def summary(snapshot: Snapshot, now: datetime, width: int, *, driven: bool | None = True) -> Text:

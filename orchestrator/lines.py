@@ -158,9 +158,11 @@ def beside(left: Sequence[Text], right: Sequence[Text], half: int) -> list[Text]
     return lines
 
 
-def joined(lines: Sequence[Text]) -> Text:
-    """Lines with a margin of one character and nothing at their ends."""
+def joined(lines: Sequence[Text], width: int | None = None) -> Text:
+    """Lines with a margin of one character and nothing at their ends, cut at `width`."""
     margined = [Text(" ").append_text(line) for line in lines]
     for line in margined:
         line.rstrip()
+        if width is not None:
+            line.truncate(width)
     return Text("\n", no_wrap=True, overflow="crop", end="").join(margined)

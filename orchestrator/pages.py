@@ -227,8 +227,8 @@ def _verdict(summary: Mapping[str, Any]) -> Text:
 
 
 def planned_trials(items: Sequence[PlannedTrial], names: Mapping[str, str], width: int) -> Text:
-    """One line per trial, with its index for `mixmo train --index`."""
-    columns = (Column("index", 6, "right"), Column("trial", 12), Column("", 0), Column("seed", 4, "right"),
+    """One line per trial, beginning with its index for `mixmo train --index`."""
+    columns = (Column("", 6, "right"), Column("", 12), Column("", 0), Column("seed", 4, "right"),
                Column("", 9), Column("", 30))  # fmt: skip
     lines: list[list[str | Text]] = [
         [
@@ -241,7 +241,7 @@ def planned_trials(items: Sequence[PlannedTrial], names: Mapping[str, str], widt
         ]
         for index, item in enumerate(items)
     ]
-    return joined(Section("", STRONG, columns, lines).draw(max(60, min(width, 130) - 2), _ALL))
+    return joined(Section("Trials", STRONG, columns, lines).draw(max(60, min(width, 130) - 2), _ALL))
 
 
 def settings(sweep: Sweep, width: int) -> Text:
@@ -253,7 +253,8 @@ def settings(sweep: Sweep, width: int) -> Text:
         shown = (
             value if isinstance(value, Text) else " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         )
-        origin = Text(sweep.origins.get(name, ""), style=FAINT)
+        place = sweep.origins.get(name, "").replace(f"{sweep.source}:", "line ")
+        origin = Text("" if place == "varies" else place, style=FAINT)
         lines.append([name, shown, origin, Text(spec.metadata["setting"].meaning, style=FAINT)])
-    columns = (Column("", 23), Column("value", 12), Column("from", 22), Column("", 0))
+    columns = (Column("", 23), Column("value", 12), Column("from", 12), Column("", 0))
     return joined(Section("Settings", STRONG, columns, lines).draw(max(60, width - 2), _ALL))
