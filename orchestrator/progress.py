@@ -130,6 +130,8 @@ def _eta_s(rows: Sequence[TrialRow]) -> float | None:
                 return None
             typical[row.cell_id] = cost.trial_flops(config_of(row)) / speed
     seconds = [typical[row.cell_id] * _left(row) for row in waiting]
+    if not math.isfinite(sum(seconds)):  # a speed that is next to nothing says nothing
+        return None
     at_once = max(1, sum(row.state == "RUNNING" for row in rows))
     return max(sum(seconds) / at_once, *seconds, 0.0)
 

@@ -212,6 +212,12 @@ def test_the_time_left_is_what_the_cell_took_spread_over_what_runs() -> None:
     assert progress.measure(shot(rows[:1]), NOW).eta_s is None  # nothing is left
 
 
+def test_a_speed_next_to_nothing_gives_no_time_left() -> None:
+    rows = [row(state="TERMINATED", epoch=10, wall_s=1e7, train_flops=1e-310), row(TrialConfig(seed=1), epoch=10)]
+    rows[0] = dataclasses.replace(rows[0], cell_id="another")
+    assert progress.measure(shot(rows), NOW).eta_s is None
+
+
 def test_a_cell_that_has_no_time_yet_is_priced_by_its_flops() -> None:
     from mixmo_core import cost
 
