@@ -17,6 +17,8 @@ from orchestrator.errors import UnreachableError
 
 UNFINISHED_S = 3600.0
 """What a writer staged this long ago and never finished is of a writer that was killed."""
+PATIENCE_S = 10.0
+"""How long to wait for a lock that is held for milliseconds."""
 
 
 class DamagedError(UnreachableError):
@@ -215,18 +217,18 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(lock: Path, patience_s: float = 10.0) -> Iterator[None]:
+def _locked(lock: Path) -> Iterator[None]:
     """Hold a lock that dies with its process. Where the file system has none, the fence alone protects."""
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        _flock(descriptor, lock, patience_s)
+        _flock(descriptor, lock)
         yield
     finally:
         os.close(descriptor)
 
 
-def _flock(descriptor: int, lock: Path, patience_s: float) -> None:
-    deadline = time.monotonic() + patience_s
+def _flock(descriptor: int, lock: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

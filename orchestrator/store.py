@@ -8,9 +8,9 @@
     sweeps/<name>/events.parquet           what happened, the last 1,000
     trials/<trial_id>/<fence>-<attempt>-<token>/      checkpoints and logs of one attempt, shared by all sweeps
 
-The driver is the only writer of `sweeps/<name>/`; a gang writes only in the folder of its attempt. A write goes
-part, then trials, then live; a read goes live, then trials, then the parts named there. So a row is in at least one
-place at every moment, and of two rows with one key the highest (fence, attempt, seq) holds.
+The driver is the only writer of `sweeps/<name>/`; a gang writes only in the folder of its attempt. Rows go into a part
+before the trials name it, and leave the live file after; a read goes live, then trials, then the parts named there. So
+a row is in at least one place at every moment, and of two rows with one key the highest (fence, attempt, seq) holds.
 
 `trials.parquet` and `lease.json` change only by compare-and-swap. That makes the fence a fence: the first write of a
 new driver makes every later one of its predecessor fail.

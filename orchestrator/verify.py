@@ -141,8 +141,7 @@ def _epoch_faults(rows: Sequence[TrialRow], epochs: Sequence[EpochRow]) -> list[
         if row.cached_from is not None and not held:
             continue  # they are in the sweep that it was taken from
         done = [each.epoch for each in held if each.epoch <= row.epoch]
-        expected = row.epoch if row.state in FINAL else len(done)
-        if done != list(range(1, expected + 1)):
+        if done != list(range(1, row.epoch + 1)):
             text = f"reached epoch {row.epoch}, but has rows of {_ranges(done)}"
             faults.append(Fault("rows", row.trial_id, text, _ROWS_LOST))
         elif row.state == "TERMINATED":

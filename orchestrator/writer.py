@@ -1,7 +1,9 @@
 """The rows of a running sweep on their way to the store.
 
-A write goes part, then trials, then live: after each step all that was readable before still is. `trials.parquet`
-changes only by compare-and-swap, so the first write of a new driver makes every later one of its predecessor fail.
+A write goes part, then live, then trials, so that every epoch that a trial has reached is there. Rows leave the live
+file a minute after the trials have named the part that holds them, so that after each step all that was readable
+before still is. `trials.parquet` changes only by compare-and-swap: the first write of a new driver makes every later
+one of its predecessor fail.
 """
 
 import contextlib
@@ -49,7 +51,7 @@ MERGED_AT = 8
 OUTLIVES_S = 3600.0
 """What no footer names any more stays this long, for those who have listed the folder but not read it yet."""
 LINGER_S = 60.0
-"""Sealed rows stay in the live file this long too, so that one listing of `epochs/` always sees them somewhere."""
+"""Rows stay in the live file this long after they were sealed: one listing of `epochs/` always sees them somewhere."""
 
 
 @dataclass(slots=True)
@@ -219,22 +221,20 @@ class SweepWriter:
             return _Batch(self.rows, sealing, staying, self._events, Counter(self._changes))
 
     def _write(self, batch: _Batch) -> None:
-        """Part, then trials, then live: after each step all that was readable before still is."""
+        """Part, then live, then trials: what the trials say is always backed by rows."""
         changed = {name for name, count in batch.changes.items() if count != self._written[name]}
+        parts, merged = self._write_parts(batch.sealing) if "trials" in changed else (self._header.parts, [])
+        if "live" in changed:
+            self._write_live(batch.staying, batch.sealing)
         if "trials" in changed:
-            parts, merged = self._write_parts(batch.sealing)
             self._write_trials(batch.rows, parts, merged)
             self._adopt(batch.sealing)
-        self._written["trials"] = batch.changes["trials"]
-        if "live" in changed:
-            self._write_live(batch.staying)
-        self._written["live"] = batch.changes["live"]
         if "events" in changed:
             records = [asdict(event) for event in batch.events]
             self._folder.put(f"{self._key}/events.parquet", encode(pa.Table.from_pylist(records, EVENTS_SCHEMA)))
-        self._written["events"] = batch.changes["events"]
+        self._written = batch.changes
 
-    def _write_parts(self, sealing: Sequence[EpochRow]) -> tuple[dict[str, int], list[str]]:
+    def _write_parts(self, sealing: Sequence[EpochRow]) -> tuple[Mapping[str, int], list[str]]:
         """Write what is to be sealed or merged; the parts that count then, and those that count no more."""
         parts = dict(self._header.parts)
         if sealing:
@@ -298,7 +298,7 @@ class SweepWriter:
         raise UnreachableError(f"{self._folder}/{key} keeps changing under this driver; an older one must still run")
 
     def _adopt(self, sealed: Sequence[EpochRow]) -> None:
-        """The sealed rows now count where the trials say; they linger in the live file for those who read by glob."""
+        """The trials name the part of these rows now: from here on they only linger in the live file."""
         with self._lock:
             for row in sealed:
                 if self._live.get((row.trial_id, row.epoch)) is row:
@@ -306,13 +306,13 @@ class SweepWriter:
         if sealed:
             self._lingering.append((time.monotonic(), list(sealed)))
 
-    def _write_live(self, staying: Sequence[EpochRow]) -> None:
+    def _write_live(self, staying: Sequence[EpochRow], sealing: Sequence[EpochRow]) -> None:
         limit = time.monotonic() - LINGER_S
-        self._lingering = [(sealed_at, rows) for sealed_at, rows in self._lingering if sealed_at > limit]
-        lingering = [row for _, rows in self._lingering for row in rows]
-        data = encode(merge([to_table([*lingering, *staying], EPOCHS_SCHEMA)]))
+        self._lingering = [(since, rows) for since, rows in self._lingering if since > limit]
+        leaving = [*(row for _, rows in self._lingering for row in rows), *sealing]
+        data = encode(merge([to_table([*leaving, *staying], EPOCHS_SCHEMA)]))
         self._folder.put(self._files.live_key(self.fence), data)
-        self._live_bytes = len(data) * len(staying) / max(1, len(staying) + len(lingering))
+        self._live_bytes = len(data) * len(staying) / max(1, len(staying) + len(leaving))
 
     def _take_over(self) -> None:
         """Take in what earlier drivers left: first the rows of running trials, then all trials, under our fence.
@@ -321,7 +321,7 @@ class SweepWriter:
         """
         for _ in range(8):
             self._load()
-            self._write_live(list(self._live.values()))
+            self._write_live(list(self._live.values()), [])
             header, data = self._trials_object(self.rows, self._header.parts, self._header.retired)
             self._tag = self._folder.swap(f"{self._key}/trials.parquet", data, self._tag)
             if self._tag is not None:

@@ -1,14 +1,20 @@
 """Rows made by hand: small, distinct, and the same on every machine."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from mixmo_core.config import DataConfig, MixingConfig, ModelConfig, TrialConfig, cell_id, digest, identity
 from orchestrator.rows import METRIC_COLUMNS, EpochRow, TrialRow, config_columns
-from orchestrator.store import SweepWriter
+from orchestrator.store import Process, ResultStore, SweepWriter
 
 NOW = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 NOTHING: dict[str, float | None] = dict.fromkeys(METRIC_COLUMNS)
+
+
+DEAD = replace(Process.current(), pid=2**22 + 1, started="1")
+"""A process of this machine that is no more."""
+ELSEWHERE = replace(Process.current(), boot="another machine")
 
 
 def trial(seed: int = 0, *, width: int = 2, subnetworks: int = 2, method: str = "cutmix", **columns: Any) -> TrialRow:
@@ -57,3 +63,23 @@ def advance(writer: SweepWriter, row: TrialRow, number: int, *, seq: int = 0, at
     writer.add([epoch(row, number, seq=seq, attempt=attempt)])
     writer.put([row])
     return row
+
+
+def begin(store: ResultStore, **given: Any) -> SweepWriter:
+    return store.writer("made", sweep_text="name: made\n", **given)
+
+
+def finished(store: ResultStore, trials: int = 2) -> list[TrialRow]:
+    """A sweep that is done."""
+    rows = [trial(seed) for seed in range(trials)]
+    with begin(store) as writer:
+        writer.put(rows)
+        for number in (1, 2, 3):
+            rows = [advance(writer, row, number, seq=number) for row in rows]
+            writer.flush(force=True)
+        writer.close(done=True)
+    return rows
+
+
+def keys(store: ResultStore) -> list[tuple[str, int]]:
+    return [(row.trial_id, row.epoch) for row in store.epoch_rows("made")]
