@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -70,16 +69,17 @@ def test_a_dead_driver_of_this_host_is_replaced_at_once(store: ResultStore, gone
 
 
 def test_a_corpse_that_nobody_collected_is_dead(store: ResultStore) -> None:
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    for _ in range(1000):
-        if f"{Path(f'/proc/{child.pid}/stat').read_text()}".rpartition(")")[2].split()[0] == "Z":
-            break
-        time.sleep(0.01)
-    begin(store, process=replace(Process.current(), pid=child.pid, started="1"))
-    corpse = Process.current().sees_alive(replace(Process.current(), pid=child.pid))
-    child.wait()
-    assert corpse is False
+    child = subprocess.Popen(["sleep", "100"])
+    started = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19]
+    process = replace(Process.current(), pid=child.pid, started=started)
+    begin(store, process=process)
+    with pytest.raises(RefusedError):
+        begin(store)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it is dead, and still listed
+    assert Path(f"/proc/{child.pid}").exists()
     begin(store).close(done=False)
+    child.wait()
 
 
 def test_a_fence_is_never_given_twice_even_if_the_lease_is_gone(store: ResultStore) -> None:

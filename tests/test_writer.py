@@ -16,6 +16,7 @@ from typing import Any
 
 import duckdb
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,13 +25,14 @@ from made_rows import DEAD, ELSEWHERE, NOW, advance, begin, epoch, keys, reached
 from orchestrator import writer as writing
 from orchestrator.errors import NotFoundError, UnreachableError
 from orchestrator.objects import Stored
-from orchestrator.rows import TrialRow
+from orchestrator.rows import TrialRow, epoch_rows
 from orchestrator.store import (
     Folder,
     LeaseLostError,
     Process,
     ResultStore,
     SweepWriter,
+    merge,
 )
 
 
@@ -331,6 +333,33 @@ def test_the_documented_queries_are_right_after_every_single_step(
     life(ResultStore(Watched(tmp_path, look)), DEAD, acknowledged, iter(range(1000)))
     assert looks[-1] == 9
     assert len(looks) > 20
+
+
+def test_who_listed_the_files_before_rows_moved_still_finds_them_all(store: ResultStore) -> None:
+    """A query opens its files after it listed them; meanwhile a trial ends, and its rows go into a part."""
+    with begin(store) as writer:
+        row = advance(writer, advance(writer, trial(), 1, seq=1), 2, seq=2)
+        writer.flush(force=True)
+        listed = list(store.folder.path("sweeps/made/epochs").glob("*.parquet"))
+        advance(writer, row, 3, seq=3)
+        for number in (1, 2):
+            writer.flush(force=True)
+            advance(writer, trial(1), number, seq=4)
+        rows = merge([pq.ParquetFile(path).read() for path in listed])
+        assert [each.epoch for each in epoch_rows(rows) if each.trial_id == row.trial_id] == [1, 2, 3]
+
+
+def test_rows_leave_the_live_file_in_time(store: ResultStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "LINGER_S", 0.0)
+    with begin(store) as writer:
+        row = trial()
+        for number in (1, 2, 3):
+            row = advance(writer, row, number, seq=number)
+        writer.flush(force=True)
+        advance(writer, trial(1), 1, seq=4)
+        writer.flush(force=True)
+        assert {each.trial_id for each in store.snapshot("made").live} == {trial(1).trial_id}
+        assert len(keys(store)) == 4
 
 
 class Interleaved(Folder):
