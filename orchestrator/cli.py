@@ -517,7 +517,7 @@ def _by_trial(planned: Plan) -> list[dict[str, Any]]:
 
 def _baseline(store: ResultStore, sweeps: Sequence[str]) -> str | None:
     """What the sweep file says, where it is one sweep and its baseline is among its trials."""
-    from orchestrator.document import Faults, read
+    from orchestrator.sweep.document import Faults, read
 
     if len(sweeps) != 1:
         return None

@@ -25,10 +25,10 @@ import torch.distributed as dist
 
 from mixmo_core import train
 from mixmo_core.config import TrialConfig, digest, identity, unflatten
-from orchestrator.attempts import LOG_BYTES, AttemptFolder, without_secrets
 from orchestrator.dispatcher import Assignment, EpochReport, Worker
 from orchestrator.errors import MixmoError
 from orchestrator.store import ResultStore
+from orchestrator.store.attempts import LOG_BYTES, AttemptFolder, without_secrets
 
 LOG_PERIOD_S = 30.0
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.expression import Condition, Variable, compile_condition
+from orchestrator.sweep.expression import Condition, Variable, compile_condition
 
 
 def _one_of(*words: str) -> Callable[[Any], str | None]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import objects
 from orchestrator.errors import UnreachableError
-from orchestrator.objects import Folder, Stored, tag_of
+from orchestrator.store import objects
+from orchestrator.store.objects import Folder, Stored, tag_of
 
 
 @pytest.fixture

@@ -13,14 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixmo_core.config import RECIPES, TrialConfig, flatten, trial_id, unflatten
-from orchestrator import blocks as blocks_module
-from orchestrator import fields
-from orchestrator.document import Faults, Node
 from orchestrator.errors import ExitCode
-from orchestrator.sections import SECTIONS, Range
-from orchestrator.sweep import Sweep, SweepError, Trial, check_runnable, load, parse
+from orchestrator.sweep import Sweep, SweepError, Trial, check_runnable, fields, load, parse
+from orchestrator.sweep import blocks as blocks_module
+from orchestrator.sweep.document import Faults, Node
+from orchestrator.sweep.sections import SECTIONS, Range
 
-ROOT = Path(fields.__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 
 DESIGN = """\
 # What does a second subnetwork buy at each width?

@@ -22,9 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_rows import DEAD, ELSEWHERE, NOW, advance, begin, epoch, keys, reached, top1, trial
 
-from orchestrator import writer as writing
 from orchestrator.errors import NotFoundError, UnreachableError
-from orchestrator.objects import Stored
 from orchestrator.rows import TrialRow, epoch_rows
 from orchestrator.store import (
     Folder,
@@ -34,6 +32,8 @@ from orchestrator.store import (
     SweepWriter,
     merge,
 )
+from orchestrator.store import writer as writing
+from orchestrator.store.objects import Stored
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from orchestrator.document import nearest, show
+from orchestrator.sweep.document import nearest, show
 
 Kind = Literal["number", "count", "text", "truth", "list"]
 """Of a setting or a part. A `count` is a whole number or 'all', which is more than any number."""

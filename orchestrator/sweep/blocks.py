@@ -13,9 +13,9 @@ from typing import Any, get_origin
 from mixmo_core.config import TrialConfig, flatten, identity, ineffective, unflatten
 from mixmo_core.config import cell_id as cell_id_of
 from mixmo_core.config import digest as digest_of
-from orchestrator.document import Faults, Node, show
-from orchestrator.expression import Condition, Kind, Variable, compile_condition
-from orchestrator.fields import MISSING, Field, Given, Reader, settings
+from orchestrator.sweep.document import Faults, Node, show
+from orchestrator.sweep.expression import Condition, Kind, Variable, compile_condition
+from orchestrator.sweep.fields import MISSING, Field, Given, Reader, settings
 
 _BLOCK_KEYS = ("label", "set", "grid", "zip", "when")
 

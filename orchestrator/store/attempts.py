@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from orchestrator.objects import DamagedError, Folder, tag_of
+from orchestrator.store.objects import DamagedError, Folder, tag_of
 
 LOG_BYTES = 1 << 18
 

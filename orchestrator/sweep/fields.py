@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mixmo_core.config import Setting, check_limits, leaves
-from orchestrator.document import Faults, Node, nearest, show
+from orchestrator.sweep.document import Faults, Node, nearest, show
 
 Given = dict[str, Node]
 """Settings by dotted name: typed values, each with its place."""

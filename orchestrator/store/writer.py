@@ -18,8 +18,6 @@ from typing import Any, Self
 import pyarrow as pa
 
 from orchestrator.errors import MixmoError, NotFoundError, RefusedError, UnreachableError
-from orchestrator.lease import HeldLease, LeaseLostError, Process
-from orchestrator.objects import DamagedError
 from orchestrator.rows import (
     EPOCHS_SCHEMA,
     FINAL,
@@ -31,7 +29,9 @@ from orchestrator.rows import (
     to_table,
     trial_rows,
 )
-from orchestrator.tables import (
+from orchestrator.store.lease import HeldLease, LeaseLostError, Process
+from orchestrator.store.objects import DamagedError
+from orchestrator.store.tables import (
     EVENTS_SCHEMA,
     Event,
     Header,

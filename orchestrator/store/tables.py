@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator.errors import NotFoundError
-from orchestrator.objects import DamagedError, Folder
 from orchestrator.rows import EPOCHS_SCHEMA, EpochRow, TrialRow, records
+from orchestrator.store.objects import DamagedError, Folder
 
 EPOCHS_FILE = re.compile(r"(live|part)-(\d+)(?:-(\d+))?\.parquet")
 

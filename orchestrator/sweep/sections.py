@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from mixmo_core.config import Setting
 from mixmo_core.metrics import BY_NAME
-from orchestrator.document import Node, nearest, show
-from orchestrator.fields import MISSING, Field, Reader, fields_of, settings
+from orchestrator.sweep.document import Node, nearest, show
+from orchestrator.sweep.fields import MISSING, Field, Reader, fields_of, settings
 
 
 def _key(default: Any, meaning: str, **limits: Any) -> Any:

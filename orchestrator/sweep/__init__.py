@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixmo_core.config import RECIPES, not_yet
-from orchestrator.blocks import Block, Expansion, Rule, Trial, read_block, read_rule
-from orchestrator.document import Faults, Node, nearest, read, read_value, show
 from orchestrator.errors import SweepError
-from orchestrator.fields import MISSING, Given, Reader, settings
-from orchestrator.sections import (
+from orchestrator.sweep.blocks import Block, Expansion, Rule, Trial, read_block, read_rule
+from orchestrator.sweep.document import Faults, Node, nearest, read, read_value, show
+from orchestrator.sweep.fields import MISSING, Given, Reader, settings
+from orchestrator.sweep.sections import (
     SECTIONS,
     Budget,
     Checkpoints,

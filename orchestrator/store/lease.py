@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from orchestrator.errors import MixmoError, RefusedError, UnreachableError
-from orchestrator.objects import DamagedError, Folder
+from orchestrator.store.objects import DamagedError, Folder
 
 LEASE_S = 60.0
 """A lease that nobody has renewed for this long may be taken over from anywhere."""

@@ -25,14 +25,14 @@ from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 
-from orchestrator.attempts import ATTEMPT, LOG_BYTES, AttemptFolder, epoch_of, matches, without_secrets
 from orchestrator.errors import NotFoundError, UnreachableError, UsageError
-from orchestrator.lease import Lease, LeaseLostError, Process, read_lease
-from orchestrator.objects import DamagedError, Folder
 from orchestrator.rows import TRIALS_SCHEMA, EpochRow, TrialRow, epoch_rows, newest, trial_rows
-from orchestrator.tables import Event, Header, Snapshot, SweepFiles, fit, merge, sweep_names, totals
-from orchestrator.verify import Fault, faults_of
-from orchestrator.writer import SweepWriter
+from orchestrator.store.attempts import ATTEMPT, LOG_BYTES, AttemptFolder, epoch_of, matches, without_secrets
+from orchestrator.store.lease import Lease, LeaseLostError, Process, read_lease
+from orchestrator.store.objects import DamagedError, Folder
+from orchestrator.store.tables import Event, Header, Snapshot, SweepFiles, fit, merge, sweep_names, totals
+from orchestrator.store.verify import Fault, faults_of
+from orchestrator.store.writer import SweepWriter
 
 __all__ = [
     "LOG_BYTES", "AttemptFolder", "DamagedError", "Event", "Fault", "Folder", "Header", "Lease", "LeaseLostError",

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from orchestrator.attempts import matches
-from orchestrator.lease import read_lease
-from orchestrator.objects import DamagedError, Folder
 from orchestrator.rows import FINAL, EpochRow, TrialRow, epoch_rows, newest, trial_rows
-from orchestrator.tables import ChangedError, Header, SweepFiles, sweep_names
+from orchestrator.store.attempts import matches
+from orchestrator.store.lease import read_lease
+from orchestrator.store.objects import DamagedError, Folder
+from orchestrator.store.tables import ChangedError, Header, SweepFiles, sweep_names
 
 _ROWS_LOST = "its rows are lost to this table: put the file back from a copy, or run those trials under a new store"
 _HARMLESS = "harmless: no reader takes it, and the next run deletes it after an hour"
