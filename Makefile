@@ -16,17 +16,20 @@ help: ## this list
 .venv/runs: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mixmo needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --config-settings editable_mode=compat --editable .
 	@touch $@
 
 .venv/tests: .venv/runs
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --config-settings editable_mode=compat --editable '.[dev]'
 	@touch $@
 
 quickstart: .venv/runs ## install, run a sweep of 12 trials on real scans, print its table
 	@$(BIN)/mixmo run sweeps/quickstart.yaml --yes
+	@echo
 	@$(BIN)/mixmo table quickstart
-	@$(BIN)/mixmo figures quickstart
+	@echo
+	@echo "Parquet:  results/sweeps/quickstart/trials.parquet and epochs/"
+	@echo "Figures:" && $(BIN)/mixmo figures quickstart
 
 test: .venv/tests ## every test that this machine can run, under 40 minutes on 2 cores
 	$(BIN)/python -m pytest

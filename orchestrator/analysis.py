@@ -276,8 +276,8 @@ def table(
         at=at,
         row_fields=lines,
         col_fields=cols,
-        row_keys=tuple(sorted({row for row, _ in groups}, key=_rank)),
-        col_keys=tuple(sorted({col for _, col in groups}, key=_rank)),
+        row_keys=_sorted({row for row, _ in groups}, lines, rows),
+        col_keys=_sorted({col for _, col in groups}, cols, rows),
         cells=cells,
         averaged=tuple(dict.fromkeys(inside)),
     )
@@ -329,9 +329,18 @@ def _key(row: TrialRow, names: Iterable[str]) -> Key:
     return tuple(tuple(value) if isinstance(value, list) else value for value in values)
 
 
-def _rank(key: Key) -> list[tuple[int, Any]]:
-    """Sorts nulls, numbers, words and lists, though Python does not compare them with each other."""
-    return [(0, 0) if v is None else (1, v) if isinstance(v, int | float) else (2, str(v)) for v in key]
+def _sorted(keys: Iterable[Key], names: Sequence[str], rows: Sequence[TrialRow]) -> tuple[Key, ...]:
+    """Labels in the order of the sweep file, all else by value: nulls, numbers, then words and lists."""
+    first: dict[Any, int] = {}
+    for row in sorted(rows, key=lambda row: row.position):
+        first.setdefault(row.label, len(first))
+
+    def rank(name: str, value: Any) -> tuple[int, Any]:
+        if name == "label":
+            return (1, first[value])
+        return (0, 0) if value is None else (1, value) if isinstance(value, int | float) else (2, str(value))
+
+    return tuple(sorted(keys, key=lambda key: [rank(name, value) for name, value in zip(names, key, strict=True)]))
 
 
 def _once(rows: Sequence[TrialRow]) -> list[TrialRow]:

@@ -5,6 +5,7 @@ What is slow to load (torch, Ray, pandas, matplotlib) is imported by the command
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -140,11 +141,11 @@ def plan(
 
     Trials whose results are there already, in this sweep or another, are not run again.
     """
-    from orchestrator import pages
+    from orchestrator import driver, pages
     from orchestrator.store import ResultStore
 
     sweep = _load(file, overrides, quick)
-    planned = _plan(sweep, ResultStore.open(results))
+    planned = driver.plan(sweep, ResultStore.open(results))
     if as_json:
         _print_json("plan", planned.summary() | {"by_trial": _by_trial(planned)})
         return
@@ -173,14 +174,12 @@ def run(
     from its
     checkpoints. The first Ctrl-C lets running trials finish, the second ends at once.
     """
-    from orchestrator import pages
+    from orchestrator import driver, pages
     from orchestrator.dashboard import Screen
     from orchestrator.store import ResultStore
-    from orchestrator.sweep import check_runnable
 
     sweep = _load(file, overrides, quick)
-    check_runnable(sweep)
-    planned = _plan(sweep, ResultStore.open(results), retry_failed=retry_failed)
+    planned = driver.plan(sweep, ResultStore.open(results), retry_failed=retry_failed)
     talk = _console(stderr=True)
     if planned.to_run:
         talk.print(pages.plan(planned.summary(), _cell_names(planned), talk.width))
@@ -191,9 +190,7 @@ def run(
             and not typer.confirm("Run it?", default=True, err=True)
         ):
             return ExitCode.STOPPED
-        _check_data(sweep, data)
-    from orchestrator import driver
-
+        driver.check(sweep, data)  # before the results are touched
     store = ResultStore.open(results, create=True)
     with Screen(talk) as screen:
         code: ExitCode = driver.run(
@@ -490,13 +487,6 @@ def _given(file: Path | None) -> Path:
     return file
 
 
-def _plan(sweep: Sweep, store: ResultStore, *, retry_failed: bool = False) -> Plan:
-    from orchestrator.plan import make
-
-    rows = [row for name in store.sweeps() for row in store.trial_rows(name)]
-    return make(sweep, rows, retry_failed=retry_failed)
-
-
 def _cell_names(planned: Plan) -> dict[str, str]:
     from orchestrator.plan import initial_row
     from orchestrator.progress import cell_names
@@ -526,17 +516,6 @@ def _baseline(store: ResultStore, sweeps: Sequence[str]) -> str | None:
     node = root.value.get("baseline") if root and isinstance(root.value, dict) and not faults.lines else None
     labels = {row.label for row in store.trial_rows(sweeps[0])}
     return node.value if node and node.value in labels else None
-
-
-def _check_data(sweep: Sweep, folder: Path | None) -> None:
-    """Before anything starts or is written."""
-    from mixmo_core import data
-
-    for name in sorted({trial.config.data.dataset for trial in sweep.trials}):
-        try:
-            data.check(name, folder)
-        except data.DatasetError as error:
-            raise UsageError(str(error)) from error
 
 
 def _config_at(sweep: Sweep, index: int) -> TrialConfig:
@@ -725,5 +704,16 @@ def _other(error: Exception) -> int:
     return ExitCode.BUG
 
 
+def script() -> NoReturn:
+    """The installed command. It leaves without the teardown of Arrow's and torch's threads, which can abort a process
+    whose work is done and written.
+    """
+    code = _guarded(lambda: app(prog_name="mixmo", standalone_mode=False))
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    main()
+    script()

@@ -124,9 +124,10 @@ def run(
     UnreachableError when the store or the cluster is gone. The first Ctrl-C lets running trials finish, the second ends
     now; either way the same command continues.
     """
-    check(sweep, data_dir)
     planned = plan(sweep, store, retry_failed=retry_failed)
-    if not planned.to_run and not planned.changes:
+    if planned.to_run:
+        check(sweep, data_dir)
+    elif not planned.changes:
         talk(f"{sweep.name}: nothing to run, all {len(sweep.trials)} trials have ended")
         return _verdict(store.trial_rows(sweep.name))
     with (
@@ -146,7 +147,9 @@ def run(
 
 
 def check(sweep: sweeps.Sweep, data_dir: Path | None) -> None:
-    """Raises SweepError for what no run can honour yet, UsageError for a dataset whose files are not as published."""
+    """Whether the sweep can be run here. Raises SweepError for what no run can honour yet, UsageError for a dataset
+    whose files are not as published.
+    """
     sweeps.check_runnable(sweep)
     from mixmo_core import data
 
