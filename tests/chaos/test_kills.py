@@ -26,12 +26,17 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     kills: list[dict[str, float]] = []
     while len(kills) < KILLS:
         running = hunted.start("run", "sweep.yaml")
-        after_s = moments.choice([moments.uniform(0, 6), moments.uniform(6, 60)])
+        # Some while it starts and takes the sweep over, most while it trains.
+        before = hunted.epochs()
+        while_training = moments.random() < 0.7 and before < 12 * 10
+        if while_training:
+            hunted.until(running, lambda rows, least=before: sum(row.epoch for row in rows) > least)  # type: ignore[misc]
+        after_s = moments.uniform(0, 8)
         try:
             running.communicate(timeout=after_s)
         except subprocess.TimeoutExpired:
             kill(running)
-            kills.append({"after_s": round(after_s, 2), "epochs_in_store": hunted.epochs()})
+            kills.append({"while_training": while_training, "after_s": after_s, "epochs_in_store": hunted.epochs()})
             continue
         # It came to its end before the moment did: begin again from nothing, with the kills that are left.
         assert running.returncode == 0, f"seed {seed}"
