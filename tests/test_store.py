@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from made_rows import NOW, advance, begin, epoch, finished, keys, reached, trial
 
 from orchestrator.errors import NotFoundError, RefusedError, UnreachableError, UsageError
-from orchestrator.rows import EPOCHS_SCHEMA, TRIALS_SCHEMA, EpochRow, epoch_rows, newest, to_table
+from orchestrator.rows import EPOCHS_SCHEMA, TRIALS_SCHEMA, EpochRow, State, epoch_rows, newest, to_table
 from orchestrator.store import (
     ResultStore,
     merge,
@@ -85,6 +85,20 @@ def test_only_a_folder_is_a_store(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="folder"):
         ResultStore.open("gs://bucket/prefix")
     assert ResultStore.open(f"file://{tmp_path}/a%20b").uri == f"{tmp_path}/a b"
+
+
+def test_a_place_that_cannot_be_looked_at_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnreachableError, match=r"cannot read .*: File name too long"):
+        ResultStore.open(tmp_path / ("a" * 300))
+    with pytest.raises(UnreachableError, match="names a folder"):
+        ResultStore.open("~no-such-user/results")
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(UnreachableError, match=r"cannot read .*results.*: Permission denied"):
+        ResultStore.open(tmp_path / "results", create=True)
 
 
 def test_events_are_kept_in_order_over_drivers_up_to_a_thousand(store: ResultStore) -> None:
@@ -179,6 +193,15 @@ def test_a_finished_trial_stays_finished(store: ResultStore) -> None:
     with begin(store) as writer, pytest.raises(ValueError, match="finished"):
         writer.put([rows[0].replace(state="PENDING", seq=99)])
     assert {row.state for row in store.trial_rows("made")} == {"TERMINATED"}
+
+
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "ERROR"])
+def test_a_trial_that_was_stopped_early_may_go_on(store: ResultStore, state: State) -> None:
+    with begin(store) as writer:
+        writer.put([reached(trial(), 1, state="TERMINATED", stopped_early=True)])
+    with begin(store) as writer:
+        writer.put([writer.rows[0].replace(state=state, stopped_early=False, seq=1)])
+    assert [(row.state, row.stopped_early) for row in store.trial_rows("made")] == [(state, False)]
 
 
 def test_the_same_rows_again_change_nothing(store: ResultStore) -> None:

@@ -25,6 +25,7 @@ from made_rows import DEAD, ELSEWHERE, NOW, advance, begin, epoch, keys, reached
 from orchestrator.errors import NotFoundError, UnreachableError
 from orchestrator.rows import TrialRow, epoch_rows
 from orchestrator.store import (
+    DamagedError,
     Folder,
     LeaseLostError,
     Process,
@@ -74,6 +75,29 @@ def test_many_parts_become_one_and_the_old_ones_outlive_it_by_an_hour(store: Res
     assert {*store.folder.names("sweeps/made/epochs")} == {"live-1.parquet", *store.snapshot("made").header.parts}
     assert len(keys(store)) == 60
     assert store.verify("made") == []
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"junk")], ids=["missing", "damaged"])
+def test_a_part_that_is_lost_does_not_stop_the_writing(store: ResultStore, harm: Callable[[Path], object]) -> None:
+    """It keeps its name in the footer, so that `verify` tells; the other parts are merged without it."""
+    with begin(store) as writer:
+        for seed in range(2 * writing.MERGED_AT + 1):
+            row = trial(seed)
+            for number in (1, 2, 3):
+                row = advance(writer, row, number, seq=number)
+            writer.flush(force=True)
+            if seed == 2:
+                lost = min(store.snapshot("made").header.parts)
+                harm(store.folder.path(f"sweeps/made/epochs/{lost}"))
+        writer.close(done=True)
+    parts = store.snapshot("made").header.parts
+    assert lost in parts
+    assert sorted(parts.values()) == [3, 24, 24]
+    with pytest.raises(DamagedError, match=lost):
+        store.epochs("made")
+    faults = store.verify("made")
+    assert {fault.kind for fault in faults} <= {"missing", "damaged", "rows"}
+    assert lost in faults[0].text
 
 
 def test_a_live_file_that_grows_is_sealed_though_its_trials_run(

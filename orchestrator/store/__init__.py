@@ -54,7 +54,7 @@ class ResultStore:
         (or written), UsageError for a URI that this version does not know.
         """
         folder = Folder(_root(str(uri)))
-        if folder.root.exists() and not folder.root.is_dir():
+        if folder.is_file():
             raise UnreachableError(f"{folder} is a file; --results (or MIXMO_RESULTS) names a folder")
         if create:
             folder.probe()
@@ -198,4 +198,7 @@ def _root(uri: str) -> Path:
         return Path(unquote(urlsplit(uri).path))
     if re.match(r"[a-z][a-z0-9+.-]*://", uri):
         raise UsageError(f"{uri}: results lie in a folder (or, later, at s3://bucket/prefix)")
-    return Path(uri).expanduser().absolute()
+    try:
+        return Path(uri).expanduser().absolute()
+    except (OSError, RuntimeError) as error:  # the working directory is gone; no such user
+        raise UnreachableError(f"{uri}: {error}; --results (or MIXMO_RESULTS) names a folder") from error

@@ -118,7 +118,8 @@ def read_lease(folder: Folder, key: str, clock: Callable[[], float] = time.time)
     try:
         return Lease.decode(stored.data, age_s=max(0.0, clock() - modified))
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{folder}/{key} is damaged ({error}). If no driver runs the sweep, delete it.") from error
+        text = f"{folder}/{key} is no lease ({type(error).__name__}: {error})"
+        raise DamagedError(text, "If no driver runs the sweep, delete it") from error
 
 
 class HeldLease:

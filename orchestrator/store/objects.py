@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from orchestrator.errors import UnreachableError
 
@@ -23,6 +23,13 @@ PATIENCE_S = 10.0
 
 class DamagedError(UnreachableError):
     """An object is there, but it is not what its name or its format says."""
+
+    def __init__(self, what: str, advice: str = "") -> None:
+        super().__init__(f"{what}. {advice}" if advice else what)
+        self.what, self.advice = what, advice
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
+        return type(self), (self.what, self.advice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,11 @@ class Folder:
     def delete(self, key: str) -> None:
         with self._explained("delete", key):
             self.path(key).unlink(missing_ok=True)
+
+    def is_file(self) -> bool:
+        """Whether a file lies where the folder should be."""
+        with self._explained("read", ""):
+            return self.root.exists() and not self.root.is_dir()
 
     def names(self, prefix: str, *, folders: bool = False) -> list[str]:
         """Sorted names of the objects (or the folders) right under a prefix; names that begin with a dot are ours."""

@@ -161,8 +161,8 @@ class Look:
     parts: tuple[pa.Table, ...] = ()
 
 
-class ChangedError(Exception):
-    """An object that was named is gone: the sweep moved on while it was read."""
+class ChangedError(DamagedError):
+    """An object that was named is gone: the sweep moved on while it was read, or, if it did not, the object is lost."""
 
 
 class SweepFiles:
@@ -198,11 +198,9 @@ class SweepFiles:
         for last in (False,) * tries + (True,):
             try:
                 return self._look(parts)
-            except ChangedError as gone:
+            except ChangedError:
                 if last:
-                    raise DamagedError(
-                        f"{self.folder}: {gone} is named but not there; `mixmo verify {self.sweep}` says more"
-                    ) from gone
+                    raise
                 time.sleep(0.05)
         raise AssertionError("the last try returns or raises")
 
@@ -216,7 +214,7 @@ class SweepFiles:
                 rows = decode(live.data, self.live_key(fence))
                 return Look(header, trials, tag, rows, tuple(map(self.part, header.parts)) if parts else ())
             fence = header.fence
-        raise ChangedError(self.live_key(fence))
+        raise self._gone(self.live_key(fence))
 
     def live_key(self, fence: int) -> str:
         return f"{self.key}/epochs/live-{fence}.parquet"
@@ -226,12 +224,15 @@ class SweepFiles:
         key = f"{self.key}/epochs/{name}"
         stored = self.folder.read(key)
         if stored is None:
-            raise ChangedError(key)
+            raise self._gone(key)
         return decode(stored.data, key)
 
     def files(self) -> list[re.Match[str]]:
         """The files of epochs that lie there, whether they count or not: (kind, fence, seq)."""
         return [match for match in map(EPOCHS_FILE.fullmatch, self.folder.names(f"{self.key}/epochs")) if match]
+
+    def _gone(self, key: str) -> ChangedError:
+        return ChangedError(f"{self.folder}/{key} is named but not there", "Put it back from a copy")
 
     def _missing(self) -> NotFoundError:
         begun = sweep_names(self.folder)

@@ -55,9 +55,9 @@ def _tables(files: SweepFiles, header: Header) -> tuple[dict[str, pa.Table], lis
         try:
             tables[name] = files.part(name)
         except ChangedError as gone:
-            faults.append(Fault("missing", None, f"{gone} is named but not there", _ROWS_LOST))
+            faults.append(Fault("missing", None, gone.what, _ROWS_LOST))
         except DamagedError as error:
-            faults.append(Fault("damaged", None, str(error), _ROWS_LOST))
+            faults.append(Fault("damaged", None, error.what, _ROWS_LOST))
     return tables, faults
 
 

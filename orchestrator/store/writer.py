@@ -88,6 +88,7 @@ class SweepWriter:
         self._live: dict[tuple[str, int], EpochRow] = {}
         self._lingering: list[tuple[float, list[EpochRow]]] = []
         self._loose: list[str] = []  # parts that are written, but not named yet
+        self._unmergeable: set[str] = set()  # parts that could not be read
         self._events: list[Event] = []
         self._changes: Counter[str] = Counter()  # of trials, live and events, so far ...
         self._written: Counter[str] = Counter()  # ... and how many of them are in the store
@@ -239,12 +240,24 @@ class SweepWriter:
         parts = dict(self._header.parts)
         if sealing:
             parts |= self._write_part([to_table(sealing, EPOCHS_SCHEMA)])
-        merging = _to_merge(parts)
-        if merging:
-            tables = [self._files.part(name) for name in merging]
-            parts = {name: rows for name, rows in parts.items() if name not in merging}
-            parts |= self._write_part(tables)
-        return parts, merging
+        merging = _to_merge({name: rows for name, rows in parts.items() if name not in self._unmergeable})
+        tables = self._mergeable(merging)
+        if not tables:
+            return parts, []
+        parts = {name: rows for name, rows in parts.items() if name not in merging}
+        return parts | self._write_part(tables), merging
+
+    def _mergeable(self, names: Iterable[str]) -> list[pa.Table]:
+        """The tables of these parts, or none: a part that cannot be read must not stop the rows of living trials. It
+        stays as it is, for `verify` to report.
+        """
+        tables, unread = [], len(self._unmergeable)
+        for name in names:
+            try:
+                tables.append(self._files.part(name))
+            except UnreachableError:
+                self._unmergeable.add(name)
+        return tables if unread == len(self._unmergeable) else []
 
     def _write_part(self, tables: Sequence[pa.Table]) -> dict[str, int]:
         """Nothing names the part until the trials do; should they not get written, its name is not used again."""
@@ -361,7 +374,7 @@ def _succeeds(row: TrialRow, held: TrialRow) -> bool:
         )
     if row.order < held.order:
         return False
-    if held.state == "TERMINATED" and row.state != "TERMINATED":
+    if held.state == "TERMINATED" and not held.stopped_early and row.state != "TERMINATED":
         raise ValueError(f"trial {row.trial_id} is finished and cannot become {row.state}")
     return True
 
