@@ -4,6 +4,7 @@ Knows nothing of Ray, of stores or of terminals. Where `torch.distributed` is in
 these processes are the trial's workers and train it together.
 """
 
+import errno
 import hashlib
 import math
 import os
@@ -308,7 +309,7 @@ def save(state: Mapping[str, Any], folder: Path) -> Path:
     handle, unfinished = tempfile.mkstemp(dir=folder, prefix=".checkpoint-")
     try:
         with os.fdopen(handle, "w+b") as file:
-            torch.save(dict(state), file)
+            _pack(state, file)
             file.flush()
             os.fsync(file.fileno())
             file.seek(0)
@@ -319,6 +320,13 @@ def save(state: Mapping[str, Any], folder: Path) -> Path:
         Path(unfinished).unlink(missing_ok=True)
         raise
     return path
+
+
+def _pack(state: Mapping[str, Any], file: Any) -> None:
+    try:
+        torch.save(dict(state), file)
+    except RuntimeError as error:  # torch's way to say that the disk is full
+        raise OSError(errno.EIO, f"the checkpoint could not be written whole: {error}") from error
 
 
 def load(path: Path) -> dict[str, Any]:

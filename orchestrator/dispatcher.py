@@ -101,8 +101,11 @@ class _Standing:
 
     order: Order
     attempts: int
+    submitted: bool = False
     crashes: int = 0
     held: Assignment | None = None
+    accepted: bool = False
+    """Whether the gang has said that it has it: before that, a death is no crash of the trial's."""
     reports: dict[int, EpochReport] = field(default_factory=dict)
     """By epoch: an attempt repeats the epochs since its checkpoint, and Tune is to see each once."""
     ended: bool = False
@@ -122,6 +125,8 @@ class Dispatcher:
         self._queue: deque[int] = deque()
         self._hands: dict[str, Assignment] = {}
         """What each gang holds."""
+        self._asking: dict[str, object] = {}
+        """Each gang's latest question. Ray does not cancel those of a worker that has died."""
         self._workers: dict[str, dict[int, Worker]] = {}
         self._updates: deque[Update] = deque()
         """Those that the driver has not acknowledged."""
@@ -133,14 +138,17 @@ class Dispatcher:
 
     def join(self, worker: Worker) -> None:
         """A rank introduces itself, each time its process starts."""
+        if worker.rank == 0:
+            self._asking.pop(worker.gang, None)
         self._workers.setdefault(worker.gang, {})[worker.rank] = worker
 
     async def next(self, gang: str, wait_s: float) -> Assignment | Literal["wait", "leave"]:
         """A trial for this gang. A gang that asks while it holds one has lost it: its workers were formed anew."""
         if gang in self._hands:
             self._lose(self._hands[gang], f"a worker of {gang} died; Ray Train formed the gang again")
+        ask = self._asking[gang] = object()
         deadline = time.monotonic() + wait_s
-        while not self._closed:
+        while not self._closed and self._asking.get(gang) is ask:
             if self._queue and not self._draining:
                 return self._hand_out(self._queue.popleft(), gang)
             self._work.clear()
@@ -148,7 +156,13 @@ class Dispatcher:
                 await asyncio.wait_for(self._work.wait(), deadline - time.monotonic())
             except TimeoutError:
                 return "wait"
-        return "leave"
+        return "leave" if self._closed else "wait"
+
+    def accept(self, token: str) -> None:
+        """The gang has the trial in its hands."""
+        standing = self._holder(token)
+        if standing is not None:
+            standing.accepted = True
 
     def report(self, token: str, epochs: Sequence[EpochReport], checkpoint: str | None) -> bool:
         """Take the rows of a trial. False: the token is not the trial's any more, or a scheduler stopped it."""
@@ -161,7 +175,7 @@ class Dispatcher:
         if standing.stopped_early:
             self._end(standing, "TERMINATED")
             return False
-        return True
+        return not self._closed
 
     def finish(self, token: str) -> bool:
         """The trial has trained all its epochs."""
@@ -179,24 +193,33 @@ class Dispatcher:
         self._end(standing, "ERROR", text=error, cause=cause)
         return True
 
-    def abandon(self, token: str, why: str) -> bool:
-        """The gang cannot go on with the trial, by no fault of the trial: one of its workers was lost."""
+    def abandon(self, token: str, why: str, *, charge: bool = True) -> bool:
+        """The gang cannot go on with the trial, by no fault of the trial: a worker or the device was lost. Without
+        `charge` it does not count as a crash: the store was away.
+        """
         standing = self._holder(token)
         if standing is None or standing.held is None:
             return False
+        standing.accepted &= charge
         self._lose(standing.held, why)
         return True
 
     # For Tune's proxies
 
     def submit(self, index: int) -> None:
-        """Queue a trial: the scheduler wants it run."""
-        self._queue.append(index)
-        self._work.set()
+        """Queue a trial: the scheduler wants it run. A second time changes nothing."""
+        standing = self._standings[index]
+        if not standing.submitted:
+            standing.submitted = True
+            self._queue.append(index)
+            self._work.set()
 
     async def result(self, index: int, epoch: int) -> EpochReport | None:
-        """What the trial reported of this epoch, once it has; None when it ended before."""
+        """What the trial reported of this epoch, once it has; None when it ended before. Earlier epochs are dropped:
+        Tune asks for each once, and a long sweep's would fill the memory.
+        """
         standing = self._standings[index]
+        standing.reports = {each: report for each, report in standing.reports.items() if each >= epoch}
         while epoch not in standing.reports and not standing.ended:
             standing.changed.clear()
             await standing.changed.wait()
@@ -209,6 +232,8 @@ class Dispatcher:
             standing.stopped_early = True
         elif not standing.ended and index in self._queue:
             self._queue.remove(index)
+            standing.stopped_early = True
+            self._end(standing, "TERMINATED")
 
     # For the driver
 
@@ -227,6 +252,7 @@ class Dispatcher:
 
     def gang_ended(self, gang: str, why: str) -> None:
         """A gang will not come back: what it held goes to another."""
+        self._asking.pop(gang, None)
         if gang in self._hands:
             self._lose(self._hands[gang], why)
         self._workers.pop(gang, None)
@@ -247,8 +273,10 @@ class Dispatcher:
     # Inside
 
     def _hand_out(self, index: int, gang: str) -> Assignment:
+        assert gang not in self._hands
         standing = self._standings[index]
         standing.attempts += 1
+        standing.accepted = False
         standing.held = Assignment(
             order=standing.order, fence=self._fence, attempt=standing.attempts, token=secrets.token_hex(4)
         )
@@ -269,7 +297,7 @@ class Dispatcher:
 
     def _lose(self, assignment: Assignment, why: str) -> None:
         standing = self._standings[assignment.order.index]
-        standing.crashes += 1
+        standing.crashes += standing.accepted
         if standing.crashes > self._crash_retries:
             self._end(standing, "ERROR", text=f"{why}; this was crash {standing.crashes} of the trial", cause="crash")
             return

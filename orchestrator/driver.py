@@ -1,111 +1,39 @@
 """One sweep from plan to done, in one process: it holds the sweep's lease and is the only writer of its tables.
 
-What happened reaches it as the dispatcher's updates; `Ledger` turns them into rows, and the store's writer keeps them.
+What happened reaches it as the dispatcher's updates; the ledger makes rows of them, and the store's writer keeps them.
 The main thread does this and owns the signals; Tune's loop and the gangs live in threads of their own.
 """
 
 import contextlib
+import secrets
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mixmo_core import cost
-from mixmo_core.config import TrialConfig, flatten, parts
+from mixmo_core.config import flatten
 from orchestrator import plan as planning
 from orchestrator import sweep as sweeps
-from orchestrator.dispatcher import NAMESPACE, EpochReport, Order, Update
+from orchestrator.dispatcher import NAMESPACE, Order, Update
 from orchestrator.errors import ExitCode, UnreachableError, UsageError
-from orchestrator.rows import EpochRow, TrialRow
-from orchestrator.store import LeaseLostError, ResultStore, Snapshot, SweepWriter
+from orchestrator.ledger import Ledger
+from orchestrator.rows import FINAL, TrialRow
+from orchestrator.store import ResultStore, Snapshot, SweepWriter
 
 PERIOD_S = 0.5
 """Between two looks at what happened, when nothing does."""
+FORMING_S = 90.0
+"""After which the user is told that no worker group has formed yet."""
 STORE_PATIENCE_S = 60.0
 """How long the end of a sweep waits for a store that takes nothing. While trials run, the wait has no limit."""
 
 Observer = Callable[[Snapshot], None]
-
-
-# ------------------------------------------------------------------------------------------------- updates into rows
-
-
-@dataclass
-class Ledger:
-    """The rows of the sweep as they stand. `apply` is all that changes them."""
-
-    rows: dict[int, TrialRow]
-    """By position."""
-    configs: Mapping[int, TrialConfig]
-    fence: int
-    first_seq: int
-    """Updates are numbered on from here, so that `seq` rises over all drivers of the sweep."""
-    origin: Mapping[str, Any] = field(default_factory=dict)
-    """Columns that are the same for all that this driver trains: commit, versions."""
-    keep_checkpoint: bool = True
-
-    def apply(self, update: Update) -> tuple[TrialRow, list[EpochRow]]:
-        """The trial's new row and the rows of its epochs that an update about a trial stands for."""
-        assert update.index is not None
-        row = self.rows[update.index].replace(
-            attempt=update.attempt, fence=self.fence, seq=self.first_seq + update.seq, updated_at=update.time
-        )
-        epochs = [self._epoch_row(row, report) for report in update.epochs]
-        match update.kind:
-            case "started":
-                row = self._started(row, update)
-            case "epochs":
-                row = self._advanced(row, update)
-            case "lost":
-                row = row.replace(state="PENDING")
-            case "ended":
-                row = row.replace(
-                    state=update.state, stopped_early=update.stopped_early, error=update.text or None,
-                    error_cause=update.cause, checkpoint=row.checkpoint if self.keep_checkpoint else None,
-                )  # fmt: skip
-        self.rows[update.index] = row
-        return row, epochs
-
-    def _started(self, row: TrialRow, update: Update) -> TrialRow:
-        hosts = sorted({*(row.hosts or "").split(), *update.hosts})
-        numerics = " ".join(f"{name}={number}" for name, number in parts(self.configs[row.position]).items())
-        return row.replace(
-            state="RUNNING", attempts=update.attempt, started_at=row.started_at or update.time, hosts=" ".join(hosts),
-            device_name=update.device_name, torch_version=update.torch_version, numerics=numerics, error=None,
-            error_cause=None, split=self.configs[row.position].evaluate.split, **self.origin,
-        )  # fmt: skip
-
-    def _advanced(self, row: TrialRow, update: Update) -> TrialRow:
-        best, best_epoch, metrics = row.best_top1, row.best_epoch, row.metrics
-        for report in update.epochs:
-            top1 = report.metrics.get("top1")
-            if top1 is not None and (best is None or top1 > best):
-                best, best_epoch = top1, report.epoch
-            metrics = {**metrics, **report.metrics}
-        last = update.epochs[-1]
-        share = last.epoch / row.epochs
-        return row.replace(
-            epoch=last.epoch, metrics=metrics, wall_s=last.wall_s, gpu_seconds=last.gpu_seconds,
-            images_per_s=last.images_per_s, train_flops=cost.trial_flops(self.configs[row.position]) * share,
-            best_top1=best, best_epoch=best_epoch, checkpoint=update.checkpoint or row.checkpoint,
-        )  # fmt: skip
-
-    def _epoch_row(self, row: TrialRow, report: EpochReport) -> EpochRow:
-        return EpochRow(
-            sweep=row.sweep, trial_id=row.trial_id, epoch=report.epoch, attempt=row.attempt, fence=row.fence,
-            seq=row.seq, updated_at=row.updated_at or datetime.now(UTC), wall_s=report.wall_s,
-            gpu_seconds=report.gpu_seconds, images_per_s=report.images_per_s, metrics=report.metrics,
-        )  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------------- the driver
 
 
 def run(
@@ -139,11 +67,11 @@ def run(
         ledger = _open_books(sweep, planned, store, writer)
         if planned.to_run:
             _Session(sweep, planned, store, writer, ledger, signals, heartbeat, data_dir, observer, talk).run()
-        done = all(row.state in ("TERMINATED", "ERROR", "CANCELLED") for row in ledger.rows.values())
+        done = all(row.state in FINAL for row in ledger.rows.values())
         writer.close(done=done)
-    if signals.code is not None:
-        return signals.code
-    return _verdict(list(ledger.rows.values())) if done else ExitCode.STOPPED
+    if done:
+        return _verdict(list(ledger.rows.values()))
+    return signals.code or ExitCode.STOPPED
 
 
 def check(sweep: sweeps.Sweep, data_dir: Path | None) -> None:
@@ -176,7 +104,9 @@ def _open_books(sweep: sweeps.Sweep, planned: planning.Plan, store: ResultStore,
     first_seq = max((row.seq for row in held.values()), default=0)
     for trial in planned.to_run:
         row = held[trial.position]
-        held[trial.position] = row.replace(state="PENDING", fence=writer.fence, seq=first_seq, error=None)
+        held[trial.position] = row.replace(
+            state="PENDING", fence=writer.fence, seq=first_seq, error=None, error_cause=None, stopped_early=False
+        )
     for item in planned.items:
         position, label = item.trial.position, item.trial.label
         held[position] = held[position].replace(position=position, label=label, sweep=sweep.name)
@@ -214,9 +144,14 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         with contextlib.suppress(ValueError):  # not in the main thread: the caller owns the signals
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 self._before[number] = signal.signal(number, self._wish)
         return self
+
+    def take_back(self) -> None:
+        """Ray puts handlers of its own there when it starts, and none when it ends."""
+        for number in self._before:
+            signal.signal(number, self._wish)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -224,7 +159,7 @@ class Signals:
 
     def _wish(self, number: int, frame: Any) -> None:
         self.code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED
-        self.stop = self.drain or number == signal.SIGTERM
+        self.stop = self.drain or number != signal.SIGINT
         self.drain = True
 
 
@@ -235,7 +170,7 @@ class Heartbeat:
 
     def __init__(self, writer: SweepWriter) -> None:
         self._writer, self._stop = writer, threading.Event()
-        self._lost: LeaseLostError | None = None
+        self._lost: Exception | None = None
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> "Heartbeat":
@@ -244,10 +179,10 @@ class Heartbeat:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join(5.0)  # it may hang in a store that hangs
 
     def check(self) -> None:
-        """Raises LeaseLostError when another driver has taken the sweep over."""
+        """Raises LeaseLostError when another driver has taken the sweep over, or what else ended the renewing."""
         if self._lost is not None:
             raise self._lost
 
@@ -255,11 +190,11 @@ class Heartbeat:
         while not self._stop.wait(self.PERIOD_S):
             try:
                 self._writer.renew()
-            except LeaseLostError as error:
-                self._lost = error
-                return
             except UnreachableError:
                 pass  # the next beat tries again; a store that nobody reaches gives the lease to nobody
+            except Exception as error:
+                self._lost = error
+                return
 
 
 @dataclass
@@ -277,29 +212,36 @@ class _Session:
     observer: Observer | None
     talk: Callable[[str], None]
     store_silent_since: float | None = None
+    spent: list[str] = field(default_factory=list)
+    """Trials that have ended and whose checkpoints nobody wants."""
 
     def run(self) -> None:
         from orchestrator import fleet, tune
 
         resources = self.sweep.resources
-        self.talk(
+        self._say(
             f"{self.sweep.name}: {len(self.planned.to_run)} of {len(self.sweep.trials)} trials to run; starting Ray"
         )
         cpus = max(1, round(resources.workers * resources.cpus_per_worker))
         with self._watched(), fleet.cluster(cpus=cpus) as cluster:
+            self.signals.take_back()
             plan = self._gang_plan(cluster)
             limit = None if resources.max_gangs == "auto" else resources.max_gangs
             gangs = fleet.gangs_for(cluster, plan, trials=len(self.planned.to_run), limit=limit)
             retries = sys.maxsize if self.sweep.retry.crash == "unlimited" else self.sweep.retry.crash
-            with fleet.Fleet(self._orders(), plan, fence=self.writer.fence, crash_retries=retries) as crew:
+            crew = fleet.Fleet(self._orders(), plan, fence=self.writer.fence, crash_retries=retries)
+            tuning = tune.Tuning(
+                [(trial.position, trial.config.optim.epochs) for trial in self.planned.to_run],
+                dispatcher=plan.dispatcher, namespace=plan.namespace, metric=self.sweep.scheduler.metric,
+                at_once=gangs, slots=cluster.slots,
+            )  # fmt: skip
+            try:
                 crew.form(gangs)
-                tuning = tune.Tuning(
-                    [(trial.position, trial.config.optim.epochs) for trial in self.planned.to_run],
-                    dispatcher=plan.dispatcher, namespace=plan.namespace, metric=self.sweep.scheduler.metric,
-                    at_once=gangs, slots=cluster.slots,
-                )  # fmt: skip
                 tuning.start()
                 self._follow(crew, tuning)
+            finally:
+                self._part(crew, tuning)
+        self.signals.take_back()
         self._settle()
 
     def _orders(self) -> list[Order]:
@@ -321,20 +263,21 @@ class _Session:
             cpus_per_worker=resources.cpus_per_worker,
             gpus_per_worker=float(cluster.gpus >= 1) if gpus == "auto" else gpus,
             checkpoint_every_s=None if every_s == "auto" else every_s,
-            keep_checkpoint=self.ledger.keep_checkpoint,
             store=self.store.uri,
             data_dir=str(self.data_dir.resolve()) if self.data_dir else None,
             namespace=NAMESPACE,
-            dispatcher=f"dispatcher-{self.sweep.name}-{self.writer.fence}",
+            dispatcher=f"dispatcher-{self.sweep.name}-{self.writer.fence}-{secrets.token_hex(3)}",
         )
 
     def _follow(self, crew: Any, tuning: Any) -> None:
         """Turn what happens into rows until every trial has ended, or the user wants no more."""
         left = {trial.position for trial in self.planned.to_run}
-        drained = False
+        drained = resubmitted = False
+        silent_until = time.monotonic() + FORMING_S
         while left and not self.signals.stop:
             over = drained and not crew.in_hand()  # asked before the updates, so that none of them is missed
             for update in crew.updates(PERIOD_S):
+                silent_until = float("inf")
                 self._record(update)
                 if update.kind == "ended":
                     left.discard(update.index)
@@ -345,9 +288,27 @@ class _Session:
                 drained = True
                 tuning.drain()
                 crew.drain()
-                self.talk("stopping: running trials finish, nothing new starts. Ctrl-C again stops now.")
-            if tuning.error is not None:
-                raise tuning.error
+                self._say("stopping: running trials finish, nothing new starts. Ctrl-C again stops now.")
+            if not (drained or resubmitted or tuning.is_alive()):
+                resubmitted = True
+                crew.submit(left)  # whatever became of Tune: a grid needs no more than its order
+                if tuning.error is not None:
+                    self._say(f"Ray Tune ended ({tuning.error}); the trials that are left run without it")
+            if time.monotonic() > silent_until:
+                silent_until = float("inf")
+                self._say(f"no worker group has formed in {FORMING_S:.0f} s: Ray is still starting it or has no room")
+
+    def _part(self, crew: Any, tuning: Any) -> None:
+        """The end of the fleet: write what has arrived, send the gangs home, take what they still say."""
+        with contextlib.suppress(UnreachableError):
+            self.writer.flush(force=True)
+        for update in crew.close():
+            self._record(update)
+        for position, row in self.ledger.rows.items():
+            if row.state == "RUNNING":
+                self.ledger.rows[position] = row.replace(state="PENDING")
+                self.writer.put([self.ledger.rows[position]])
+        tuning.join(5.0)
 
     def _record(self, update: Update) -> None:
         trial_id = None
@@ -356,6 +317,8 @@ class _Session:
             trial_id = row.trial_id
             self.writer.add(epochs)
             self.writer.put([row])
+            if update.state == "TERMINATED" and not self.ledger.keep_checkpoint:
+                self.spent.append(row.trial_id)
         if update.kind != "epochs":
             kind = update.state.lower() if update.state else update.kind
             text = update.cause or "all epochs trained" if update.kind == "ended" else update.text
@@ -365,16 +328,37 @@ class _Session:
         """Write what changed, and show it. A store that is away for a while costs no trial."""
         self.heartbeat.check()
         try:
-            self.writer.flush(force=force)
+            spent = list(self.spent)
+            if self.writer.flush(force=force) or force:
+                self._drop_checkpoints(spent)
             if self.store_silent_since is not None:
-                self.talk("the store takes writes again")
+                self._say("the store takes writes again")
             self.store_silent_since = None
         except UnreachableError as error:
             if self.store_silent_since is None:
                 self.store_silent_since = time.monotonic()
-                self.talk(f"{error}. Trials go on; their rows are kept and written when the store is back.")
+                self._say(f"{error}. Trials go on; their rows are kept and written when the store is back.")
+        self._show()
+
+    def _drop_checkpoints(self, trial_ids: Sequence[str]) -> None:
+        """Of trials whose end is written, where the sweep keeps none."""
+        for trial_id in trial_ids:
+            for key in self.store.checkpoints(trial_id):
+                self.store.discard(key)
+            self.spent.remove(trial_id)
+
+    def _show(self) -> None:
+        """A screen that fails, its terminal gone say, ends no sweep."""
         if self.observer is not None:
-            self.observer(self.writer.snapshot())
+            try:
+                self.observer(self.writer.snapshot())
+            except Exception as error:
+                self.observer = None
+                self._say(f"the screen failed ({type(error).__name__}: {error}); the sweep goes on without it")
+
+    def _say(self, line: str) -> None:
+        with contextlib.suppress(OSError):
+            self.talk(line)
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
@@ -382,7 +366,7 @@ class _Session:
         try:
             yield
         except BaseException:
-            with contextlib.suppress(UnreachableError):
+            with contextlib.suppress(Exception):  # the error that is on its way says more
                 self.writer.flush(force=True)
             raise
 
@@ -391,7 +375,7 @@ class _Session:
         deadline = time.monotonic() + STORE_PATIENCE_S
         self._keep(force=True)
         while self.store_silent_since is not None:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or self.signals.stop:
                 self.writer.flush(force=True)  # raises, and says what the store says
                 return
             time.sleep(PERIOD_S)

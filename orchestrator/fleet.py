@@ -16,14 +16,16 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 # Ray reads its settings when it is imported, so they stand before it. What the user has set holds.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # else a late call of Tune's thread starts a second Ray after the first has ended
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a worker stays where it is, so that relative paths mean what they say
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -35,7 +37,7 @@ _ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
-if "RAY_ADDRESS" not in os.environ:
+if not os.environ.get("RAY_ADDRESS"):
     # A Ray of our own listens on loopback, and asks for a token that only this process and its children know.
     _ENVIRONMENT |= {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "GLOO_SOCKET_IFNAME": "lo",
@@ -61,10 +63,18 @@ from orchestrator.gang import GangPlan  # noqa: E402
 class Cluster:
     """What Ray has to offer."""
 
-    cpus: float
-    gpus: float
+    nodes: tuple[tuple[float, float], ...]
+    """(CPUs, GPUs) of each node."""
     slots: bool = True
     """Whether it has the resource by which Tune counts trials."""
+
+    @property
+    def cpus(self) -> float:
+        return sum(cpus for cpus, _ in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        return sum(gpus for _, gpus in self.nodes)
 
 
 @contextlib.contextmanager
@@ -77,15 +87,16 @@ def cluster(*, cpus: int) -> Iterator[Cluster]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS")
     with _local_ray(cpus) if not address else _joined_ray(address):
-        has = ray.cluster_resources()
-        yield Cluster(cpus=has.get("CPU", 0.0), gpus=has.get("GPU", 0.0), slots=has.get(SLOT, 0.0) >= 1)
+        has = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = tuple((each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in has)
+        yield Cluster(nodes, slots=any(each.get(SLOT, 0.0) >= 1 for each in has))
 
 
 @contextlib.contextmanager
 def _joined_ray(address: str) -> Iterator[None]:
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UnreachableError(
             f"no Ray cluster answers at RAY_ADDRESS={address}: {error}. Start it, or unset RAY_ADDRESS to run here."
         ) from error
@@ -100,13 +111,22 @@ def _local_ray(cpus: int) -> Iterator[None]:
     with _folder_of_this_ray() as folder:
         try:
             ray.init(
-                address="local", namespace=NAMESPACE, num_cpus=max(cpus, os.cpu_count() or 1), resources={SLOT: 1},
+                address="local", namespace=NAMESPACE, num_cpus=max(cpus, _cores()), resources={SLOT: 1},
                 include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False, logging_level="ERROR",
                 _temp_dir=str(folder), _node_ip_address="127.0.0.1",
             )  # fmt: skip
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            ray.shutdown()
+            raise UnreachableError(f"Ray cannot start on this machine: {error}. `mixmo doctor` says more.") from error
+        try:
             yield
         finally:
             ray.shutdown()
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
@@ -115,9 +135,10 @@ def _folder_of_this_ray() -> Iterator[Path]:
     lock any more, in whatever PID namespace they lived.
     """
     for old in Path("/tmp").glob("mixmo-ray-*"):
-        with contextlib.suppress(OSError), (old / "lock").open("a") as lock:
+        with contextlib.suppress(OSError), (old / "lock").open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(old, ignore_errors=True)
+            if time.time() - old.stat().st_ctime > 60:  # a younger one may be about to take its lock
+                shutil.rmtree(old, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix="mixmo-ray-", dir="/tmp"))  # Ray's sockets may have 107 characters
     with (folder / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -144,12 +165,6 @@ class Fleet:
         self._ended: dict[str, str] = {}
         """Gangs that are gone, and why."""
         self._acknowledged = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def form(self, gangs: int) -> None:
         """Start gangs. Each lives in a thread of this process, in which its `fit()` blocks for the whole sweep."""
@@ -188,21 +203,39 @@ class Fleet:
         """How many trials are being trained."""
         return int(ray.get(self.dispatcher.in_hand.remote()))
 
-    def close(self, wait_s: float = 15.0) -> None:
-        """Send the gangs home, and wait a while until they are gone."""
+    def submit(self, indices: Iterable[int]) -> None:
+        """Queue trials past Tune. Those that it has submitted are left as they are."""
+        ray.get([self.dispatcher.submit.remote(index) for index in sorted(indices)])
+
+    def close(self, wait_s: float = 15.0) -> list[Update]:
+        """Send the gangs home, wait a while until they are gone, and return what they still said."""
+        deadline = time.monotonic() + wait_s
+        last: list[Update] = []
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(self.dispatcher.close.remote())
-        for thread in self._threads:
-            thread.join(wait_s)
+            for thread in self._threads:
+                thread.join(max(0.0, deadline - time.monotonic()))
+            last = ray.get(self.dispatcher.updates.remote(self._acknowledged, 0.0))
         shutil.rmtree(self._scratch, ignore_errors=True)
+        return last
 
     def _keep(self, name: str) -> None:
         """One gang's life, from its first worker to its last."""
+        why = "it was sent home"
+        try:
+            self._trainer(name).fit()
+        except BaseException as error:  # whatever ended it, the sweep goes on with the others
+            why = f"{type(error).__name__}: {error}"
+        self._ended[name] = why
+        with contextlib.suppress(Exception):  # at the end of a sweep the dispatcher may be gone before its gangs
+            ray.get(self.dispatcher.gang_ended.remote(name, why))
+
+    def _trainer(self, name: str) -> Any:
         plan = self.plan
         per_worker = {"CPU": float(plan.cpus_per_worker)}
         if plan.gpus_per_worker:
             per_worker["GPU"] = plan.gpus_per_worker
-        trainer = ray.train.torch.TorchTrainer(
+        return ray.train.torch.TorchTrainer(
             gang.loop,
             train_loop_config={"gang": name, "plan": dataclasses.asdict(plan)},
             torch_config=ray.train.torch.TorchConfig(
@@ -218,22 +251,12 @@ class Fleet:
                 failure_config=ray.train.FailureConfig(max_failures=-1, controller_failure_limit=3),
             ),
         )
-        why = "it was sent home"
-        try:
-            trainer.fit()
-        except Exception as error:  # whatever ended it, the sweep goes on with the others
-            why = f"{type(error).__name__}: {error}"
-        self._ended[name] = why
-        with contextlib.suppress(Exception):  # at the end of a sweep the dispatcher may be gone before its gangs
-            ray.get(self.dispatcher.gang_ended.remote(name, why))
 
 
 def gangs_for(capacity: Cluster, plan: GangPlan, *, trials: int, limit: int | None) -> int:
     """How many gangs of this make the cluster holds, no more than there are trials. Raises UsageError if none fits."""
     need_cpus, need_gpus = plan.workers * plan.cpus_per_worker, plan.workers * plan.gpus_per_worker
-    fits = int(capacity.cpus // need_cpus) if need_cpus else trials
-    if need_gpus:
-        fits = min(fits, int(capacity.gpus / need_gpus + 1e-9))
+    fits = sum(_workers_on(node, plan) for node in capacity.nodes) // plan.workers
     if fits < 1:
         raise UsageError(
             f"resources: a gang of {plan.workers} worker(s) needs {need_cpus} CPU(s) and {need_gpus:g} GPU(s), but the "
@@ -241,3 +264,9 @@ def gangs_for(capacity: Cluster, plan: GangPlan, *, trials: int, limit: int | No
             "gpus_per_worker: 0 to train on CPUs."
         )
     return max(1, min(fits, trials, limit or fits))
+
+
+def _workers_on(node: tuple[float, float], plan: GangPlan) -> int:
+    """How many of a gang's workers a node with these CPUs and GPUs holds."""
+    asked = [(node[0], plan.cpus_per_worker), (node[1], plan.gpus_per_worker)]
+    return min(int(has / needs + 1e-9) for has, needs in asked if needs)

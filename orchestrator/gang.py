@@ -13,11 +13,13 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import ray
+import ray.exceptions
 import ray.train
 import ray.train.torch
 import torch
@@ -26,11 +28,13 @@ import torch.distributed as dist
 from mixmo_core import train
 from mixmo_core.config import TrialConfig, digest, identity, unflatten
 from orchestrator.dispatcher import Assignment, EpochReport, Worker
-from orchestrator.errors import MixmoError
-from orchestrator.store import ResultStore
+from orchestrator.errors import MixmoError, NotFoundError, UnreachableError
+from orchestrator.store import DamagedError, ResultStore
 from orchestrator.store.attempts import LOG_BYTES, AttemptFolder, without_secrets
 
 LOG_PERIOD_S = 30.0
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +50,6 @@ class GangPlan:
     """Of a collective of the process group. A wait takes at most half of it."""
     checkpoint_every_s: float | None = None
     """None: as often as saving stays under 3 % of the time, and at least every ten minutes."""
-    keep_checkpoint: bool = True
-    """Whether the last checkpoint stays once the trial has finished."""
     store: str
     data_dir: str | None = None
     namespace: str
@@ -107,35 +109,45 @@ class Gang:
         try:
             with log.capture():
                 self._train(assignment, folder, log)
+        except ray.exceptions.RayError:
+            raise  # the dispatcher is out of reach: Ray Train forms the gang anew, and it asks again
         except Exception as error:
-            told = without_secrets(traceback.format_exc(), os.environ)
-            log.write(told)
-            if self.world_size > 1 and _peer_lost(error):
-                ray.get(self.dispatcher.abandon.remote(assignment.token, f"a worker of {self.name} was lost: {error}"))
-                raise
-            ray.get(self.dispatcher.fail.remote(assignment.token, told, without_secrets(_cause(error), os.environ)))
-            if self.world_size > 1 or isinstance(error, torch.AcceleratorError):
-                # The other ranks wait in a collective, or the device's context is lost: Ray Train forms the gang anew.
+            if self._blame(assignment.token, error, log):
                 raise
         finally:
             log.put()
+
+    def _blame(self, token: str, error: Exception, log: "LogTail") -> bool:
+        """Tell the dispatcher what became of the trial. Whether Ray Train must form the gang anew: the other ranks may
+        wait in a collective, or the device's context is lost.
+        """
+        told, cause = (without_secrets(text, os.environ) for text in (traceback.format_exc(), _cause(error)))
+        log.write(told)
+        if _store_away(error):
+            ray.get(self.dispatcher.abandon.remote(token, f"the store is away: {cause}", charge=False))
+        elif isinstance(error, torch.AcceleratorError) or (self.world_size > 1 and _peer_lost(error)):
+            ray.get(self.dispatcher.abandon.remote(token, f"a worker or device of {self.name} was lost: {cause}"))
+            return True
+        else:
+            ray.get(self.dispatcher.fail.remote(token, told, cause))
+        return self.world_size > 1
 
     def _train(self, assignment: Assignment, folder: AttemptFolder, log: "LogTail") -> None:
         """The trial's epochs, from its newest checkpoint on."""
         config = unflatten(assignment.order.settings)
         log.line(f"trial {assignment.order.trial_id}, attempt {assignment.attempt}, on {self.name} ({self.host})")
+        ray.get(self.dispatcher.accept.remote(assignment.token))
         saver = Saver(self._store, folder, self.plan)
         resume = self._resume_point(assignment.order.trial_id, config, log)
         reports: list[EpochReport] = []
         if resume is not None:
-            key, state = resume
-            reports = [EpochReport(**row) for row in state["rows"]]
-            saver.adopt(key)
-            log.line(f"resumed from {key}")
-            if not self._report(assignment, reports, key):
+            reports = list(resume.reports)
+            saver.adopt(resume.key, self._patiently(lambda: self._store.checkpoints(assignment.order.trial_id), log))
+            log.line(f"resumed from {resume.key}")
+            if not self._report(assignment, reports, resume.key):
                 return
         data_dir = Path(self.plan.data_dir) if self.plan.data_dir else None
-        for epoch in train.train(config, device=self.device, data_dir=data_dir, resume=resume and resume[1]):
+        for epoch in train.train(config, device=self.device, data_dir=data_dir, resume=resume and resume.state):
             reports.append(self._describe(epoch, reports))
             last = epoch.epoch == config.optim.epochs
             checkpoint = self._save(saver, epoch, reports, log) if self.rank == 0 and saver.due(last=last) else None
@@ -145,28 +157,44 @@ class Gang:
                 return
         if self.rank == 0:
             ray.get(self.dispatcher.finish.remote(assignment.token))
-            saver.clear()
+            with contextlib.suppress(OSError, MixmoError):
+                saver.clear()
 
-    def _resume_point(self, trial_id: str, config: TrialConfig, log: "LogTail") -> tuple[str, dict[str, Any]] | None:
-        """The newest checkpoint of any attempt that is whole and this config's, with its key."""
+    def _resume_point(self, trial_id: str, config: TrialConfig, log: "LogTail") -> "ResumePoint | None":
+        """The newest checkpoint of any attempt that is whole and this config's."""
         found = self._newest(trial_id, config, log) if self.rank == 0 else None
-        key = self._from_first(found and found[0])
-        return None if key is None else found or (key, self._load(key, config))
+        key = self._from_first(found and found.key)
+        return None if key is None else found or self._patiently(lambda: self._load(key, config), log)
 
-    def _newest(self, trial_id: str, config: TrialConfig, log: "LogTail") -> tuple[str, dict[str, Any]] | None:
-        for key in self._store.checkpoints(trial_id):
+    def _newest(self, trial_id: str, config: TrialConfig, log: "LogTail") -> "ResumePoint | None":
+        for key in self._patiently(lambda: self._store.checkpoints(trial_id), log):
             try:
-                return key, self._load(key, config)
-            except (train.CheckpointError, MixmoError) as error:  # the one before it will do
+                return self._patiently(partial(self._load, key, config), log)
+            except (train.CheckpointError, DamagedError, NotFoundError) as error:  # the one before it will do
                 log.line(f"checkpoint {key} is of no use: {error}")
         return None
 
-    def _load(self, key: str, config: TrialConfig) -> dict[str, Any]:
+    def _patiently(self, read: Callable[[], T], log: "LogTail") -> T:
+        """What the store has to say. A store that is away for a while is no fault of the trial."""
+        deadline = time.monotonic() + (600.0 if self.world_size == 1 else self.plan.group_timeout_s / 2)
+        while True:
+            try:
+                return read()
+            except (UnreachableError, OSError) as error:
+                if isinstance(error, DamagedError) or time.monotonic() > deadline:
+                    raise
+                log.line(f"waiting for the store: {error}")
+                time.sleep(2.0)
+
+    def _load(self, key: str, config: TrialConfig) -> "ResumePoint":
         with tempfile.TemporaryDirectory(prefix="mixmo-") as scratch:
             state = train.load(self._store.fetch(key, Path(scratch) / key.rpartition("/")[2]))
         if state["digest"] != digest(identity(config, self.world_size)):
             raise train.CheckpointError("it is of another config, seed or number of workers")
-        return state
+        try:
+            return ResumePoint(key, state, [EpochReport(**row) for row in state["rows"]])
+        except (KeyError, TypeError) as error:
+            raise train.CheckpointError(f"its rows are not those of this version: {error}") from error
 
     def _describe(self, epoch: train.Epoch, before: list[EpochReport]) -> EpochReport:
         """An epoch's row; times add up over the epochs that count, whichever attempt trained them."""
@@ -195,6 +223,14 @@ class Gang:
         return bool(self._from_first(kept))
 
 
+class ResumePoint(NamedTuple):
+    """A checkpoint in use."""
+
+    key: str
+    state: dict[str, Any]
+    reports: list[EpochReport]
+
+
 class Saver:
     """When to write a checkpoint, and which to keep. Only rank 0 saves."""
 
@@ -208,13 +244,13 @@ class Saver:
         self._saved_at, self._cost_s = time.monotonic(), 0.0
         self._keys: list[str] = []
 
-    def adopt(self, key: str) -> None:
-        """An earlier attempt's checkpoint is the newest so far."""
-        self._keys = [key]
+    def adopt(self, key: str, others: Sequence[str]) -> None:
+        """An earlier attempt's checkpoint is the newest so far; `others` go when there are newer ones."""
+        self._keys = [*(other for other in reversed(others) if other != key), key]
 
     def due(self, *, last: bool) -> bool:
         if last:
-            return self._plan.keep_checkpoint
+            return True  # until its row is written, nothing else holds the trial's end
         since_s = time.monotonic() - self._saved_at
         if self._plan.checkpoint_every_s is not None:
             return since_s >= self._plan.checkpoint_every_s
@@ -224,18 +260,21 @@ class Saver:
         """Write the state and the rows so far; returns the checkpoint's key in the store."""
         began = time.monotonic()
         state = {**epoch.state(), "rows": [dataclasses.asdict(report) for report in reports]}
-        with tempfile.TemporaryDirectory(prefix="mixmo-") as scratch:
-            path = train.save(state, Path(scratch))
-            self._keys.append(self._folder.put_file(path, path.name))
-        for key in self._keys[:-2]:  # a damaged one is to have one before it
-            self._store.discard(key)
-        self._keys = self._keys[-2:]
-        self._saved_at, self._cost_s = time.monotonic(), time.monotonic() - began
+        try:
+            with tempfile.TemporaryDirectory(prefix="mixmo-") as scratch:
+                path = train.save(state, Path(scratch))
+                self._keys.append(self._folder.put_file(path, path.name))
+        finally:  # a store that takes none is not asked again with every epoch
+            self._saved_at, self._cost_s = time.monotonic(), time.monotonic() - began
+        while len(self._keys) > 2:  # a damaged one is to have one before it
+            self._store.discard(self._keys.pop(0))
         return self._keys[-1]
 
     def clear(self) -> None:
-        """The trial has finished: of its checkpoints the last one stays, or none."""
-        for key in self._keys[:-1] if self._plan.keep_checkpoint else self._keys:
+        """The trial has finished: its last checkpoint is enough. If none is to stay, the driver drops it once it has
+        written the trial's row.
+        """
+        for key in self._keys[:-1]:
             self._store.discard(key)
 
 
@@ -275,6 +314,10 @@ def _device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _store_away(error: Exception) -> bool:
+    return isinstance(error, UnreachableError) and not isinstance(error, DamagedError)
 
 
 def _peer_lost(error: Exception) -> bool:

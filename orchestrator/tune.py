@@ -102,10 +102,10 @@ class Tuning(threading.Thread):
         super().__init__(name="tune", daemon=True)
         common = {"dispatcher": dispatcher, "namespace": namespace, "metric": metric}
         self._grid = Grid([{"index": index, "epochs": epochs, **common} for index, epochs in trials], metric)
-        share = math.floor(10_000 / at_once) / 10_000  # Ray counts resources in ten-thousandths
-        # On a cluster without slots more proxies start than gangs: their trials wait with the dispatcher.
-        self._needs = {"cpu": 0, SLOT: share} if slots else {"cpu": 0.01}
-        self.error: Exception | None = None
+        # Ray counts resources in ten-thousandths. Every head has 1 of the second resource, so that no CPU is taken up.
+        share = math.floor(9_000 / at_once) / 10_000
+        self._needs = {"cpu": 0, SLOT if slots else "node:__internal_head__": share}
+        self.error: BaseException | None = None
 
     def run(self) -> None:
         for name in ("ray.tune", "ray.tune.tuner", "ray.air"):
@@ -122,7 +122,7 @@ class Tuning(threading.Thread):
                     checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
                 ),
             ).fit()
-        except Exception as error:  # the driver sees it, says it and ends
+        except BaseException as error:  # the driver sees it, and submits what is left itself
             self.error = error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -37,6 +37,7 @@ def run(wait: Coroutine[Any, Any, T]) -> T:
 def take(desk: Dispatcher, gang: str = GANG) -> Assignment:
     given = asyncio.run(desk.next(gang, 0.0))
     assert isinstance(given, Assignment)
+    desk.accept(given.token)
     return given
 
 
@@ -159,11 +160,12 @@ def test_a_proxy_sees_each_epoch_once_although_an_attempt_repeats_some() -> None
         second = await desk.next(GANG, 0.0)
         assert isinstance(second, Assignment)
         desk.report(second.token, [report(1, 0.1), report(2, 0.2)], None)
+        got = [await desk.result(0, 1), await desk.result(0, 2)]
         waiting = asyncio.create_task(desk.result(0, 3))
         await asyncio.sleep(0)
         assert not waiting.done()
         desk.report(second.token, [report(3, 0.3)], None)
-        got = [await desk.result(0, 1), await desk.result(0, 2), await waiting]
+        got.append(await waiting)
         desk.finish(second.token)
         assert await desk.result(0, 4) is None
         return [each.metrics["top1"] for each in got if each is not None]
@@ -184,6 +186,72 @@ def test_a_waiting_gang_gets_a_trial_as_soon_as_one_is_submitted() -> None:
     (given,), rest = run(scenario())
     assert isinstance(given, Assignment)
     assert rest == ["leave", "leave"]
+
+
+def test_the_question_of_a_worker_that_died_takes_no_trial() -> None:
+    async def scenario() -> tuple[Any, Any, Any]:
+        desk = Dispatcher([order(0), order(1)], fence=1, crash_retries=0)
+        dead = asyncio.create_task(desk.next(GANG, 60.0))
+        await asyncio.sleep(0)
+        living = asyncio.create_task(desk.next(GANG, 60.0))
+        await asyncio.sleep(0)
+        desk.submit(0)
+        desk.submit(1)
+        given = await living
+        return await dead, given, await desk.next("gang-1", 0.0)
+
+    dead, first, second = run(scenario())
+    assert dead == "wait"
+    assert (first.order.index, second.order.index) == (0, 1)
+
+
+def test_a_gang_that_has_ended_gets_nothing_by_a_question_it_asked_before() -> None:
+    async def scenario() -> tuple[Any, Any]:
+        desk = Dispatcher([order(0)], fence=1, crash_retries=0)
+        asked = asyncio.create_task(desk.next(GANG, 60.0))
+        await asyncio.sleep(0)
+        desk.gang_ended(GANG, "gone")
+        desk.submit(0)
+        return await asked, await desk.next("gang-1", 0.0)
+
+    asked, given = run(scenario())
+    assert asked == "wait"
+    assert isinstance(given, Assignment)
+
+
+def test_a_death_before_the_trial_was_in_hand_is_no_crash_of_it() -> None:
+    desk = dispatcher(1, crash_retries=0)
+    for attempt in (1, 2, 3):
+        given = asyncio.run(desk.next(GANG, 0.0))
+        assert isinstance(given, Assignment)
+        assert given.attempt == attempt
+
+
+def test_a_store_that_was_away_is_not_charged_to_the_trial() -> None:
+    desk = dispatcher(1, crash_retries=0)
+    desk.abandon(take(desk).token, "the store is away", charge=False)
+    assert take(desk).attempt == 2
+
+
+def test_a_trial_submitted_twice_is_trained_once() -> None:
+    desk = dispatcher(1)
+    desk.submit(0)
+    take(desk, "gang-0")
+    assert asyncio.run(desk.next("gang-1", 0.0)) == "wait"
+
+
+def test_a_closed_dispatcher_takes_a_last_report_and_sends_the_gang_away() -> None:
+    desk = dispatcher(1)
+    token = take(desk).token
+    desk.close()
+    assert not desk.report(token, [report(1)], None)
+    assert [update.kind for update in news(desk)] == ["started", "epochs"]
+
+
+def test_a_trial_stopped_while_it_waits_has_ended() -> None:
+    desk = dispatcher(2)
+    desk.stop(1)
+    assert kinds(news(desk)) == [("ended", 1, "TERMINATED")]
 
 
 def test_updates_are_told_until_they_are_acknowledged() -> None:
@@ -278,6 +346,8 @@ def test_attempts_are_one_more_than_the_crashes_that_were_forgiven(crashes: int,
     desk = dispatcher(1, crash_retries=retries)
     given = asyncio.run(desk.next(GANG, 0.0))
     for _ in range(crashes):
+        if isinstance(given, Assignment):
+            desk.accept(given.token)
         given = asyncio.run(desk.next(GANG, 0.0))
     if crashes <= retries:
         assert isinstance(given, Assignment)

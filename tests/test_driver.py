@@ -13,7 +13,7 @@ from command_line import PATIENCE_S, Mixmo, kill
 
 from mixmo_core.config import TrialConfig, unflatten
 from orchestrator.dispatcher import EpochReport, Update
-from orchestrator.driver import Ledger
+from orchestrator.ledger import Ledger
 from orchestrator.rows import TrialRow, config_columns
 from orchestrator.store import ResultStore
 
@@ -145,6 +145,25 @@ def test_one_driver_at_a_time_and_ctrl_c_lets_running_trials_finish(tmp_path: Pa
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_sigterm_ends_at_once_with_all_that_had_arrived(tmp_path: Path) -> None:
+    mixmo = Mixmo(tmp_path, SWEEP.replace("epochs: 6", "epochs: 300").replace("every_s: 0.001", "keep: none"))
+    running = mixmo.start("run", "sweep.yaml")
+    mixmo.until(running, reached(3))
+    running.terminate()
+    _, err = running.communicate(timeout=PATIENCE_S)
+    assert running.returncode == 143, err
+    assert {row.state for row in mixmo.rows()} == {"PENDING"}
+    lease = ResultStore.open(tmp_path / "results").lease("small")
+    assert lease is None or lease.released
+    (tmp_path / "sweep.yaml").write_text(SWEEP.replace("every_s: 0.001", "keep: none"))
+    mixmo("run", "sweep.yaml")
+    assert {row.state for row in mixmo.rows() if row.epochs == 6} == {"TERMINATED"}
+    store = ResultStore.open(tmp_path / "results")
+    assert [store.checkpoints(row.trial_id) for row in mixmo.rows() if row.epochs == 6] == [[]] * 4
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_a_trial_that_loses_its_worker_too_often_fails_alone_and_can_be_run_again(tmp_path: Path) -> None:
     mixmo = Mixmo(tmp_path, SWEEP + "retry: {crash: 0}\n")
     running = mixmo.start("run", "sweep.yaml")
@@ -222,7 +241,7 @@ def test_a_lost_trial_waits_again_and_its_next_attempt_repeats_epochs_without_ha
     assert (row.state, row.attempts) == ("RUNNING", 2)
     row, rows = books.apply(update(5, "epochs", attempt=2, epochs=epochs(0.2)))
     assert [each.order for each in rows] == [(3, 2, 15)]
-    assert (row.epoch, row.best_epoch) == (1, 2)
+    assert (row.epoch, row.best_epoch) == (1, 1)  # what was thrown back is no result
 
 
 def test_a_failed_trial_keeps_its_traceback_and_a_new_start_clears_it() -> None:

@@ -57,11 +57,14 @@ class Crew:
         self.fleet = fleet.Fleet(orders, plan, fence=1, crash_retries=2)
         self.told: list[Update] = []
 
-    def submit(self, *indices: int) -> None:
-        import ray
+    def __enter__(self) -> "Crew":
+        return self
 
-        for index in indices:
-            ray.get(self.fleet.dispatcher.submit.remote(index))
+    def __exit__(self, *_: object) -> None:
+        self.fleet.close()
+
+    def submit(self, *indices: int) -> None:
+        self.fleet.submit(indices)
 
     def until(self, happened: Callable[[Update], bool], patience_s: float = 240) -> Update:
         deadline = time.monotonic() + patience_s
@@ -94,7 +97,7 @@ def undisturbed(config: TrialConfig) -> dict[int, float]:
 @pytest.mark.usefixtures("ray_here")
 def test_a_gang_of_one_worker_trains_fails_idles_and_survives_a_kill(tmp_path: Path) -> None:
     crew = Crew(tmp_path, [config(0), failing(), config(1), config(2)], workers=1, name="one")
-    with crew.fleet:
+    with crew:
         crew.fleet.form(1)
         crew.submit(0, 1, 2)
 
@@ -134,7 +137,7 @@ def test_a_gang_of_one_worker_trains_fails_idles_and_survives_a_kill(tmp_path: P
 @pytest.mark.usefixtures("ray_here")
 def test_a_gang_of_two_workers_trains_is_formed_anew_after_an_exception_and_after_a_kill(tmp_path: Path) -> None:
     crew = Crew(tmp_path, [config(0), failing(), config(1)], workers=2, name="two")
-    with crew.fleet:
+    with crew:
         crew.fleet.form(1)
         crew.submit(0)
         assert crew.ended(0).state == "TERMINATED"
@@ -165,7 +168,7 @@ def test_a_gang_that_does_not_fit_is_refused_with_what_there_is() -> None:
 
     def count(cpus: float, gpus: float, **needs: float) -> int:
         plan = GangPlan(store="", namespace="", dispatcher="", **needs)  # type: ignore[arg-type]
-        return gangs_for(Cluster(cpus=cpus, gpus=gpus), plan, trials=10, limit=None)
+        return gangs_for(Cluster(((cpus, gpus),)), plan, trials=10, limit=None)
 
     assert count(8, 0, workers=2) == 4
     assert count(64, 0) == 10

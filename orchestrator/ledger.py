@@ -1,0 +1,81 @@
+"""What happened, as rows: the dispatcher's updates turned into the tables of a sweep. Pure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from mixmo_core import cost
+from mixmo_core.config import TrialConfig, parts
+from orchestrator.dispatcher import EpochReport, Update
+from orchestrator.rows import EpochRow, TrialRow
+
+
+@dataclass
+class Ledger:
+    """The rows of the sweep as they stand. `apply` is all that changes them."""
+
+    rows: dict[int, TrialRow]
+    """By position."""
+    configs: Mapping[int, TrialConfig]
+    fence: int
+    first_seq: int
+    """Updates are numbered on from here, so that `seq` rises over all drivers of the sweep."""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """Columns that are the same for all that this driver trains: commit, versions."""
+    keep_checkpoint: bool = True
+
+    def apply(self, update: Update) -> tuple[TrialRow, list[EpochRow]]:
+        """The trial's new row and the rows of its epochs that an update about a trial stands for."""
+        assert update.index is not None
+        row = self.rows[update.index].replace(
+            attempt=update.attempt, fence=self.fence, seq=self.first_seq + update.seq, updated_at=update.time
+        )
+        epochs = [self._epoch_row(row, report) for report in update.epochs]
+        match update.kind:
+            case "started":
+                row = self._started(row, update)
+            case "epochs":
+                row = self._advanced(row, update)
+            case "lost":
+                row = row.replace(state="PENDING")
+            case "ended":
+                row = row.replace(
+                    state=update.state, stopped_early=update.stopped_early, error=update.text or None,
+                    error_cause=update.cause, checkpoint=row.checkpoint if self.keep_checkpoint else None,
+                )  # fmt: skip
+        self.rows[update.index] = row
+        return row, epochs
+
+    def _started(self, row: TrialRow, update: Update) -> TrialRow:
+        hosts = sorted({*(row.hosts or "").split(), *update.hosts})
+        numerics = " ".join(f"{name}={number}" for name, number in parts(self.configs[row.position]).items())
+        return row.replace(
+            state="RUNNING", attempts=update.attempt, started_at=row.started_at or update.time, hosts=" ".join(hosts),
+            device_name=update.device_name, torch_version=update.torch_version, numerics=numerics, error=None,
+            error_cause=None, split=self.configs[row.position].evaluate.split, **self.origin,
+        )  # fmt: skip
+
+    def _advanced(self, row: TrialRow, update: Update) -> TrialRow:
+        best, best_epoch, metrics = row.best_top1, row.best_epoch, row.metrics
+        if update.epochs[0].epoch == 1:  # an attempt tells its whole history; what was thrown back is no result
+            best, best_epoch, metrics = None, None, {}
+        for report in update.epochs:
+            top1 = report.metrics.get("top1")
+            if top1 is not None and (best is None or top1 > best):
+                best, best_epoch = top1, report.epoch
+            metrics = {**metrics, **report.metrics}
+        last = update.epochs[-1]
+        share = last.epoch / row.epochs
+        return row.replace(
+            epoch=last.epoch, metrics=metrics, wall_s=last.wall_s, gpu_seconds=last.gpu_seconds,
+            images_per_s=last.images_per_s, train_flops=cost.trial_flops(self.configs[row.position]) * share,
+            best_top1=best, best_epoch=best_epoch, checkpoint=update.checkpoint or row.checkpoint,
+        )  # fmt: skip
+
+    def _epoch_row(self, row: TrialRow, report: EpochReport) -> EpochRow:
+        return EpochRow(
+            sweep=row.sweep, trial_id=row.trial_id, epoch=report.epoch, attempt=row.attempt, fence=row.fence,
+            seq=row.seq, updated_at=row.updated_at or datetime.now(UTC), wall_s=report.wall_s,
+            gpu_seconds=report.gpu_seconds, images_per_s=report.images_per_s, metrics=report.metrics,
+        )  # fmt: skip
