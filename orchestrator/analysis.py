@@ -9,7 +9,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +69,8 @@ class Cell:
     """Trials that wait or run."""
     failed: int = 0
     """Trials that failed, were cancelled, or were stopped early."""
+    undefined: int = 0
+    """Finished trials that the metric is not defined for, as ratio_error for a single subnetwork."""
     baseline: bool = False
     difference: float | None = None
     """Mean minus the baseline's mean."""
@@ -81,7 +83,7 @@ class Cell:
 
     @property
     def planned(self) -> int:
-        return self.n + self.waiting + self.failed
+        return self.n + self.waiting + self.failed + self.undefined
 
     @property
     def mean(self) -> float | None:
@@ -129,7 +131,7 @@ class ResultTable:
             ).rstrip()
             for line in (header, rule, *body)
         ]
-        return "".join(f"{line}\n" for line in (*lines, *self.notes()))
+        return "".join(f"{line}\n" for line in (*lines, *self.legend(), *self.notes()))
 
     def to_csv(self) -> str:
         """One line per cell, numbers plain: accuracies as fractions."""
@@ -189,37 +191,61 @@ class ResultTable:
         return BY_NAME[self.metric].unit == "fraction"
 
     def value_text(self, cell: Cell) -> str:
-        """`93.97 ± 0.12 (3)`; `(2/3)` where trials are still missing, `-` where there are none."""
-        if not cell.planned:
+        """`93.97 ± 0.12 (3)`; `(2/3)` where trials are still missing, `-` where there is nothing to wait for."""
+        expected = cell.planned - cell.undefined
+        if not expected:
             return "-"
-        count = f"({cell.n})" if cell.n == cell.planned else f"({cell.n}/{cell.planned})"
+        count = f"({cell.n})" if cell.n == expected else f"({cell.n}/{expected})"
         if cell.mean is None:
             return f"... {count}"
-        spread = "" if cell.std is None else f" ± {self._number(cell.std)}"
-        return f"{self._number(cell.mean)}{spread} {count}"
+        return f"{self._with_spread(cell.mean, cell.std)} {count}"
 
     def difference_text(self, cell: Cell) -> str:
         if cell.baseline:
             return "baseline"
         if cell.difference is None:
             return "-"
-        error = "" if cell.difference_se is None else f" ± {self._number(cell.difference_se)}"
-        return f"{'+' if cell.difference >= 0 else '-'}{self._number(abs(cell.difference))}{error}"
+        sign = "+" if cell.difference >= 0 else "-"
+        return sign + self._with_spread(abs(cell.difference), cell.difference_se)
 
-    def _number(self, value: float) -> str:
-        return f"{100 * value:.2f}" if self._percent else f"{value:.4g}"
+    def _with_spread(self, value: float, spread: float | None) -> str:
+        """Both to the same digits: two of a percentage; else two significant ones of the spread, at most six."""
+        if self._percent:
+            value, digits, spread = 100 * value, 2, None if spread is None else 100 * spread
+        elif spread is None or not math.isfinite(spread) or spread <= 0:
+            return f"{value:.4g}" + ("" if spread is None else f" ± {spread:.4g}")
+        else:
+            digits = min(6, max(0, 1 - math.floor(math.log10(spread))))
+        return f"{value:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+
+    def legend(self) -> list[str]:
+        """What the parts of a number mean."""
+        legend = []
+        if any(cell.n for cell in self.cells.values()):
+            legend.append(f"{self.title}: mean ± standard deviation (number of trials)")
+        if any(cell.difference is not None for cell in self.cells.values()):
+            unit = " in points" if self._percent else ""
+            legend.append(f"vs baseline: difference of the means{unit} ± its standard error")
+        return ["", *legend] if legend else []
 
     def notes(self) -> list[str]:
         """What a reader must know to read the numbers right."""
         notes = []
         if self.averaged:
             notes.append(f"Averaged over {', '.join(map(short, self.averaged))} too: --rows or --cols sets them apart.")
-        if any(cell.n != cell.planned for cell in self.cells.values()):
+        if any(cell.n + cell.undefined != cell.planned for cell in self.cells.values()):
             notes.append("(2/3): two of three trials finished; the others run, wait, failed or were stopped early.")
+        lacking = [key for key, cell in self.cells.items() if cell.undefined]
+        if lacking:
+            named = dict.fromkeys(", ".join(map(shown, row + col)) or "these trials" for row, col in lacking)
+            more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+            notes.append(f"{self.metric} is not defined for finished trials of: {'; '.join([*named][:3])}{more}.")
+        if any(cell.baseline and cell.undefined and not cell.n for cell in self.cells.values()):
+            notes.append(f"The baseline has no {self.metric} to compare with.")
         return notes
 
 
-_NUMBERS = ("n", "planned", "waiting", "failed", "mean", "std", "difference", "difference_se", "values")
+_NUMBERS = ("n", "planned", "waiting", "failed", "undefined", "mean", "std", "difference", "difference_se", "values")
 
 
 def short(field: str) -> str:
@@ -258,14 +284,16 @@ def table(
     fields the lines are the labels and those settings that vary. `at` is the last epoch, or the best one (of top1,
     chosen on the very images it is measured on). A trial of several sweeps counts once. `baseline` is the label of
     the trials that every cell is compared with, at the same values of what varies among the baseline's trials.
-    Raises UsageError for a field or a metric that there is not.
+    Lines and columns stand in the order of the sweep files, sweeps in that of `rows`; numbers by size. Raises
+    UsageError for a field or a metric that there is not.
     """
     value = _metric(metric, at)
-    rows = _once(rows)
+    listed = _listed(rows)
+    rows = _once(listed)
     cols = tuple(map(_field, col_fields))
     lines = tuple(map(_field, row_fields)) or tuple(each for each in varied(rows) if each not in cols)
     groups: dict[tuple[Key, Key], list[TrialRow]] = {}
-    for row in sorted(rows, key=lambda row: row.position):
+    for row in rows:
         groups.setdefault((_key(row, lines), _key(row, cols)), []).append(row)
     cells = {key: _cell(members, value) for key, members in groups.items()}
     if baseline is not None:
@@ -276,8 +304,8 @@ def table(
         at=at,
         row_fields=lines,
         col_fields=cols,
-        row_keys=_sorted({row for row, _ in groups}, lines, rows),
-        col_keys=_sorted({col for _, col in groups}, cols, rows),
+        row_keys=_sorted({row for row, _ in groups}, lines, listed),
+        col_keys=_sorted({col for _, col in groups}, cols, listed),
         cells=cells,
         averaged=tuple(dict.fromkeys(inside)),
     )
@@ -307,7 +335,7 @@ def _telling(name: str) -> tuple[int, int]:
 
 def _metric(metric: str, at: At) -> Callable[[TrialRow], float | None]:
     if metric not in METRIC_COLUMNS:
-        raise UsageError(f"no metric {metric}; there are {', '.join(METRIC_COLUMNS)}")
+        raise UsageError(f"no metric {metric}; {_allowed(metric, METRIC_COLUMNS)}")
     if at == "last":
         return lambda row: row.metrics.get(metric)
     if at != "best":
@@ -320,8 +348,14 @@ def _metric(metric: str, at: At) -> Callable[[TrialRow], float | None]:
 def _field(name: str) -> str:
     column = name.replace(".", "_")
     if column not in _FIELDS:
-        raise UsageError(f"no setting {name}; there are {', '.join(short(each) for each in _FIELDS)}")
+        raise UsageError(f"no setting {name}; {_allowed(name, [short(each) for each in _FIELDS])}")
     return column
+
+
+def _allowed(word: str, names: Sequence[str]) -> str:
+    from orchestrator.sweep.document import nearest  # only a wrong word pays for loading it
+
+    return f"there are {', '.join(names)}{nearest(word, names)}"
 
 
 def _key(row: TrialRow, names: Iterable[str]) -> Key:
@@ -330,17 +364,27 @@ def _key(row: TrialRow, names: Iterable[str]) -> Key:
 
 
 def _sorted(keys: Iterable[Key], names: Sequence[str], rows: Sequence[TrialRow]) -> tuple[Key, ...]:
-    """Labels in the order of the sweep file, all else by value: nulls, numbers, then words and lists."""
-    first: dict[Any, int] = {}
-    for row in sorted(rows, key=lambda row: row.position):
-        first.setdefault(row.label, len(first))
+    """Numbers by size, words and lists as they first occur in `rows`; null is before numbers, among words a word."""
+    first: list[dict[Any, int]] = [{} for _ in names]
+    for row in rows:
+        for seen, value in zip(first, _key(row, names), strict=True):
+            seen.setdefault(value, len(seen))
+    numeric = [any(isinstance(value, int | float) for value in seen) for seen in first]
 
-    def rank(name: str, value: Any) -> tuple[int, Any]:
-        if name == "label":
-            return (1, first[value])
-        return (0, 0) if value is None else (1, value) if isinstance(value, int | float) else (2, str(value))
+    def rank(i: int, value: Any) -> tuple[int, Any]:
+        if isinstance(value, int | float):
+            return (1, value)
+        return (0, 0) if value is None and numeric[i] else (2, first[i][value])
 
-    return tuple(sorted(keys, key=lambda key: [rank(name, value) for name, value in zip(names, key, strict=True)]))
+    return tuple(sorted(keys, key=lambda key: [rank(i, value) for i, value in enumerate(key)]))
+
+
+def _listed(rows: Sequence[TrialRow]) -> list[TrialRow]:
+    """Sweep by sweep as they first occur, each in the order of its file."""
+    sweeps: dict[str, int] = {}
+    for row in rows:
+        sweeps.setdefault(row.sweep, len(sweeps))
+    return sorted(rows, key=lambda row: (sweeps[row.sweep], row.position))
 
 
 def _once(rows: Sequence[TrialRow]) -> list[TrialRow]:
@@ -353,10 +397,10 @@ def _once(rows: Sequence[TrialRow]) -> list[TrialRow]:
 
 
 def _cell(rows: Sequence[TrialRow], value: Callable[[TrialRow], float | None]) -> Cell:
-    full = [row for row in rows if row.state == "TERMINATED" and not row.stopped_early and value(row) is not None]
-    values = tuple(float(value(row) or 0.0) for row in full)
+    full = [value(row) for row in rows if row.state == "TERMINATED" and not row.stopped_early]
+    values = tuple(float(each) for each in full if each is not None)
     waiting = sum(row.state in _OPEN for row in rows)
-    return Cell(values, waiting=waiting, failed=len(rows) - len(full) - waiting)
+    return Cell(values, waiting, failed=len(rows) - len(full) - waiting, undefined=len(full) - len(values))
 
 
 # ---------------------------------------------------------------------------------------------------------- baseline
@@ -399,4 +443,4 @@ def _distance(cell: Cell, baseline: Cell, *, is_baseline: bool) -> Cell:
         difference = cell.mean - baseline.mean
         if cell.std is not None and baseline.std is not None:
             error = math.sqrt(cell.std**2 / cell.n + baseline.std**2 / baseline.n)
-    return Cell(cell.values, cell.waiting, cell.failed, is_baseline, difference, error)
+    return replace(cell, baseline=is_baseline, difference=difference, difference_se=error)

@@ -6,10 +6,12 @@ What is slow to load (torch, Ray, pandas, matplotlib) is imported by the command
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from mixmo_core.config import TrialConfig
     from mixmo_core.train import Epoch
     from orchestrator.plan import Plan
+    from orchestrator.rows import TrialRow
     from orchestrator.store import ResultStore
     from orchestrator.sweep import Sweep
 
@@ -143,14 +146,17 @@ def plan(
     """
     from orchestrator import driver, pages
     from orchestrator.store import ResultStore
+    from orchestrator.sweep import not_runnable
 
     sweep = _load(file, overrides, quick)
     planned = driver.plan(sweep, ResultStore.open(results))
+    summary = planned.summary()
+    summary["notes"] += not_runnable(sweep)
     if as_json:
-        _print_json("plan", planned.summary() | {"by_trial": _by_trial(planned)})
+        _print_json("plan", summary | {"by_trial": _by_trial(planned)})
         return
     console, names = _console(), _cell_names(planned)
-    console.print(pages.plan(planned.summary(), names, console.width))
+    console.print(pages.plan(summary, names, console.width))
     if show:
         console.print(pages.settings(sweep, console.width))
     if trials:
@@ -177,11 +183,13 @@ def run(
     from orchestrator import driver, pages
     from orchestrator.dashboard import Screen
     from orchestrator.store import ResultStore
+    from orchestrator.sweep import check_runnable
 
     sweep = _load(file, overrides, quick)
     planned = driver.plan(sweep, ResultStore.open(results), retry_failed=retry_failed)
     talk = _console(stderr=True)
     if planned.to_run:
+        check_runnable(sweep)
         talk.print(pages.plan(planned.summary(), _cell_names(planned), talk.width))
         if (
             not yes
@@ -197,7 +205,8 @@ def run(
             sweep, store, data_dir=data, retry_failed=retry_failed, observer=screen.show, talk=screen.say
         )
         screen.ended()
-    talk.print(f"results in {store.uri} · next: mixmo table {sweep.name}", style="dim", highlight=False, soft_wrap=True)
+    then = _with_results(f"mixmo table {sweep.name}", results)
+    talk.print(f"results in {store.uri} · next: {then}", style="dim", highlight=False, soft_wrap=True)
     return code
 
 
@@ -206,8 +215,9 @@ def train(
     file: Annotated[Path | None, typer.Argument(metavar="FILE", help="A sweep file.")] = None,
     *,
     index: Annotated[
-        int, typer.Option("--index", metavar="N", help="Which trial of the file, as `mixmo plan --trials` counts.")
-    ] = 0,
+        int | None,
+        typer.Option("--index", metavar="N", help="Which trial of FILE, as `mixmo plan --trials` counts. [default: 0]"),
+    ] = None,
     trial: Annotated[
         str | None, typer.Option("--trial", metavar="ID", help="A trial in the results, instead of a file.")
     ] = None,
@@ -228,7 +238,14 @@ def train(
     """
     if (file is None) == (trial is None):
         raise UsageError("give a sweep FILE (and --index), or --trial ID: one of the two")
-    config = _config_of_trial(trial, results) if trial else _config_at(_load(_given(file), overrides, quick), index)
+    if trial and (overrides or quick or index is not None):
+        raise UsageError(
+            "-S, --quick and --index go with a sweep FILE; --trial is trained as it is stored. To train it with other "
+            "settings, give the FILE it is of, its --index (`mixmo plan FILE --trials` tells) and -S"
+        )
+    config = (
+        _config_of_trial(trial, results) if trial else _config_at(_load(_given(file), overrides, quick), index or 0)
+    )
     _train(config, device, threads, data)
 
 
@@ -315,6 +332,7 @@ def table(
     """
     from orchestrator import analysis
 
+    sweep = list(dict.fromkeys(sweep))
     loaded = analysis.load(results, *sweep)
     fields = [[each.strip() for each in names.split(",") if each.strip()] for names in (rows, cols)]
     made = analysis.table(
@@ -323,7 +341,7 @@ def table(
         col_fields=fields[1],
         metric=metric,
         at=at,
-        baseline=baseline or _baseline(loaded.store, sweep),
+        baseline=baseline or _baseline(loaded.store, sweep, loaded.rows),
     )
     shown = {"terminal": made.to_text, "markdown": made.to_markdown, "csv": made.to_csv, "json": made.to_json}
     print(shown["json" if as_json else format]().rstrip("\n"))
@@ -362,12 +380,12 @@ def show(trial: TrialId, results: Results = "results", as_json: Json = False) ->
     rows = store.find(trial)
     row = max(rows, key=lambda each: each.order)
     epochs = store.epoch_rows(row.sweep, row.trial_id)
+    repeat = _with_results(f"mixmo train --trial {row.trial_id}", results)
     if as_json:
-        repeat = f"mixmo train --trial {row.trial_id}"
         _print_json("show", {"rows": list(map(_flat, rows)), "epochs": list(map(_flat, epochs)), "repeat": repeat})
         return
     console = _console()
-    console.print(pages.trial(rows, epochs, _now(), console.width))
+    console.print(pages.trial(rows, epochs, _now(), console.width, repeat=repeat), soft_wrap=True)
 
 
 @app.command(cls=_Command, rich_help_panel=READING)
@@ -410,7 +428,7 @@ def verify(sweep: SweepName, results: Results = "results", as_json: Json = False
         _print_json("verify", {"sweep": sweep, "faults": [_plain(fault) for fault in found]})
     elif found:
         _console().print(pages.faults(found), soft_wrap=True)
-    _say(f"{sweep}: {len(found)} faults" if found else f"{sweep}: no faults")
+    _say(f"{sweep}: {len(found) or 'no'} fault{'' if len(found) == 1 else 's'}")
     return ExitCode.FAULTS if found else ExitCode.OK
 
 
@@ -505,17 +523,30 @@ def _by_trial(planned: Plan) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _baseline(store: ResultStore, sweeps: Sequence[str]) -> str | None:
-    """What the sweep file says, where it is one sweep and its baseline is among its trials."""
+def _with_results(command: str, results: str) -> str:
+    """A command to suggest: it names the results folder where it would not find it by itself."""
+    known = results == (os.environ.get("MIXMO_RESULTS") or "results")
+    return command if known else f"{command} --results {shlex.quote(results)}"
+
+
+def _baseline(store: ResultStore, sweeps: Sequence[str], rows: Sequence[TrialRow]) -> str | None:
+    """What the sweep files say, where they agree and the baseline is among the trials."""
+    named = {sweep: _baseline_in(store.sweep_file(sweep), sweep) for sweep in sweeps}
+    if len(set(named.values())) > 1:
+        told = ", ".join(f"{sweep} {baseline or 'none'}" for sweep, baseline in named.items())
+        _say(f"note: the sweeps name different baselines ({told}); --baseline LABEL chooses one")
+        return None
+    (baseline,) = set(named.values())
+    return baseline if any(row.label == baseline for row in rows) else None
+
+
+def _baseline_in(text: str, source: str) -> str | None:
     from orchestrator.sweep.document import Faults, read
 
-    if len(sweeps) != 1:
-        return None
     faults = Faults()
-    root = read(store.sweep_file(sweeps[0]), sweeps[0], faults)
+    root = read(text, source, faults)
     node = root.value.get("baseline") if root and isinstance(root.value, dict) and not faults.lines else None
-    labels = {row.label for row in store.trial_rows(sweeps[0])}
-    return node.value if node and node.value in labels else None
+    return str(node.value) if node and node.value is not None else None
 
 
 def _config_at(sweep: Sweep, index: int) -> TrialConfig:
@@ -619,7 +650,11 @@ def _now() -> datetime:
 def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    console = Console(stderr=stderr, highlight=False, markup=False, soft_wrap=False)
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # `_guarded` knows what it means; rich would end with 1
+
+    console = Piped(stderr=stderr, highlight=False, markup=False, soft_wrap=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 100
     return console
@@ -676,7 +711,11 @@ def _guarded(command: Callable[[], Any]) -> int:
             stream.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark
     try:
         signal.signal(signal.SIGTERM, _terminate)
-        return int(command() or 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in background
+        code = int(command() or 0)
+        if sys.stdout:
+            sys.stdout.flush()  # here, where a full disk is still told
+        return code
     except MixmoError as error:
         _say("\n".join(f"mixmo: {line}" for line in str(error).splitlines() or [type(error).__name__]))
         return int(error.exit_code)
@@ -685,10 +724,19 @@ def _guarded(command: Callable[[], Any]) -> int:
     except _Terminated:
         return ExitCode.TERMINATED
     except BrokenPipeError:  # `mixmo table x | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return ExitCode.OK
     except Exception as error:
         return _other(error)
+
+
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def _drop_output() -> None:
+    """What is still to be written goes nowhere, instead of failing again when the process ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminate(number: int, frame: Any) -> NoReturn:
@@ -699,6 +747,10 @@ def _other(error: Exception) -> int:
     if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of typer, whichever click it stands on
         error.show()
         return int(error.exit_code)
+    if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+        _say(f"mixmo: cannot write {error.filename or 'the output'}: {error.strerror}")
+        _drop_output()
+        return ExitCode.UNREACHABLE
     traceback.print_exc()
     _say("mixmo: this is a bug in mixmo, not in what you did. Please report it with the lines above.")
     return ExitCode.BUG

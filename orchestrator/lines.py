@@ -67,6 +67,8 @@ class Column:
     width: int
     """In characters. 0 takes what the other columns leave."""
     align: Literal["left", "right"] = "left"
+    spare: int = 0
+    """Where the width is short, columns are left out in this order; 0 stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,18 @@ class Section:
         head = fields(width, self.columns, [column.title for column in self.columns])
         rule = _rule(f"{self.title} {counted}", head.plain.ljust(width), self.style)
         return [rule, *(fields(width, self.columns, line) for line in shown)] if shown else []
+
+
+def fitted(width: int, columns: Sequence[Column], least: int) -> list[int]:
+    """The columns to show: those that may be left out go, in the order of their rank, until the open one has `least`
+    characters.
+    """
+    shown = list(range(len(columns)))
+    for _, i in sorted((column.spare, i) for i, column in enumerate(columns) if column.spare):
+        if width - sum(columns[j].width for j in shown) - 2 * (len(shown) - 1) >= least:
+            break
+        shown.remove(i)
+    return shown
 
 
 def fields(width: int, columns: Sequence[Column], contents: Sequence[str | Text]) -> Text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from orchestrator.lines import (
     clock,
     duration,
     fields,
+    fitted,
     joined,
     percent,
     plural,
@@ -46,9 +48,9 @@ def sweeps(listed: Sequence[tuple[str, Progress, datetime | None]], now: datetim
     columns = (
         Column("", 0),
         Column("state", 8),
-        Column("done", 13, "right"),
-        Column("failed", 6, "right"),
-        Column("last news", 9, "right"),
+        Column("done", 13, "right", spare=3),
+        Column("failed", 6, "right", spare=2),
+        Column("last news", 9, "right", spare=1),
     )
     lines = [
         [
@@ -60,7 +62,18 @@ def sweeps(listed: Sequence[tuple[str, Progress, datetime | None]], now: datetim
         ]
         for name, state, written in listed
     ]
-    return joined(Section("Sweeps", STRONG, columns, lines).draw(min(width, 100) - 2, _ALL))
+    return joined(_fitting("Sweeps", columns, lines, min(width, 100) - 2))
+
+
+_LEAST_NAME = 18
+
+
+def _fitting(title: str, columns: Sequence[Column], lines: Sequence[Sequence[str | Text]], width: int) -> list[Text]:
+    """A section whose names can be read: what may be left out goes first."""
+    longest = max((len(line[i]) for line in lines for i, each in enumerate(columns) if not each.width), default=0)
+    kept = fitted(width, columns, min(longest, _LEAST_NAME))
+    narrow = [[line[i] for i in kept] for line in lines]
+    return Section(title, STRONG, tuple(columns[i] for i in kept), narrow).draw(width, _ALL)
 
 
 def checks(done: Sequence[Check]) -> Text:
@@ -81,7 +94,9 @@ def faults(found: Sequence[Fault]) -> Text:
     for (kind, advice), members in groups.items():
         for fault in members:
             line = Text().append(f"✗ {kind:<12}", style=BAD)
-            lines.append(line.append(f"{(fault.trial_id or '')[:7]:<9}", style=FAINT).append(fault.text))
+            lines.append(
+                line.append(f"{(fault.trial_id or '')[:7]:<9}", style=FAINT).append(" ".join(fault.text.split()))
+            )
         lines.append(Text(f"  → {advice}", style=FAINT))
     return joined(lines)
 
@@ -89,8 +104,11 @@ def faults(found: Sequence[Fault]) -> Text:
 # ------------------------------------------------------------------------------------------------------- one trial
 
 
-def trial(rows: Sequence[TrialRow], epochs: Sequence[EpochRow], now: datetime, width: int) -> Text:
-    """A trial, given by its row in each sweep that has it; the one with the highest order speaks for it."""
+def trial(rows: Sequence[TrialRow], epochs: Sequence[EpochRow], now: datetime, width: int, *, repeat: str) -> Text:
+    """A trial, given by its row in each sweep that has it; the one with the highest order speaks for it.
+
+    repeat is the command that trains it again.
+    """
     row = max(rows, key=lambda each: each.order)
     inner = max(40, min(width, 100) - 2)
     state = Text(row.state.lower(), style=_STATES.get(row.state, FAINT))
@@ -106,7 +124,7 @@ def trial(rows: Sequence[TrialRow], epochs: Sequence[EpochRow], now: datetime, w
     ]
     if row.error:
         blocks.append([Text("Error", style=f"{STRONG} {BAD}"), *(Text(line) for line in row.error.splitlines())])
-    blocks.append([Text("Repeat it here, without Ray: ", style=FAINT).append(f"mixmo train --trial {row.trial_id}")])
+    blocks.append([Text("Repeat it here, without Ray: ", style=FAINT).append(repeat)])
     lines = [line for block in blocks if block for line in [*block, Text()]]
     return joined(lines[:-1])
 
@@ -178,7 +196,7 @@ def _origin(row: TrialRow) -> dict[str, Any]:
 
 def plan(summary: Mapping[str, Any], names: Mapping[str, str], width: int) -> Text:
     """What a run would do. `summary` is that of plan.Plan; `names` gives a name by cell id."""
-    inner = max(40, min(width, 110) - 2)
+    inner = min(width, 110) - 2
     seeds = summary["seeds"]
     spoken = f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds[:8]))}{' ...' if len(seeds) > 8 else ''}"
     head = Text(summary["sweep"], style=STRONG)
@@ -186,8 +204,8 @@ def plan(summary: Mapping[str, Any], names: Mapping[str, str], width: int) -> Te
         f"  {plural(summary['trials'], 'trial')} in {plural(summary['cells'], 'cell')}, {spoken}", style="not bold"
     )
     lines = [head, _verdict(summary)]
-    columns = (Column("", 0), Column("weights", 9, "right"), Column("FLOPs a trial", 13, "right"),
-               Column("trials", 6, "right"), Column("to run", 6, "right"), Column("", 18))  # fmt: skip
+    columns = (Column("", 0), Column("weights", 9, "right", 2), Column("FLOPs a trial", 13, "right", 1),
+               Column("trials", 6, "right", 4), Column("to run", 6, "right"), Column("", 18, spare=3))  # fmt: skip
     cells: list[list[str | Text]] = [
         [
             names[cell["cell_id"]],
@@ -199,12 +217,15 @@ def plan(summary: Mapping[str, Any], names: Mapping[str, str], width: int) -> Te
         ]
         for cell in summary["by_cell"]
     ]
-    lines += Section("Cells", STRONG, columns, cells).draw(inner, _ALL)
+    lines += _fitting("Cells", columns, cells, inner)
     for key, meaning in (("removed", "no longer in the file; their rows stay"), ("stale", "under older numerics")):
         if summary[key]:
             shown = " ".join(each[:7] for each in summary[key][:6]) + (" ..." if len(summary[key]) > 6 else "")
             lines.append(Text(f"{plural(len(summary[key]), 'trial')} {meaning}: {shown}", style=WARN))
-    return joined([*lines, *(Text(f"note: {note}", style=WARN) for note in summary["notes"])])
+    for note in summary["notes"]:
+        wrapped = textwrap.wrap(f"note: {note}", inner, subsequent_indent="      ", break_on_hyphens=False)
+        lines += [Text(line, style=WARN) for line in wrapped]
+    return joined(lines)
 
 
 _TO_RUN = ("new", "resume", "retry", "stale")
@@ -229,7 +250,7 @@ def _verdict(summary: Mapping[str, Any]) -> Text:
 def planned_trials(items: Sequence[PlannedTrial], names: Mapping[str, str], width: int) -> Text:
     """One line per trial, beginning with its index for `mixmo train --index`."""
     columns = (Column("", 6, "right"), Column("", 12), Column("", 0), Column("seed", 4, "right"),
-               Column("", 9), Column("", 30))  # fmt: skip
+               Column("", 9), Column("", 30, spare=1))  # fmt: skip
     lines: list[list[str | Text]] = [
         [
             str(index),
@@ -241,7 +262,7 @@ def planned_trials(items: Sequence[PlannedTrial], names: Mapping[str, str], widt
         ]
         for index, item in enumerate(items)
     ]
-    return joined(Section("Trials", STRONG, columns, lines).draw(max(60, min(width, 130) - 2), _ALL))
+    return joined(_fitting("Trials", columns, lines, max(60, min(width, 130) - 2)))
 
 
 def settings(sweep: Sweep, width: int) -> Text:

@@ -75,7 +75,7 @@ def test_a_cell_is_all_seeds_of_one_setting() -> None:
 
 def test_rows_and_columns_are_the_users_choice() -> None:
     made = table(rows(), row_fields=["mixing.method"], col_fields=["model_width"])
-    assert (made.row_keys, made.col_keys) == (((None,), ("cutmix",), ("linear",)), ((2,), (5,)))
+    assert (made.row_keys, made.col_keys) == ((("linear",), ("cutmix",), (None,)), ((2,), (5,)))
     assert cell(made, "linear", col=(5,)).values == (0.80, 0.81, 0.82)
 
 
@@ -102,9 +102,10 @@ def test_other_metrics_and_the_best_epoch() -> None:
     ("given", "message"),
     [
         ({"metric": "top2"}, "there are loss, lr, top1"),
+        ({"metric": "eec"}, "did you mean 'ece'"),
         ({"metric": "nll", "at": "best"}, "known of top1 only"),
         ({"at": "first"}, "last, best"),
-        ({"row_fields": ["model.widht"]}, "no setting model.widht; there are label, .*model.width"),
+        ({"row_fields": ["model.widht"]}, "no setting model.widht; there are label, .*; did you mean 'model.width'"),
         ({"baseline": "plain"}, "labels are vanilla"),
         ({"baseline": "vanilla", "row_fields": ["model.width"]}, "add label"),
     ],
@@ -122,7 +123,6 @@ def test_what_there_is_not_is_refused(given: dict[str, Any], message: str) -> No
     [
         ({"state": "RUNNING"}, 1, 0), ({"state": "PENDING"}, 1, 0), ({"state": "PAUSED"}, 1, 0),
         ({"state": "ERROR"}, 0, 1), ({"state": "CANCELLED"}, 0, 1), ({"stopped_early": True}, 0, 1),
-        ({"metrics": NOTHING}, 0, 1),
     ],
 )  # fmt: skip
 def test_only_trials_that_ran_to_their_end_count(changes: dict[str, Any], waiting: int, failed: int) -> None:
@@ -144,6 +144,46 @@ def test_a_trial_of_two_sweeps_counts_once_and_as_finished() -> None:
     made = rows()
     again = [row.replace(sweep="other", state="PENDING") for row in made]
     assert table(again + made).cells == table(made).cells
+
+
+def test_a_metric_that_is_not_defined_is_not_said_to_be_missing() -> None:
+    made = [row.replace(metrics={**row.metrics, "ratio_error": 0.5}) if not row.label else row for row in rows()]
+    found = table(made, metric="ratio_error", baseline="vanilla")
+    plain = cell(found, "vanilla", 2, 1, None)
+    assert (plain.n, plain.failed, plain.waiting, plain.undefined, plain.planned) == (0, 0, 0, 3, 3)
+    text = found.to_text()
+    assert "finished; the others" not in text
+    assert "..." not in text
+    assert "ratio_error is not defined for finished trials of: vanilla, 2, 1, -; vanilla, 5, 1, -." in text
+    assert "The baseline has no ratio_error to compare with." in text
+    mixed = table(made, metric="ratio_error", row_fields=["model.width"])
+    assert "(6)" in mixed.to_text()  # those that have it
+
+
+# --------------------------------------------------------------------------------------------------------------- order
+
+
+def test_words_stand_in_the_order_of_the_file_and_numbers_by_size() -> None:
+    made = [
+        done(0, 0.5, width=width, method=method, label=label, position=position)
+        for position, (label, method, width) in enumerate(
+            [("zeta", "sum", 5), ("zeta", "linear", 2), ("alpha", "cutmix", 5), ("vanilla", "linear", 5)]
+        )
+    ]
+    backwards = made[::-1]
+    assert table(backwards, row_fields=["label"]).row_keys == (("zeta",), ("alpha",), ("vanilla",))
+    assert table(backwards, row_fields=["mixing.method"]).row_keys == (("sum",), ("linear",), ("cutmix",))
+    assert table(backwards, col_fields=["mixing.method"]).col_keys == (("sum",), ("linear",), ("cutmix",))
+    assert table(backwards, row_fields=["model.width"]).row_keys == ((2,), (5,))
+    assert table(backwards, row_fields=["label"], baseline="vanilla").row_keys[-1] == ("vanilla",)
+
+
+def test_sweeps_stand_in_the_order_in_which_they_are_named() -> None:
+    first = [done(i, 0.5, label=label, position=i, sweep="one") for i, label in enumerate(["vanilla", "mimo"])]
+    second = [done(i, 0.5, width=5, label=label, position=i, sweep="a") for i, label in enumerate(["zeta", "mimo"])]
+    assert table(first + second, row_fields=["label"]).row_keys == (("vanilla",), ("mimo",), ("zeta",))
+    assert table(second + first, row_fields=["label"]).row_keys == (("zeta",), ("mimo",), ("vanilla",))
+    assert table(first + second, row_fields=["sweep"]).row_keys == (("one",), ("a",))
 
 
 # ------------------------------------------------------------------------------------------------------------ baseline
@@ -180,10 +220,10 @@ def test_markdown() -> None:
     expected = """\
 | label | model.width | model.subnetworks | mixing.method | top1 % | vs baseline |
 | --- | --- | --- | --- | ---: | ---: |
-| - | 2 | 2 | cutmix | 75.00 ± 1.00 (3) | +5.00 ± 0.82 |
 | - | 2 | 2 | linear | 71.00 ± 1.00 (3) | +1.00 ± 0.82 |
-| - | 5 | 2 | cutmix | 85.00 ± 1.73 (3) | +6.00 ± 1.15 |
+| - | 2 | 2 | cutmix | 75.00 ± 1.00 (3) | +5.00 ± 0.82 |
 | - | 5 | 2 | linear | 81.00 ± 1.00 (3) | +2.00 ± 0.82 |
+| - | 5 | 2 | cutmix | 85.00 ± 1.73 (3) | +6.00 ± 1.15 |
 | vanilla | 2 | 1 | - | 70.00 ± 1.00 (3) | baseline |
 | vanilla | 5 | 1 | - | 79.00 ± 1.00 (3) | baseline |
 """
@@ -218,8 +258,21 @@ def test_json_is_strict_and_carries_its_version() -> None:
     assert len(read["cells"]) == 6
 
 
-def test_metrics_that_are_no_fractions_are_not_shown_in_percent() -> None:
-    assert "0.30 ± 0.01 (3)" in table(rows(), metric="nll").to_text().replace("0.3 ", "0.30 ")
+def test_metrics_that_are_no_fractions_have_the_digits_of_their_spread() -> None:
+    made = [done(seed, value) for seed, value in enumerate((0.7, 0.71, 0.74))]
+    assert "0.283 ± 0.021 (3)" in table(made, metric="nll").to_text()
+    assert "0.3 (1)" in table(made[:1], metric="nll").to_text()
+    assert "0.3 ± 0 (2)" in table([made[0], done(1, 0.7)], metric="nll").to_text()
+
+
+def test_a_terminal_is_told_what_the_numbers_mean() -> None:
+    lines = table(rows(), baseline="vanilla").to_text().splitlines()
+    assert lines[-2:] == [
+        "top1 %: mean ± standard deviation (number of trials)",
+        "vs baseline: difference of the means in points ± its standard error",
+    ]
+    assert "standard error" not in table(rows()).to_text()
+    assert "standard deviation" not in table([trial(0)]).to_text()
 
 
 # ------------------------------------------------------------------------------------------------------------ loading

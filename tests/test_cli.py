@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import made_rows
 import pytest
 import sample_sweep
 import typer
@@ -20,6 +21,7 @@ from sample_sweep import NAME
 
 from orchestrator import cli, doctor
 from orchestrator.errors import ExitCode, MixmoError, NotFoundError, RefusedError, SweepError, UnreachableError
+from orchestrator.store import ResultStore
 
 ROOT = Path(__file__).parent.parent
 TINY = """\
@@ -199,6 +201,27 @@ def test_a_reader_that_stops_reading_is_no_fault() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("pipe", ["| head -1", "| true"])
+def test_the_start_of_a_long_page_is_no_fault(results: Path, pipe: str) -> None:
+    program = f"{sys.executable} -c 'from orchestrator.cli import script; script()'"
+    line = f"{program} plan sweeps/cifar10_small.yaml -S seeds=800 --trials --results {results} {pipe} > /dev/null"
+    done = subprocess.run(
+        ["bash", "-c", line + "; exit ${PIPESTATUS[0]}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("command", [f"table {NAME}", f"status {NAME}", "ls --json"])
+def test_output_that_cannot_be_written_is_one_message(results: Path, command: str) -> None:
+    words = [sys.executable, "-c", "from orchestrator.cli import script; script()", *command.split()]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*words, "--results", str(results)], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (7, "mixmo: cannot write the output: No space left on device\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -206,8 +229,11 @@ def test_a_reader_that_stops_reading_is_no_fault() -> None:
         ("show ffff", 5, "no trial in .* has an id that begins with 'ffff'"),
         ("logs 2e2fd7b --rank 3", 5, "no log of rank 3"),
         ("table cifar100_width --metric speed", 2, "no metric speed; there are loss, lr, top1"),
-        ("table cifar100_width --rows model.widht", 2, "no setting model.widht"),
+        ("table cifar100_width --rows model.widht", 2, "no setting model.widht.*did you mean 'model.width'"),
         ("train", 2, "give a sweep FILE .* or --trial ID"),
+        ("train --trial 2e2fd7b -S optim.epochs=1", 2, "go with a sweep FILE.*give the FILE"),
+        ("train --trial 2e2fd7b --quick", 2, "go with a sweep FILE"),
+        ("train --trial 2e2fd7b --index 0", 2, "go with a sweep FILE"),
         ("train FILE --index 99", 5, "tiny has trials 0 to 3; there is no trial 99"),
         ("train FILE --device abacus", 2, "--device abacus"),
         ("train FILE -S mixing.method=cowmix -S seeds=1", 2, "not yet"),
@@ -310,8 +336,44 @@ def test_results_may_be_named_by_the_environment(mixmo: Shell, results: Path, mo
 
 def test_a_trial_is_shown_with_the_command_that_repeats_it(mixmo: Shell, results: Path) -> None:
     text = mixmo("show", "2e2fd7b", "--results", results).out
+    assert f"mixmo train --trial 2e2fd7b92c06 --results {results}\n" in text
     for word in ("a worker was killed by signal 9", "RuntimeError: no", "mixing.method", "mixmo train --trial 2e2fd7b"):
         assert word in text
+
+
+def test_a_suggested_command_names_the_results_where_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MIXMO_RESULTS", raising=False)
+    assert cli._with_results("mixmo table x", "results") == "mixmo table x"
+    assert cli._with_results("mixmo table x", "my results") == "mixmo table x --results 'my results'"
+    monkeypatch.setenv("MIXMO_RESULTS", "elsewhere")
+    assert cli._with_results("mixmo table x", "elsewhere") == "mixmo table x"
+    assert cli._with_results("mixmo table x", "results") == "mixmo table x --results results"
+
+
+def stored_with_baseline(folder: Path, **baselines: str | None) -> Path:
+    store = ResultStore.open(folder, create=True)
+    for sweep, baseline in baselines.items():
+        text = f"name: {sweep}\n" + (f"baseline: {baseline}\n" if baseline else "")
+        with store.writer(sweep, sweep_text=text) as writer:
+            for position, (label, width, seed) in enumerate([("plain", 2, 0), ("plain", 2, 1), ("wide", 5, 0)]):
+                row = made_rows.trial(seed, width=width, sweep=sweep, label=label, position=position)
+                writer.put([made_rows.reached(row, 3)])
+            writer.close(done=True)
+    return folder
+
+
+def test_several_sweeps_share_a_baseline_they_agree_on(mixmo: Shell, tmp_path: Path) -> None:
+    folder = stored_with_baseline(tmp_path, one="plain", two="plain", three="wide", four=None)
+    assert "vs baseline" in mixmo("table", "one", "one", "--results", folder).out
+    both = mixmo("table", "one", "two", "--results", folder)
+    assert "vs baseline" in both.out
+    assert both.err == ""
+    for other, told in (("three", "one plain, three wide"), ("four", "one plain, four none")):
+        apart = mixmo("table", "one", other, "--results", folder)
+        assert "vs baseline" not in apart.out
+        assert told in apart.err
+        assert "--baseline" in apart.err
+        assert "vs baseline" in mixmo("table", "one", other, "--baseline", "wide", "--results", folder).out
 
 
 def test_a_log_is_printed_as_it_is(mixmo: Shell, results: Path) -> None:
@@ -339,6 +401,29 @@ def test_a_plan_says_what_would_run_and_writes_nothing(mixmo: Shell, sweep_file:
     assert "To run: 4 (4 new)" in ended.out
     assert re.search(r"optim.epochs +2 ", ended.out)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_plan_notes_what_a_run_would_refuse(mixmo: Shell, sweep_file: Path, tmp_path: Path) -> None:
+    sweep_file.write_text(TINY + "scheduler: {method: asha, metric: top1, grace_epochs: 1}\n")
+    none = tmp_path / "none"
+    told = "scheduler.method: asha: understood, but not yet possible in a run"
+    ended = mixmo("plan", sweep_file, "--results", none)
+    assert ended.code == 0
+    assert f"note: {told}" in ended.out
+    assert told in json.loads(mixmo("plan", sweep_file, "--json", "--results", none).out)["notes"]
+    refused = mixmo("run", sweep_file, "--yes", "--results", none)
+    assert (refused.code, refused.err) == (2, f"mixmo: {sweep_file}: {told}\n")  # and no plan before it
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 120])
+def test_names_can_be_read_at_any_width(
+    mixmo: Shell, results: Path, sweep_file: Path, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    for page, name in ((mixmo("plan", sweep_file, "--results", results).out, "linear"),
+                       (mixmo("ls", "--results", results).out, NAME)):  # fmt: skip
+        assert re.search(rf"^ *{name} ", page, re.MULTILINE), page
+        assert max(map(len, page.splitlines())) <= width
 
 
 def test_a_plan_in_json(mixmo: Shell, sweep_file: Path, tmp_path: Path) -> None:

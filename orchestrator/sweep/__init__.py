@@ -34,7 +34,7 @@ from orchestrator.sweep.sections import (
 
 __all__ = [
     "Budget", "Checkpoints", "Ensemble", "Price", "Published", "Range", "Resources", "Retry", "Scheduler", "Search",
-    "Sweep", "SweepError", "Trial", "check_runnable", "load", "parse",
+    "Sweep", "SweepError", "Trial", "check_runnable", "load", "not_runnable", "parse",
 ]  # fmt: skip
 
 KEYS = ("name", "trial", "blocks", "exclude", "seeds", "baseline", *SECTIONS, "ensembles", "published", "quick")
@@ -323,6 +323,13 @@ def _origins(base: Given, over: Given, blocks: Sequence[Block]) -> dict[str, str
 
 def check_runnable(sweep: Sweep) -> None:
     """Raise SweepError, with a line for each thing that the sweep asks for and that a run cannot honour yet."""
+    lines = not_runnable(sweep)
+    if lines:
+        raise SweepError("\n".join(f"{sweep.source}: {line}" for line in lines))
+
+
+def not_runnable(sweep: Sweep) -> list[str]:
+    """What the sweep asks for and a run cannot honour yet, a line for each."""
     asked = dict.fromkeys(what for trial in sweep.trials for what in not_yet(trial.config))
     lines = [f"trial: {what}" for what in asked]
     wanted = {
@@ -336,7 +343,4 @@ def check_runnable(sweep: Sweep) -> None:
         "retry.oom, retry.preempted": (sweep.retry.oom, sweep.retry.preempted) != (Retry().oom, Retry().preempted),
     }
     lines += [what for what, is_wanted in wanted.items() if is_wanted]
-    if lines:
-        raise SweepError(
-            "\n".join(f"{sweep.source}: {line}: understood, but not yet possible in a run" for line in lines)
-        )
+    return [f"{line}: understood, but not yet possible in a run" for line in lines]
