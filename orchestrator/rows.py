@@ -177,8 +177,17 @@ def _schema(row: type[TrialRow] | type[EpochRow]) -> pa.Schema:
     return pa.schema([pa.field(name, kind) for name, kind in columns.items()])
 
 
+def _required(row: type[TrialRow] | type[EpochRow]) -> frozenset[str]:
+    missing = dataclasses.MISSING
+    given = dataclasses.fields(row)
+    return frozenset(spec.name for spec in given if spec.default is missing and spec.default_factory is missing)
+
+
 TRIALS_SCHEMA: pa.Schema = _schema(TrialRow)
 EPOCHS_SCHEMA: pa.Schema = _schema(EpochRow)
+TRIALS_REQUIRED: frozenset[str] = _required(TrialRow)
+EPOCHS_REQUIRED: frozenset[str] = _required(EpochRow)
+"""Columns that no table can do without, whatever version wrote it."""
 
 
 def to_table(rows: Iterable[TrialRow] | Iterable[EpochRow], schema: pa.Schema) -> pa.Table:

@@ -1,11 +1,16 @@
 """What readers get: rows, sweeps, events, and the row that holds where there are several."""
 
 import itertools
+import os
+import pickle
 import random
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +22,7 @@ from made_rows import NOW, advance, begin, epoch, finished, keys, reached, trial
 from orchestrator.errors import NotFoundError, RefusedError, UnreachableError, UsageError
 from orchestrator.rows import EPOCHS_SCHEMA, TRIALS_SCHEMA, EpochRow, State, epoch_rows, newest, to_table
 from orchestrator.store import (
+    DamagedError,
     ResultStore,
     merge,
 )
@@ -72,6 +78,94 @@ def test_a_trial_is_found_by_the_first_digits_of_its_id_in_every_sweep(store: Re
     with store.writer("other", sweep_text="") as other:
         other.put([rows[0].replace(cached_from="made")])
     assert [row.sweep for row in store.find(rows[0].trial_id[:8])] == ["made", "other"]
+
+
+def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    pq.write_table(change(pq.ParquetFile(path).read()), path)
+
+
+FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "junk": (lambda path: path.write_bytes(b"junk"), "is no Parquet file"),
+    "another table": (lambda path: pq.write_table(pa.table({"a": [1]}), path), "it has no cell_id, digest, epochs, "),
+    "a null id": (
+        lambda path: rewrite(
+            path, lambda t: t.drop(["trial_id"]).append_column("trial_id", pa.nulls(len(t), pa.string()))
+        ),
+        "it has no trial_id",
+    ),
+    "a column twice": (
+        lambda path: rewrite(path, lambda t: t.append_column("digest", t.column("digest"))), "digest is there twice",
+    ),
+    "another type": (
+        lambda path: rewrite(path, lambda t: t.drop(["epochs"]).append_column("epochs", pa.array(["x"] * len(t)))),
+        "epochs is of type string, not int64",
+    ),
+    "no footer": (lambda path: rewrite(path, lambda t: t.replace_schema_metadata(None)), "footer is not ours"),
+    "another footer": (
+        lambda path: rewrite(path, lambda t: t.replace_schema_metadata({"mixmo": '{"parts": 3}'})), "footer is not",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", FOREIGN)
+def test_a_damaged_sweep_is_told_in_one_line_and_blocks_no_other(store: ResultStore, harm: str) -> None:
+    row = finished(store, trials=1)[0]
+    with store.writer("other", sweep_text="") as other:
+        other.put([trial(1)])
+    assert store.damaged_sweeps() == {}
+    FOREIGN[harm][0](store.folder.path("sweeps/other/trials.parquet"))
+    for read in (store.trials, store.trial_rows, store.epochs, store.snapshot, store.all_trial_rows):
+        with pytest.raises(DamagedError, match=FOREIGN[harm][1]) as caught:
+            read("other")
+        assert str(caught.value).startswith(f"{store}/sweeps/other/trials.parquet ")
+        assert "\n" not in str(caught.value)
+    assert [fault.kind for fault in store.verify("other")] == ["damaged"]
+    assert list(store.damaged_sweeps()) == ["other"]
+    assert store.verify("made") == []
+    assert [each.sweep for each in store.all_trial_rows("made")] == ["made"]
+    assert [each.sweep for each in store.find(row.trial_id.upper())] == ["made"]
+    with pytest.raises(NotFoundError, match="not searched, since they are damaged: other"):
+        store.find(trial(1).trial_id)
+
+
+def test_a_sweep_that_cannot_be_listed_blocks_no_other(store: ResultStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished(store, trials=1)
+    store.folder.path("sweeps/locked").mkdir()
+    listed = os.scandir
+
+    def refuse(path: Path) -> Any:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert len(store.all_trial_rows()) == 1
+    store.folder.path("sweeps/locked/trials.parquet").mkdir()
+    assert list(store.damaged_sweeps()) == ["locked"]
+    assert len(store.all_trial_rows()) == 1
+
+
+def test_a_copy_of_a_sweep_beside_it_is_no_sweep(store: ResultStore) -> None:
+    finished(store, trials=1)
+    shutil.copytree(store.folder.path("sweeps/made"), store.folder.path("sweeps/made (copy)"))
+    assert store.sweeps() == ["made"]
+    assert len(store.find(trial().trial_id)) == 1
+
+
+@pytest.mark.parametrize("name", ["events.parquet", "sweep.yaml"])
+def test_a_small_object_that_is_damaged_is_told(store: ResultStore, name: str) -> None:
+    finished(store, trials=1)
+    store.folder.put(f"sweeps/made/{name}", b"\xff\xfe")
+    with pytest.raises(DamagedError, match=name):
+        store.sweep_file("made") if name == "sweep.yaml" else store.events("made")
+    with begin(store) as writer:
+        writer.event("note", "the next driver writes both anew")
+    assert store.verify("made") == []
+
+
+def test_an_error_of_damage_survives_a_trip_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(DamagedError("a is damaged", "Mend it")))
+    assert (str(error), error.what) == ("a is damaged. Mend it", "a is damaged")
 
 
 def test_only_a_folder_is_a_store(tmp_path: Path) -> None:

@@ -108,6 +108,19 @@ PLANTED: dict[str, tuple[Callable[[ResultStore], object], list[str], str]] = {
     "trials that are cut short": (
         lambda s: os.truncate(s.folder.path("sweeps/made/trials.parquet"), 99), ["damaged"], "is no Parquet file",
     ),
+    "a part of another kind": (
+        lambda s: pq.write_table(pa.table({"a": [1]}), part(s)), ["damaged"], "was not written by mixmo",
+    ),
+    "a lease that is none": (
+        lambda s: s.folder.put("sweeps/made/lease.json", b"[]"), ["damaged"], "is no lease",
+    ),
+    "events that are none": (
+        lambda s: pq.write_table(pa.table({"a": [1]}), s.folder.path("sweeps/made/events.parquet")),
+        ["damaged"], "events.parquet was not written by mixmo",
+    ),
+    "a sweep file that is gone": (
+        lambda s: s.folder.delete("sweeps/made/sweep.yaml"), ["missing"], "sweep.yaml is not there",
+    ),
     "a part that nothing names": (
         lambda s: s.folder.put("sweeps/made/epochs/part-1-000007.parquet", part(s).read_bytes()),
         ["unnamed"], "part-1-000007.parquet is named by nothing",
@@ -125,7 +138,7 @@ def test_a_planted_fault_is_found(store: ResultStore, fault: str) -> None:
     found = store.verify("made")
     assert set(kinds) <= {each.kind for each in found}
     assert text in " ".join(each.text for each in found)
-    if kinds not in (["missing"], ["damaged"]) or fault == "a live file that is gone":
+    if "part that is" not in fault and fault != "a part of another kind":  # with it all its rows are missed
         assert {each.kind for each in found} == set(kinds), found
         assert len(found) == 1
     assert all(isinstance(each, Fault) and each.advice for each in found)
@@ -144,6 +157,22 @@ def test_what_only_looks_like_a_fault_is_none(store: ResultStore) -> None:
         writer.put([reached(row, 1, seq=9, metrics=broken.metrics)])
         writer.flush(force=True)
         assert store.verify("made") == []
+
+
+def test_a_lost_checkpoint_is_a_fault_only_where_it_was_the_last_word(store: ResultStore) -> None:
+    """What is still to run goes on from the newest that is there; advice names nothing that does not help."""
+    lost = f"trials/{'0' * 12}/1-1-aa/{CHECKPOINT}"
+    with store.writer("made", sweep_text="") as writer:
+        writer.put([reached(trial(2), 0, state="RUNNING", checkpoint=lost)])
+        writer.put([reached(trial(3), 0, state="PENDING", checkpoint=lost)])
+        writer.put([reached(trial(4), 0, state="ERROR", checkpoint=lost)])
+    store.discard(store.checkpoints(trial().trial_id)[0])
+    finished, failed = store.verify("made")
+    assert (finished.kind, finished.trial_id, failed.trial_id) == ("checkpoint", trial().trial_id, trial(4).trial_id)
+    assert "its numbers stand and nothing else is lost" in finished.advice
+    assert "no command for that yet" in finished.advice
+    assert "run again" in failed.advice
+    assert "mixmo train" not in finished.advice + failed.advice
 
 
 def test_a_driver_at_work_is_not_faulted_for_what_it_has_yet_to_name(store: ResultStore) -> None:

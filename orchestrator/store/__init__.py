@@ -115,13 +115,44 @@ class ResultStore:
 
     def find(self, prefix: str) -> list[TrialRow]:
         """The rows, one for each sweep that has it, of the one trial whose id begins so. Raises NotFoundError."""
-        found = [row for sweep in self.sweeps() for row in self.trial_rows(sweep) if row.trial_id.startswith(prefix)]
+        found = [row for row in self.all_trial_rows() if row.trial_id.startswith(prefix.lower())]
         ids = sorted({row.trial_id for row in found})
         if not ids:
-            raise NotFoundError(f"no trial in {self} has an id that begins with {prefix!r}; `mixmo ls` lists sweeps")
+            damaged = ", ".join(self.damaged_sweeps())
+            unsearched = f" (not searched, since they are damaged: {damaged})" if damaged else ""
+            raise NotFoundError(
+                f"no trial in {self} has an id that begins with {prefix!r}{unsearched}; `mixmo ls` lists sweeps"
+            )
         if len(ids) > 1:
-            raise NotFoundError(f"{prefix!r} begins {len(ids)} trial ids ({', '.join(ids[:5])}...): give more digits")
+            some = f"{', '.join(ids[:5])}{', ...' if ids[5:] else ''}"
+            raise NotFoundError(f"{prefix!r} begins {len(ids)} trial ids ({some}): give more digits")
         return found
+
+    def all_trial_rows(self, needed: str | None = None) -> list[TrialRow]:
+        """The rows of all sweeps but those that cannot be read: `damaged_sweeps` tells which these are.
+
+        Raises UnreachableError if the sweep that is `needed` is one of them.
+        """
+        rows: list[TrialRow] = []
+        for sweep in self.sweeps():
+            try:
+                rows += self.trial_rows(sweep)
+            except (NotFoundError, UnreachableError) as error:  # deleted since it was listed; damaged
+                if sweep == needed and isinstance(error, UnreachableError):
+                    raise
+        return rows
+
+    def damaged_sweeps(self) -> dict[str, str]:
+        """What is wrong with each sweep whose trials cannot be read, by its name. Empty where all is well."""
+        damaged: dict[str, str] = {}
+        for sweep in self.sweeps():
+            try:
+                SweepFiles(self.folder, sweep).trials()
+            except UnreachableError as error:
+                damaged[sweep] = error.what if isinstance(error, DamagedError) else str(error)
+            except NotFoundError:  # deleted since it was listed
+                continue
+        return damaged
 
     def __str__(self) -> str:
         return self.uri

@@ -8,7 +8,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any, Self
@@ -16,10 +16,19 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestrator.errors import NotFoundError
-from orchestrator.rows import EPOCHS_SCHEMA, EpochRow, TrialRow, records
-from orchestrator.store.objects import DamagedError, Folder
+from orchestrator.errors import NotFoundError, UnreachableError
+from orchestrator.rows import (
+    EPOCHS_REQUIRED,
+    EPOCHS_SCHEMA,
+    TRIALS_REQUIRED,
+    TRIALS_SCHEMA,
+    EpochRow,
+    TrialRow,
+    records,
+)
+from orchestrator.store.objects import DamagedError, Folder, Stored
 
+NAME = re.compile(r"[a-z0-9_-]{1,128}")
 EPOCHS_FILE = re.compile(r"(live|part)-(\d+)(?:-(\d+))?\.parquet")
 
 
@@ -45,11 +54,14 @@ class Header:
 
     @classmethod
     def of(cls, table: pa.Table) -> Self:
-        record = json.loads((table.schema.metadata or {}).get(b"mixmo", b"{}"))
+        """Raises ValueError, TypeError, KeyError or AttributeError if the footer is not as `encode` makes it."""
+        record = json.loads(table.schema.metadata[b"mixmo"])
         known = {name: value for name, value in record.items() if name in cls.__dataclass_fields__}
         if known.get("written_at"):
             known["written_at"] = datetime.fromisoformat(known["written_at"])
-        return cls(**known)
+        header = cls(**known)
+        dict(header.parts), dict(header.retired), dict(header.totals)
+        return header
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +116,43 @@ def encode(table: pa.Table) -> bytes:
     return bytes(sink.getvalue().to_pybytes())
 
 
-def decode(data: bytes, key: str) -> pa.Table:
+_RESTORE = "Put it back from a copy"
+
+
+def decode(data: bytes, name: str, schema: pa.Schema, required: Collection[str]) -> pa.Table:
+    """The table of an object: the columns it has of this schema in their types, and any that the schema lacks.
+
+    Raises DamagedError if it is no Parquet file, or has no table of this kind in it.
+    """
     try:
-        return pq.ParquetFile(pa.BufferReader(data)).read()
+        table = pq.ParquetFile(pa.BufferReader(data)).read()
     except (pa.ArrowException, OSError) as error:
-        raise DamagedError(f"{key} is no Parquet file ({error}). `mixmo verify` says what it held.") from error
+        line = str(error).partition("\n")[0].rstrip(".")
+        raise DamagedError(f"{name} is no Parquet file ({line})", _RESTORE) from error
+    fault = _fault(table, required)
+    if fault:
+        raise DamagedError(f"{name} was not written by mixmo: {fault}", _RESTORE)
+    return _typed(table, name, schema)
+
+
+def _fault(table: pa.Table, required: Collection[str]) -> str | None:
+    twice = [column for column, count in Counter(table.schema.names).items() if count > 1]
+    if twice:
+        return f"its column {twice[0]} is there twice"
+    lacking = [column for column in required if column not in table.schema.names or table.column(column).null_count]
+    return f"it has no {', '.join(sorted(lacking))}" if lacking else None
+
+
+def _typed(table: pa.Table, name: str, schema: pa.Schema) -> pa.Table:
+    for index, spec in enumerate(table.schema):
+        wanted = schema.field(spec.name) if spec.name in schema.names else spec
+        if wanted.type != spec.type:
+            try:
+                table = table.set_column(index, wanted, table.column(index).cast(wanted.type))
+            except pa.ArrowException as error:
+                text = f"its column {spec.name} is of type {spec.type}, not {wanted.type}"
+                raise DamagedError(f"{name} was not written by mixmo: {text}", _RESTORE) from error
+    return table
 
 
 def fit(table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -169,7 +213,7 @@ class SweepFiles:
     """The objects of one sweep, for reading."""
 
     def __init__(self, folder: Folder, sweep: str) -> None:
-        if not re.fullmatch(r"[a-z0-9_-]{1,128}", sweep):
+        if not NAME.fullmatch(sweep):
             raise NotFoundError(f"{sweep!r} is no name of a sweep: those have small letters, digits, _ and - only")
         self.folder, self.sweep, self.key = folder, sweep, f"sweeps/{sweep}"
 
@@ -178,20 +222,31 @@ class SweepFiles:
         stored = self.folder.read(f"{self.key}/sweep.yaml")
         if stored is None:
             raise self._missing()
-        return stored.data.decode()
+        try:
+            return stored.data.decode()
+        except UnicodeDecodeError as error:
+            raise DamagedError(f"{self.folder}/{self.key}/sweep.yaml is no text ({error.reason})", _RESTORE) from error
 
     def events(self) -> list[Event]:
         key = f"{self.key}/events.parquet"
         stored = self.folder.read(key)
-        return [Event(**record) for record in records(decode(stored.data, key))] if stored else []
+        if stored is None:
+            return []
+        table = decode(stored.data, f"{self.folder}/{key}", EVENTS_SCHEMA, ("time", "kind", "text"))
+        return [Event(**record) for record in records(fit(table, EVENTS_SCHEMA))]
 
-    def trials(self) -> tuple[pa.Table, str]:
-        """The trials, and the tag of their object. Raises NotFoundError."""
+    def trials(self) -> tuple[pa.Table, Header, str]:
+        """The trials, what their footer says, and the tag of their object. Raises NotFoundError, DamagedError."""
         key = f"{self.key}/trials.parquet"
         stored = self.folder.read(key)
         if stored is None:
             raise self._missing()
-        return decode(stored.data, key), stored.tag
+        table = decode(stored.data, f"{self.folder}/{key}", TRIALS_SCHEMA, TRIALS_REQUIRED)
+        try:
+            return table, Header.of(table), stored.tag
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            text = f"{self.folder}/{key} was not written by mixmo: its footer is not ours"
+            raise DamagedError(text, _RESTORE) from error
 
     def look(self, *, parts: bool = True, tries: int = 8) -> Look:
         """Everything at one moment. Begins again when an object that was named is gone: the sweep moved on."""
@@ -208,10 +263,9 @@ class SweepFiles:
         fence = max((int(match[2]) for match in self.files() if match[1] == "live"), default=0)
         for _ in range(4):
             live = self.folder.read(self.live_key(fence))
-            trials, tag = self.trials()
-            header = Header.of(trials)
+            trials, header, tag = self.trials()
             if header.fence == fence and live is not None:
-                rows = decode(live.data, self.live_key(fence))
+                rows = self._epochs(live, self.live_key(fence))
                 return Look(header, trials, tag, rows, tuple(map(self.part, header.parts)) if parts else ())
             fence = header.fence
         raise self._gone(self.live_key(fence))
@@ -225,14 +279,17 @@ class SweepFiles:
         stored = self.folder.read(key)
         if stored is None:
             raise self._gone(key)
-        return decode(stored.data, key)
+        return self._epochs(stored, key)
+
+    def _epochs(self, stored: Stored, key: str) -> pa.Table:
+        return decode(stored.data, f"{self.folder}/{key}", EPOCHS_SCHEMA, EPOCHS_REQUIRED)
 
     def files(self) -> list[re.Match[str]]:
         """The files of epochs that lie there, whether they count or not: (kind, fence, seq)."""
         return [match for match in map(EPOCHS_FILE.fullmatch, self.folder.names(f"{self.key}/epochs")) if match]
 
     def _gone(self, key: str) -> ChangedError:
-        return ChangedError(f"{self.folder}/{key} is named but not there", "Put it back from a copy")
+        return ChangedError(f"{self.folder}/{key} is named but not there", _RESTORE)
 
     def _missing(self) -> NotFoundError:
         begun = sweep_names(self.folder)
@@ -243,6 +300,13 @@ class SweepFiles:
 
 
 def sweep_names(folder: Folder) -> list[str]:
-    """The sweeps that have begun, sorted."""
+    """The sweeps that have begun, sorted. A folder that has another name than a sweep can have is none of ours."""
     names = folder.names("sweeps", folders=True)
-    return [name for name in names if "trials.parquet" in folder.names(f"sweeps/{name}")]
+    return [name for name in names if NAME.fullmatch(name) and _begun(folder, name)]
+
+
+def _begun(folder: Folder, name: str) -> bool:
+    try:
+        return "trials.parquet" in folder.names(f"sweeps/{name}")
+    except UnreachableError:  # whoever reads it is told why it cannot be
+        return True

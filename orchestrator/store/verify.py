@@ -2,11 +2,12 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 
+from orchestrator.errors import NotFoundError, UnreachableError
 from orchestrator.rows import FINAL, EpochRow, TrialRow, epoch_rows, newest, trial_rows
 from orchestrator.store.attempts import matches
 from orchestrator.store.lease import read_lease
@@ -15,6 +16,11 @@ from orchestrator.store.tables import ChangedError, Header, SweepFiles, sweep_na
 
 _ROWS_LOST = "its rows are lost to this table: put the file back from a copy, or run those trials under a new store"
 _HARMLESS = "harmless: no reader takes it, and the next run deletes it after an hour"
+_LOST = (
+    "its numbers stand and nothing else is lost. For the weights it would have to be trained anew, and there is no "
+    "command for that yet"
+)
+_PASSED_OVER = "its numbers stand; should it be run again, it goes on from an older checkpoint, or from the start"
 _REPORT = "keep a copy of the sweep's folder and report this: no driver writes it"
 
 
@@ -31,16 +37,17 @@ def faults_of(files: SweepFiles) -> list[Fault]:
     """Everything about a sweep that is not as a driver leaves it. Raises NotFoundError."""
     while True:
         try:
-            trials, tag = files.trials()
-            header, rows = Header.of(trials), trial_rows(trials)
+            trials, header, tag = files.trials()
+            tables, faults = _tables(files, header)
+            if files.trials()[2] == tag:  # else it moved on while we read
+                break
         except DamagedError as error:
-            return [Fault("damaged", None, str(error), "put the file back from a copy")]
-        tables, faults = _tables(files, header)
-        if files.trials()[1] == tag:  # else it moved on while we read
-            break
+            return [Fault("damaged", None, error.what, "put the file back from a copy"), *_other_damage(files)]
+    rows = trial_rows(trials)
     held = {name: epoch_rows(table) for name, table in tables.items()}
     return [
         *faults,
+        *_other_damage(files),
         *_trial_faults(header, rows),
         *_doubled(held),
         *_epoch_faults(rows, newest([row for each in held.values() for row in each])),
@@ -61,26 +68,48 @@ def _tables(files: SweepFiles, header: Header) -> tuple[dict[str, pa.Table], lis
     return tables, faults
 
 
+def _other_damage(files: SweepFiles) -> list[Fault]:
+    """Of the small objects on which no result hangs."""
+    lease_key = f"{files.key}/lease.json"
+    looks: dict[str, Callable[[], object]] = {
+        "if no driver runs the sweep, delete it: the next run makes a new one": lambda: read_lease(
+            files.folder, lease_key
+        ),
+        "no result hangs on it: delete it, or run the sweep again": files.events,
+        "no result hangs on it: put the file back from a copy, or run the sweep again": files.text,
+    }
+    faults = []
+    for advice, look in looks.items():
+        try:
+            look()
+        except DamagedError as error:
+            faults.append(Fault("damaged", None, error.what, advice))
+        except NotFoundError:
+            faults.append(Fault("missing", None, f"{files.folder}/{files.key}/sweep.yaml is not there", advice))
+    return faults
+
+
 def _checkpoint_faults(folder: Folder, rows: Sequence[TrialRow]) -> list[Fault]:
+    """Of trials that ended: any other goes on from the newest whole checkpoint that is there, whatever its row says."""
     faults = []
     for row in rows:
-        digest = folder.digest(row.checkpoint) if row.checkpoint else None
-        if row.checkpoint and digest is None:
+        if row.checkpoint is None or row.state not in FINAL:
+            continue
+        digest = folder.digest(row.checkpoint)
+        if digest is None:
             text = f"checkpoint {row.checkpoint} is not there"
-        elif row.checkpoint and digest and not matches(row.checkpoint, digest):
+        elif not matches(row.checkpoint, digest):
             text = f"checkpoint {row.checkpoint} is damaged: its SHA-256 begins with {digest[:16]}"
         else:
             continue
-        advice = f"its numbers stand; `mixmo train --trial {row.trial_id}` makes the network again"
-        faults.append(Fault("checkpoint", row.trial_id, text, advice))
+        faults.append(Fault("checkpoint", row.trial_id, text, _LOST if row.state == "TERMINATED" else _PASSED_OVER))
     return faults
 
 
 def _unnamed(files: SweepFiles, header: Header) -> list[Fault]:
     """Files that nothing names. Those of a driver that works at this moment may be named soon."""
     folder = files.folder
-    lease = read_lease(folder, f"{files.key}/lease.json")
-    working = lease.fence if lease is not None and not lease.expired else None
+    working = _fence_at_work(files)
     named = {f"live-{header.fence}.parquet", *header.parts, *header.retired}
     faults = [
         Fault("unnamed", None, f"{files.key}/epochs/{match[0]} is named by nothing", _HARMLESS)
@@ -88,13 +117,24 @@ def _unnamed(files: SweepFiles, header: Header) -> list[Fault]:
         if match[0] not in named and int(match[2]) != working
     ]
     known: set[str] = set()
-    for sweep in sweep_names(folder):
-        known |= set(SweepFiles(folder, sweep).trials()[0].column("trial_id").to_pylist())
+    try:
+        for sweep in sweep_names(folder):
+            known |= set(SweepFiles(folder, sweep).trials()[0].column("trial_id").to_pylist())
+    except (UnreachableError, NotFoundError):  # another sweep is damaged or going: these may be its trials
+        return faults
     return faults + [
         Fault("unnamed", trial_id, f"trials/{trial_id} belongs to no trial of any sweep", "delete it if you want to")
         for trial_id in folder.names("trials", folders=True)
         if trial_id not in known
     ]
+
+
+def _fence_at_work(files: SweepFiles) -> int | None:
+    try:
+        lease = read_lease(files.folder, f"{files.key}/lease.json")
+    except DamagedError:
+        return None
+    return lease.fence if lease is not None and not lease.expired else None
 
 
 def _trial_faults(header: Header, rows: Sequence[TrialRow]) -> list[Fault]:

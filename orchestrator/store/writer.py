@@ -37,7 +37,6 @@ from orchestrator.store.tables import (
     Header,
     Snapshot,
     SweepFiles,
-    decode,
     encode,
     merge,
     totals,
@@ -304,10 +303,13 @@ class SweepWriter:
             if tag is not None:
                 self._tag = tag
                 return
-            held = self._folder.read(key)
-            if held is not None and Header.of(decode(held.data, key)).fence > self.fence:
+            try:
+                _, held, self._tag = self._files.trials()  # an older driver's, or our own whose answer was lost
+            except NotFoundError:
+                self._tag = None
+                continue
+            if held.fence > self.fence:
                 raise self._lease.lost()
-            self._tag = held.tag if held else None  # an older driver's, or our own whose answer was lost: ours is newer
         raise UnreachableError(f"{self._folder}/{key} keeps changing under this driver; an older one must still run")
 
     def _adopt(self, sealed: Sequence[EpochRow]) -> None:
