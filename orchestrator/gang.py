@@ -123,6 +123,7 @@ class Gang:
         """
         told, cause = (without_secrets(text, os.environ) for text in (traceback.format_exc(), _cause(error)))
         log.write(told)
+        log.put()
         if _store_away(error):
             ray.get(self.dispatcher.abandon.remote(token, f"the store is away: {cause}", charge=False))
         elif isinstance(error, torch.AcceleratorError) or (self.world_size > 1 and _peer_lost(error)):
@@ -156,6 +157,7 @@ class Gang:
                 log.line("dropped: the trial was stopped, or is another gang's by now")
                 return
         if self.rank == 0:
+            log.put()  # before the trial's end is known, so that who looks then finds it whole
             ray.get(self.dispatcher.finish.remote(assignment.token))
             with contextlib.suppress(OSError, MixmoError):
                 saver.clear()

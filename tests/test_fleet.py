@@ -127,9 +127,8 @@ def test_a_gang_of_one_worker_trains_fails_idles_and_survives_a_kill(tmp_path: P
         assert [update.kind for update in crew.told if update.index == 3 and update.kind != "epochs"] == [
             "started", "lost", "started", "ended",
         ]  # fmt: skip
-        # It went on from a checkpoint, and came to the numbers of a run that nothing disturbed.
-        log = crew.store.log(trial_id(config(2)))
-        assert "resumed from trials/" in log
+    # It went on from a checkpoint, and came to the numbers of a run that nothing disturbed.
+    assert "resumed from trials/" in crew.store.log(trial_id(config(2)))
     assert crew.losses(3) == undisturbed(config(2))
     assert len(crew.store.checkpoints(trial_id(config(0)))) == 1
 
@@ -156,7 +155,7 @@ def test_a_gang_of_two_workers_trains_is_formed_anew_after_an_exception_and_afte
         os.kill(anew[1].pid, signal.SIGKILL)
         ended = crew.ended(2)
         assert (ended.state, ended.attempt) == ("TERMINATED", 2)
-        assert "resumed from trials/" in crew.store.log(trial_id(config(1), 2), rank=1)
+    assert "resumed from trials/" in crew.store.log(trial_id(config(1), 2), rank=1)
     assert sorted(crew.losses(2)) == [1, 2, 3, 4, 5]
     # No trial was charged for another's exception.
     assert [update.index for update in crew.told if update.kind == "lost"] == [2]
