@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mixmo_core.config import TrialConfig
     from mixmo_core.train import Epoch
     from orchestrator.plan import Plan
+    from orchestrator.progress import Progress
     from orchestrator.rows import TrialRow
     from orchestrator.store import ResultStore
     from orchestrator.sweep import Sweep
@@ -253,21 +254,37 @@ def train(
 
 
 @app.command("ls", cls=_Command, rich_help_panel=READING)
-def list_sweeps(results: Results = "results", as_json: Json = False) -> None:
-    """The sweeps in the results, and how far each is."""
+def list_sweeps(results: Results = "results", as_json: Json = False) -> ExitCode:
+    """The sweeps in the results, and how far each is.
+
+    Ends with 7 if one of them cannot be read; the others are listed all the same.
+    """
     from orchestrator import pages
-    from orchestrator.store import ResultStore
+    from orchestrator.store import DamagedError, ResultStore
 
     store, now = ResultStore.open(results), _now()
-    listed = [(name, *_measured(store, name, now)) for name in store.sweeps()]
+    listed: list[tuple[str, Progress | None, datetime | None]] = []
+    unread: dict[str, str] = {}
+    for name in store.sweeps():
+        try:
+            listed.append((name, *_measured(store, name, now)))
+        except DamagedError as error:
+            unread[name] = str(error)
+            listed.append((name, None, None))
     if as_json:
-        sweeps = [{"sweep": name, **_plain(state), "written_at": written} for name, state, written in listed]
+        sweeps = [
+            {"sweep": name, **(_plain(state) if state else {"status": "damaged"}), "written_at": written}
+            for name, state, written in listed
+        ]
         _print_json("ls", {"results": store.uri, "sweeps": sweeps})
     elif listed:
         console = _console()
         console.print(pages.sweeps(listed, now, console.width))
     else:
         _say(f"no sweeps in {store.uri}; `mixmo run FILE` begins one")
+    for name, told in unread.items():
+        _say(f"mixmo: {name}: {' '.join(told.split())}")
+    return ExitCode.UNREACHABLE if unread else ExitCode.OK
 
 
 @app.command(cls=_Command, rich_help_panel=READING)
@@ -573,10 +590,11 @@ def _train(config: TrialConfig, device: str, threads: int, folder: Path | None) 
         raise UsageError(f"not yet: {', '.join(missing)} cannot be trained by this version")
     torch.set_num_threads(threads)
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    _say(f"trial {trial_id(config)} on {chosen}; nothing is written")
+    place = _device(chosen)
     try:
         data.check(config.data.dataset, folder)
-        for epoch in train.train(config, device=_device(chosen), data_dir=folder):
+        _say(f"trial {trial_id(config)} on {chosen}; nothing is written")
+        for epoch in train.train(config, device=place, data_dir=folder):
             print(_epoch_line(epoch, config), flush=True)
     except data.DatasetError as error:
         raise UsageError(str(error)) from error
@@ -588,7 +606,8 @@ def _device(name: str) -> Any:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}; allowed are cpu, cuda, cuda:0 ...") from error
+        there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise UsageError(f"--device {name}: torch has none here; it has {', '.join(['cpu', *there])}") from error
     return torch.device(name)
 
 
@@ -603,7 +622,7 @@ def _epoch_line(epoch: Epoch, config: TrialConfig) -> str:
     return "  ".join([*words, f"{epoch.images / epoch.seconds:,.0f} images/s", f"{epoch.seconds:.1f} s"])
 
 
-def _measured(store: ResultStore, name: str, now: datetime) -> tuple[Any, datetime | None]:
+def _measured(store: ResultStore, name: str, now: datetime) -> tuple[Progress, datetime | None]:
     from orchestrator.progress import driven, measure
 
     snapshot = store.snapshot(name)

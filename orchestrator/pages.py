@@ -43,8 +43,8 @@ _MARKS = {"good": ("✓", DONE), "note": ("·", WARN), "bad": ("✗", BAD)}
 _STATES = {"TERMINATED": DONE, "RUNNING": BUSY, "ERROR": BAD}
 
 
-def sweeps(listed: Sequence[tuple[str, Progress, datetime | None]], now: datetime, width: int) -> Text:
-    """One line per sweep: (name, progress, when it was last written)."""
+def sweeps(listed: Sequence[tuple[str, Progress | None, datetime | None]], now: datetime, width: int) -> Text:
+    """One line per sweep: (name, progress or None where it cannot be read, when it was last written)."""
     columns = (
         Column("", 0),
         Column("state", 8),
@@ -55,9 +55,9 @@ def sweeps(listed: Sequence[tuple[str, Progress, datetime | None]], now: datetim
     lines = [
         [
             Text(name, style=STRONG),
-            state.status,
-            f"{state.done:,} of {state.total:,}",
-            Text(f"{state.failed:,}" if state.failed else "", style=BAD),
+            state.status if state else Text("damaged", style=BAD),
+            f"{state.done:,} of {state.total:,}" if state else "",
+            Text(f"{state.failed:,}" if state and state.failed else "", style=BAD),
             clock(written, now) if written else "",
         ]
         for name, state, written in listed

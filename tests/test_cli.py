@@ -21,7 +21,7 @@ from sample_sweep import NAME
 
 from orchestrator import cli, doctor
 from orchestrator.errors import ExitCode, MixmoError, NotFoundError, RefusedError, SweepError, UnreachableError
-from orchestrator.store import ResultStore
+from orchestrator.store import Fault, ResultStore
 
 ROOT = Path(__file__).parent.parent
 TINY = """\
@@ -235,7 +235,7 @@ def test_output_that_cannot_be_written_is_one_message(results: Path, command: st
         ("train --trial 2e2fd7b --quick", 2, "go with a sweep FILE"),
         ("train --trial 2e2fd7b --index 0", 2, "go with a sweep FILE"),
         ("train FILE --index 99", 5, "tiny has trials 0 to 3; there is no trial 99"),
-        ("train FILE --device abacus", 2, "--device abacus"),
+        ("train FILE --device abacus", 2, "^mixmo: --device abacus: torch has none here; it has cpu"),
         ("train FILE -S mixing.method=cowmix -S seeds=1", 2, "not yet"),
         ("plan nowhere.yaml", 2, "nowhere.yaml: there is no such file"),
         ("plan FILE -S optim.epoch=3", 2, "did you mean 'optim.epochs'"),
@@ -327,6 +327,27 @@ def test_an_empty_place_has_no_sweeps(mixmo: Shell, tmp_path: Path) -> None:
     assert (ended.code, ended.out) == (0, "")
     assert "no sweeps in" in ended.err
     assert not (tmp_path / "none").exists()
+
+
+def test_a_damaged_sweep_does_not_hide_the_others(mixmo: Shell, tmp_path: Path) -> None:
+    folder = stored_with_baseline(tmp_path, bad=None, good=None)
+    (folder / "sweeps" / "bad" / "trials.parquet").write_bytes(b"junk")
+    ended = mixmo("ls", "--results", folder)
+    assert ended.code == 7
+    assert re.search(r"^ bad +damaged", ended.out, re.MULTILINE)
+    assert re.search(r"^ good +finished +3 of 3", ended.out, re.MULTILINE)
+    assert re.fullmatch(r"mixmo: bad: .*\n", ended.err)
+    document = json.loads(mixmo("ls", "--json", "--results", folder).out)
+    assert [each["status"] for each in document["sweeps"]] == ["damaged", "finished"]
+
+
+def test_faults_are_one_line_each_and_counted_in_words(
+    mixmo: Shell, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ResultStore, "verify", lambda *_: [Fault("damaged", None, "a page\n  of words", "look")])
+    ended = mixmo("verify", NAME, "--results", results)
+    assert (ended.code, ended.err) == (3, f"{NAME}: 1 fault\n")
+    assert "a page of words\n" in ended.out
 
 
 def test_results_may_be_named_by_the_environment(mixmo: Shell, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
