@@ -24,7 +24,7 @@ from orchestrator.dispatcher import NAMESPACE, Order, Update
 from orchestrator.errors import ExitCode, UnreachableError, UsageError
 from orchestrator.ledger import Ledger
 from orchestrator.rows import FINAL, TrialRow
-from orchestrator.store import ResultStore, Snapshot, SweepWriter
+from orchestrator.store import DamagedError, ResultStore, Snapshot, SweepWriter
 
 PERIOD_S = 0.5
 """Between two looks at what happened, when nothing does."""
@@ -90,8 +90,7 @@ def check(sweep: sweeps.Sweep, data_dir: Path | None) -> None:
 
 def plan(sweep: sweeps.Sweep, store: ResultStore, *, retry_failed: bool = False) -> planning.Plan:
     """What a run would do, given all that the store holds: a trial that another sweep has finished is taken over."""
-    rows = [row for name in store.sweeps() for row in store.trial_rows(name)]
-    return planning.make(sweep, rows, retry_failed=retry_failed)
+    return planning.make(sweep, store.all_trial_rows(sweep.name), retry_failed=retry_failed)
 
 
 def _verdict(rows: Sequence[TrialRow]) -> ExitCode:
@@ -111,7 +110,8 @@ def _open_books(sweep: sweeps.Sweep, planned: planning.Plan, store: ResultStore,
         position, label = item.trial.position, item.trial.label
         held[position] = held[position].replace(position=position, label=label, sweep=sweep.name)
         if item.action == "cached" and held[position].cached_from:
-            writer.add(store.epoch_rows(held[position].cached_from or "", item.trial.trial_id))
+            with contextlib.suppress(DamagedError):  # its curve is lost, its result is not
+                writer.add(store.epoch_rows(held[position].cached_from or "", item.trial.trial_id))
     writer.forget(row.trial_id for row in planned.removed)
     writer.put(held.values())
     writer.flush(force=True)

@@ -38,7 +38,7 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 if not os.environ.get("RAY_ADDRESS"):
-    # A Ray of our own listens on loopback, and asks for a token that only this process and its children know.
+    # Ray listens on every interface: one of our own asks for a token that only this process and its children know.
     _ENVIRONMENT |= {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
@@ -81,8 +81,8 @@ class Cluster:
 def cluster(*, cpus: int) -> Iterator[Cluster]:
     """Join the cluster that RAY_ADDRESS names, else start a Ray on this machine that ends with the block.
 
-    A Ray of our own listens on loopback alone and keeps its files in a folder that goes with it. `cpus` is what it is
-    told to have at least.
+    A Ray of our own asks for a token and keeps its files in a folder that goes with it. `cpus` is what it is told to
+    have at least.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS")
@@ -113,7 +113,7 @@ def _local_ray(cpus: int) -> Iterator[None]:
             ray.init(
                 address="local", namespace=NAMESPACE, num_cpus=max(cpus, _cores()), resources={SLOT: 1},
                 include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False, logging_level="ERROR",
-                _temp_dir=str(folder), _node_ip_address="127.0.0.1",
+                _temp_dir=str(folder),
             )  # fmt: skip
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             ray.shutdown()
