@@ -42,7 +42,7 @@ check: .venv/tests ## format, lint, types, import contracts, quick tests, under 
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -m "not ray and not slow"
+	$(BIN)/python -m pytest -q -n 2 -m "not ray and not slow"
 
 format: .venv/tests ## rewrite the code as the formatter wants it
 	$(BIN)/ruff format .
