@@ -100,7 +100,7 @@ def _verdict(rows: Sequence[TrialRow]) -> ExitCode:
 def _open_books(sweep: sweeps.Sweep, planned: planning.Plan, store: ResultStore, writer: SweepWriter) -> Ledger:
     """The ledger of all planned trials; those to run stand as PENDING under this driver's fence."""
     held = {item.trial.position: item.row or planning.initial_row(item.trial, sweep) for item in planned.items}
-    first_seq = max((row.seq for row in held.values()), default=0)
+    first_seq = max((row.seq for row in [*held.values(), *planned.removed]), default=0)
     for trial in planned.to_run:
         row = held[trial.position]
         held[trial.position] = row.replace(
@@ -113,6 +113,8 @@ def _open_books(sweep: sweeps.Sweep, planned: planning.Plan, store: ResultStore,
             with contextlib.suppress(DamagedError):  # its curve is lost, its result is not
                 writer.add(store.epoch_rows(held[position].cached_from or "", item.trial.trial_id))
     writer.forget(row.trial_id for row in planned.removed)
+    begun = [row for row in planned.removed if row.epoch and row.state not in FINAL]
+    writer.put(row.replace(state="CANCELLED", error_cause=planning.REMOVED, seq=first_seq) for row in begun)
     writer.put(held.values())
     writer.flush(force=True)
     configs = {trial.position: trial.config for trial in sweep.trials}

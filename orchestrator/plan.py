@@ -16,6 +16,8 @@ from orchestrator.sweep import Sweep, Trial
 Action = Literal["new", "resume", "retry", "stale", "done", "cached", "failed", "cancelled"]
 """To run: `new`; `resume`, an earlier run began it; `retry`, it failed and is asked for again; `stale`, its result is
 of older numerics. Not to run: `done` in this sweep; `cached`, another sweep has its result; `failed`; `cancelled`."""
+REMOVED = "no longer in the sweep file"
+"""Cause of the end of a trial that was begun and that the file then dropped. It goes on when it comes back."""
 RUNS: frozenset[Action] = frozenset({"new", "resume", "retry", "stale"})
 
 
@@ -129,7 +131,7 @@ def _judge(trial: Trial, known: _Known, sweep: Sweep, *, retry_failed: bool) -> 
         row = elsewhere.replace(sweep=sweep.name, cached_from=elsewhere.sweep)
         row = row.replace(label=trial.label, position=trial.position)
         return PlannedTrial(trial, "cached", row, f"finished in {elsewhere.sweep}")
-    if held and held.state == "CANCELLED":
+    if held and held.state == "CANCELLED" and held.error_cause != REMOVED:
         return PlannedTrial(trial, "cancelled", held, "cancelled")
     if held and held.state == "ERROR":
         cause = held.error_cause or "no cause is known"

@@ -160,6 +160,9 @@ def test_sigterm_ends_at_once_with_all_that_had_arrived(tmp_path: Path) -> None:
     assert {row.state for row in mixmo.rows() if row.epochs == 6} == {"TERMINATED"}
     store = ResultStore.open(tmp_path / "results")
     assert [store.checkpoints(row.trial_id) for row in mixmo.rows() if row.epochs == 6] == [[]] * 4
+    # The trials that the file has dropped are over, and still there to go on with.
+    assert {row.state for row in mixmo.rows() if row.epochs == 300} == {"CANCELLED"}
+    mixmo("verify", "small")
 
 
 @pytest.mark.ray

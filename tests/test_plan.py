@@ -93,6 +93,7 @@ def test_every_trial_is_in_the_plan_once_and_in_order(states: list[State]) -> No
         ({"state": "ERROR", "epoch": 4}, False, "failed", 0),
         ({"state": "ERROR", "epoch": 4}, True, "retry", 6),
         ({"state": "CANCELLED", "epoch": 4}, True, "cancelled", 0),
+        ({"state": "CANCELLED", "error_cause": "no longer in the sweep file", "epoch": 4}, True, "resume", 6),
     ],
 )
 def test_what_becomes_of_a_trial(changes: dict[str, Any], retry_failed: bool, action: str, left: int) -> None:
