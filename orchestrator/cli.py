@@ -259,6 +259,7 @@ def list_sweeps(results: Results = "results", as_json: Json = False) -> ExitCode
 
     Ends with 7 if one of them cannot be read; the others are listed all the same.
     """
+    _light()
     from orchestrator import pages
     from orchestrator.store import DamagedError, ResultStore
 
@@ -290,6 +291,7 @@ def list_sweeps(results: Results = "results", as_json: Json = False) -> ExitCode
 @app.command(cls=_Command, rich_help_panel=READING)
 def status(sweep: SweepName, results: Results = "results", as_json: Json = False) -> None:
     """How far a sweep is: counts, time left, results, failures."""
+    _light()
     from orchestrator.dashboard import summary
     from orchestrator.progress import driven
     from orchestrator.store import ResultStore
@@ -315,6 +317,7 @@ def watch(
     them. Without a terminal it prints one plain line
     for each change. With --json it prints what `mixmo status --json` does, once.
     """
+    _light()
     from orchestrator import dashboard
     from orchestrator.store import ResultStore
 
@@ -417,6 +420,7 @@ def logs(
 
     At most the last 256 KiB; a running trial's log is renewed about every 30 s.
     """
+    _light()
     from orchestrator.store import ResultStore
 
     store = ResultStore.open(results)
@@ -660,6 +664,13 @@ def _print_added(before: str, now: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ the two streams
+
+
+def _light() -> None:
+    """For commands that read tables and compute nothing: pyarrow does without numpy where there is none, and loading
+    it would be a quarter of their time. Where something has loaded it already, it stays.
+    """
+    sys.modules.setdefault("numpy", None)  # type: ignore[arg-type]
 
 
 def _now() -> datetime:
