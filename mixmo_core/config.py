@@ -120,7 +120,16 @@ class DataConfig(_Section):
         at_least=0, at_most=1,
     )  # fmt: skip
     augmentation: Augmentation = _setting("standard", "Random crop and, where a mirror image makes sense, flip.")
-    msda: Msda = _setting("none", "Mixed-sample augmentation in pixel space, before the encoders.")
+    msda: Msda = _setting(
+        "none", "Mixed-sample augmentation before the encoders; manifold_mixup mixes hidden maps of a single network."
+    )
+    msda_probability: float = _setting(
+        0.5, "Share of the images that msda mixes with another one.", at_least=0, at_most=1
+    )
+    msda_alpha: float = _setting(
+        1.0, "Concentration of the Beta that draws the ratios of mixup, cutmix and manifold_mixup.", symbol="lambda",
+        above=0,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super(DataConfig, self).__post_init__()
@@ -221,6 +230,10 @@ class EvaluateConfig(_Section):
         "held out by a fixed seed.",
     )  # fmt: skip
     every: int = _setting(1, "Epochs between evaluations; the last epoch is always evaluated.", at_least=1)
+    robustness: Literal["none", "cifar_c"] = _setting(
+        "none", "What is measured besides, after the last epoch: cifar_c is the published corrupted test images, in "
+        "`CIFAR-10-C/` or `CIFAR-100-C/` beside the dataset.",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -248,6 +261,38 @@ class TrialConfig(_Section):
                 f"batch_size {self.data.batch_size} is larger than an epoch: the {images} images that the validation "
                 f"split leaves fill {images * repetition} slots at repetition {repetition}"
             )
+        _check_mixing(self)
+        if self.data.msda == "manifold_mixup" and self.model.subnetworks > 1:
+            raise ValueError(
+                f"msda manifold_mixup mixes the hidden maps of a single network, and subnetworks is "
+                f"{self.model.subnetworks}: mixup, cutmix and resizemix go with several"
+            )
+        if self.evaluate.robustness == "cifar_c" and self.data.dataset not in ("cifar10", "cifar100"):
+            raise ValueError(f"robustness cifar_c belongs to cifar10 and cifar100, not to {self.data.dataset}")
+
+
+def _check_mixing(config: TrialConfig) -> None:
+    """Raise ValueError for a mixing block that these subnetworks and feature maps do not allow."""
+    M, method = config.model.subnetworks, config.mixing.method
+    if M > 2 and method not in ("sum", "linear", "cutmix"):
+        raise ValueError(f"method {method} mixes 2 images, and subnetworks is {M}: sum, linear and cutmix mix more")
+    if M > 1 and method.startswith("patchup") and map_size(config) < PATCHUP_BLOCK:
+        raise ValueError(
+            f"method {method} masks blocks of {PATCHUP_BLOCK}x{PATCHUP_BLOCK}, and the maps of {config.data.dataset} "
+            f"in a {config.model.arch} are {map_size(config)}x{map_size(config)}"
+        )
+
+
+PATCHUP_BLOCK = 7
+"""Height and width of the blocks that the patchup masks are made of."""
+STEM_CHANNELS = {"wide_resnet": 16, "preact_resnet": 64}
+"""Feature maps of an encoder, whatever the width."""
+
+
+def map_size(config: TrialConfig) -> int:
+    """Height and width of the feature maps that are mixed: the encoders of a PreActResNet halve the image's."""
+    size = DATASETS[config.data.dataset].size
+    return -(-size // 2) if config.model.arch == "preact_resnet" else size
 
 
 def validation_images(data: DataConfig) -> int:
@@ -349,6 +394,10 @@ def ineffective(config: TrialConfig) -> frozenset[str]:
         names |= {"model.depth"}
     if not config.optim.decay_at:
         names |= {"optim.decay_by"}
+    if config.data.msda in ("none", "manifold_mixup"):  # the latter mixes every batch, as its authors do
+        names |= {"data.msda_probability"}
+    if config.data.msda in ("none", "resizemix"):  # the latter draws the size of what it pastes
+        names |= {"data.msda_alpha"}
     return frozenset(names)
 
 

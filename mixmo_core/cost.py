@@ -8,10 +8,7 @@ under two operations in a hundred from width 2 on.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mixmo_core.config import DATASETS, TrialConfig, training_images
-
-STEM_CHANNELS = {"wide_resnet": 16, "preact_resnet": 64}
-"""Feature maps of an encoder, whatever the width."""
+from mixmo_core.config import DATASETS, STEM_CHANNELS, TrialConfig, map_size, training_images
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +31,7 @@ def _norm(channels: int) -> _Layer:
 
 def _encoders(config: TrialConfig) -> Iterator[_Layer]:
     data = DATASETS[config.data.dataset]
-    size = data.size // 2 if config.model.arch == "preact_resnet" else data.size
-    one = _conv(data.channels, STEM_CHANNELS[config.model.arch], 3, size)
+    one = _conv(data.channels, STEM_CHANNELS[config.model.arch], 3, map_size(config))
     count = config.model.subnetworks if config.model.encoders == "all" else config.model.encoders
     # A shared encoder has one set of weights and still reads all M images.
     yield _Layer(one.parameters * count, one.macs * config.model.subnetworks, reads_images=True)
@@ -63,7 +59,7 @@ def _wide_resnet(config: TrialConfig) -> Iterator[_Layer]:
 
 
 def _preact_resnet(config: TrialConfig) -> Iterator[_Layer]:
-    size, channels = DATASETS[config.data.dataset].size // 2, STEM_CHANNELS["preact_resnet"]
+    size, channels = map_size(config), STEM_CHANNELS["preact_resnet"]
     for group, outputs in enumerate(width * config.model.width for width in (64, 128, 256, 512)):
         for block in range(2):
             stride = 2 if group and not block else 1

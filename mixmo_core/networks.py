@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mixmo_core.config import DATASETS, TrialConfig
-from mixmo_core.cost import STEM_CHANNELS
+from mixmo_core.config import DATASETS, STEM_CHANNELS, TrialConfig
 from mixmo_core.mixing import mix
 
 TRUNCATED_STD = 0.87962566103423978
@@ -26,11 +25,6 @@ def image_shape(config: TrialConfig) -> tuple[int, int]:
     """(channels, height and width) of the images that the network reads."""
     data = DATASETS[config.data.dataset]
     return data.channels, data.size
-
-
-def mask_size(config: TrialConfig) -> int:
-    """Height and width of the feature maps that are mixed."""
-    return DATASETS[config.data.dataset].size
 
 
 class _Norm(nn.Module):

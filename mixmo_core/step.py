@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mixmo_core import augment, mixing
-from mixmo_core.config import TrialConfig
+from mixmo_core.config import TrialConfig, map_size
 from mixmo_core.data import Images
-from mixmo_core.networks import mask_size
 
 
 class Purpose(IntEnum):
@@ -130,7 +129,7 @@ class Step:
 
     def _mixture(self, indices_MB: Tensor, number: int, p: float) -> mixing.Mixture:
         M, B = indices_MB.shape
-        size = mask_size(self._config)
+        size = map_size(self._config)
         generator = self._seeded(number, Purpose.MIXING)
         masks_MBHW, kappa_MB = mixing.draw(
             self._config.mixing, M, B, size, size, p=p, generator=generator, device=self._device

@@ -44,6 +44,14 @@ def flats(draw: st.DrawFn) -> dict[str, Any]:
     for name in ("model.encoders", "model.classifiers"):
         if name in flat:
             flat[name] = draw(st.sampled_from([1, M, "all"]))
+    if M > 2 and "mixing.method" in flat:
+        flat["mixing.method"] = draw(st.sampled_from(["sum", "linear", "cutmix"]))
+    if flat.get("model.arch") == "preact_resnet" and flat.get("data.dataset") == "digits":
+        flat["mixing.method"] = "fmix" if M == 2 else "cutmix"  # its 4x4 maps are too small for some
+    if M > 1 and flat.get("data.msda") == "manifold_mixup":
+        flat["data.msda"] = "mixup"
+    if flat.get("data.dataset", "cifar100") not in ("cifar10", "cifar100"):
+        flat.pop("evaluate.robustness", None)
     # 512 images, the fewest of any dataset, hold every batch that is drawn here.
     flat["data.train_images"] = draw(st.sampled_from(["all", 256, 300]))
     repetition = flat.get("data.repetition", 1)

@@ -54,7 +54,8 @@ GOLDEN: dict[str, tuple[dict[str, Any], int, str, str]] = {
 
 BIRTHS: dict[str, Any] = {
     "data.dataset": "cifar100", "data.train_images": "all", "data.batch_size": 64, "data.repetition": 1,
-    "data.input_repetition": 0.0, "data.augmentation": "standard", "data.msda": "none", "model.arch": "wide_resnet",
+    "data.input_repetition": 0.0, "data.augmentation": "standard", "data.msda": "none",
+    "data.msda_probability": 0.5, "data.msda_alpha": 1.0, "evaluate.robustness": "none", "model.arch": "wide_resnet",
     "model.depth": 28, "model.width": 10, "model.subnetworks": 2, "model.encoders": "all",
     "model.classifiers": "all", "model.classifier_roles": "input", "mixing.method": "cutmix",
     "mixing.probability": 0.5, "mixing.alpha": 2.0, "mixing.weight_root": 3.0, "optim.epochs": 300, "optim.lr": 0.05,
@@ -202,6 +203,10 @@ def test_a_field_without_effect_is_left_out_and_null_in_the_row(config: TrialCon
         ("model.depth", {"model.arch": "preact_resnet"}, {}),
         ("model.classifier_roles", {}, {"model.encoders": 1}),
         ("optim.decay_by", {"optim.decay_at": ()}, {}),
+        ("data.msda_alpha", {"data.msda": "none"}, {"data.msda": "cutmix"}),
+        ("data.msda_alpha", {"data.msda": "resizemix"}, {"data.msda": "manifold_mixup", "model.subnetworks": 1}),
+        ("data.msda_probability", {"data.msda": "none"}, {"data.msda": "resizemix"}),
+        ("data.msda_probability", {"data.msda": "manifold_mixup", "model.subnetworks": 1}, {"data.msda": "mixup"}),
     ],
 )
 def test_where_a_field_has_no_effect(name: str, silent_under: dict[str, Any], heard_under: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mixmo_core import networks
-from mixmo_core.config import DATASETS, DataConfig, ModelConfig, TrialConfig
+from mixmo_core.config import DATASETS, DataConfig, ModelConfig, TrialConfig, map_size
 
 NETS = {
     "wrn10_1_m2": ("cifar10", 10, 1, 2),
@@ -166,7 +166,7 @@ def test_evaluation_is_the_sum_of_the_encoders(M: int) -> None:
 def test_every_dataset_fits(dataset: Any, M: int) -> None:
     config = config_of(dataset, 10, 1, M)
     net, (C, S) = networks.build(config), networks.image_shape(config)
-    masks_MBHW = torch.full((M, 2, networks.mask_size(config), networks.mask_size(config)), 1 / M)
+    masks_MBHW = torch.full((M, 2, map_size(config), map_size(config)), 1 / M)
     logits_MBK = net(torch.rand(M, 2, C, S, S), masks_MBHW)
     assert logits_MBK.shape == (M, 2, DATASETS[config.data.dataset].classes)
     logits_MBK.sum().backward()

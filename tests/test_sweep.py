@@ -411,6 +411,23 @@ BAD: dict[str, tuple[str, str]] = {
         swap("depth: 10", "depth: 11"),
         "x.yaml:4: model.depth: depth of a wide ResNet must be 6 n + 4",
     ),
+    "a mask for two in a network of three": (
+        "name: a\ntrial:\n  model: {subnetworks: 3}\n  mixing: {method: fmix}\n",
+        "mixing.method: method fmix mixes 2 images, and subnetworks is 3: sum, linear and cutmix mix more",
+    ),
+    "a block larger than the maps": (
+        "name: a\ntrial:\n  data: {dataset: digits}\n  model: {arch: preact_resnet}\n"
+        "  mixing: {method: patchup_hard}\n",
+        "mixing.method: method patchup_hard masks blocks of 7x7, and the maps of digits in a preact_resnet are 4x4",
+    ),
+    "hidden maps of several networks": (
+        swap("dataset: digits", "dataset: digits, msda: manifold_mixup"),
+        "data.msda: msda manifold_mixup mixes the hidden maps of a single network, and subnetworks is 2",
+    ),
+    "corruptions of no CIFAR": (
+        setting("evaluate: {robustness: cifar_c}"),
+        "robustness cifar_c belongs to cifar10 and cifar100, not to digits",
+    ),
     "an endless rate": (setting("optim: {lr: .inf}"), "x.yaml:4: trial.optim.lr: must be a number, above 0 (got inf)"),
     "no number": (setting("optim: {lr: .nan}"), "trial.optim.lr: must be a number, above 0 (got nan)"),
     "a negative rate": (setting("optim: {lr: -0.1}"), "trial.optim.lr: must be a number, above 0 (got -0.1)"),
