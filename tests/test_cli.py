@@ -20,6 +20,8 @@ import typer
 from sample_sweep import NAME
 
 from orchestrator import cli, doctor
+from orchestrator.cli import guard, reading
+from orchestrator.cli.program import with_results
 from orchestrator.errors import ExitCode, MixmoError, NotFoundError, RefusedError, SweepError, UnreachableError
 from orchestrator.store import Fault, ResultStore
 
@@ -166,13 +168,13 @@ def test_the_version_is_told(mixmo: Shell) -> None:
 @pytest.mark.parametrize(
     ("error", "code"),
     [(SweepError("x.yaml:3: no"), 2), (NotFoundError("gone"), 5), (RefusedError("held"), 6), (UnreachableError("x"), 7),
-     (KeyboardInterrupt(), 130), (typer.Abort(), 130), (cli._Terminated(), 143)],
+     (KeyboardInterrupt(), 130), (typer.Abort(), 130), (guard.Terminated(), 143)],
 )  # fmt: skip
 def test_each_end_has_its_code(error: BaseException, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> None:
         raise error
 
-    assert cli._guarded(fail) == code
+    assert guard.guarded(fail) == code
     out, err = capsys.readouterr()
     assert out == ""
     assert "Traceback" not in err
@@ -182,11 +184,11 @@ def test_each_end_has_its_code(error: BaseException, code: int, capsys: pytest.C
 
 @pytest.mark.parametrize(("ended", "code"), [(None, 0), (ExitCode.FAULTS, 3), (ExitCode.STOPPED, 4)])
 def test_what_a_command_returns_is_its_code(ended: ExitCode | None, code: int) -> None:
-    assert cli._guarded(lambda: ended) == code
+    assert guard.guarded(lambda: ended) == code
 
 
 def test_what_nobody_foresaw_is_our_bug(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli._guarded(lambda: 1 // 0) == 1
+    assert guard.guarded(lambda: 1 // 0) == 1
     err = capsys.readouterr().err
     assert "ZeroDivisionError" in err
     assert "this is a bug in mixmo" in err
@@ -196,7 +198,9 @@ def test_a_reader_that_stops_reading_is_no_fault() -> None:
     def command() -> None:
         raise BrokenPipeError
 
-    code = "import sys; from orchestrator import cli\ndef f(): raise BrokenPipeError\nsys.exit(cli._guarded(f))"
+    code = (
+        "import sys; from orchestrator.cli.guard import guarded\ndef f(): raise BrokenPipeError\nsys.exit(guarded(f))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -364,11 +368,11 @@ def test_a_trial_is_shown_with_the_command_that_repeats_it(mixmo: Shell, results
 
 def test_a_suggested_command_names_the_results_where_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MIXMO_RESULTS", raising=False)
-    assert cli._with_results("mixmo table x", "results") == "mixmo table x"
-    assert cli._with_results("mixmo table x", "my results") == "mixmo table x --results 'my results'"
+    assert with_results("mixmo table x", "results") == "mixmo table x"
+    assert with_results("mixmo table x", "my results") == "mixmo table x --results 'my results'"
     monkeypatch.setenv("MIXMO_RESULTS", "elsewhere")
-    assert cli._with_results("mixmo table x", "elsewhere") == "mixmo table x"
-    assert cli._with_results("mixmo table x", "results") == "mixmo table x --results results"
+    assert with_results("mixmo table x", "elsewhere") == "mixmo table x"
+    assert with_results("mixmo table x", "results") == "mixmo table x --results results"
 
 
 def stored_with_baseline(folder: Path, **baselines: str | None) -> Path:
@@ -408,7 +412,7 @@ def test_a_log_is_printed_as_it_is(mixmo: Shell, results: Path) -> None:
 def test_following_a_log_prints_what_is_new(
     before: str, now: str, added: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli._print_added(before, now) == now
+    assert reading._print_added(before, now) == now
     assert capsys.readouterr().out == added
 
 
@@ -531,7 +535,7 @@ def test_what_a_reading_command_must_not_load(command: str, results: Path, sweep
     """This is what keeps it under 0.3 s of CPU."""
     words = [str(sweep_file) if word == "FILE" else word for word in command.split()]
     code = (
-        "import sys; from orchestrator import cli; code = cli._guarded(lambda: cli.app(args=sys.argv[1:],"
+        "import sys; from orchestrator import cli; code = cli.guarded(lambda: cli.app(args=sys.argv[1:],"
         " standalone_mode=False)); print(code, *sorted(sys.modules), file=sys.stderr)"
     )
     done = subprocess.run(
@@ -547,7 +551,7 @@ def test_what_a_reading_command_must_not_load(command: str, results: Path, sweep
 def test_help_loads_no_tables() -> None:
     code = (
         "import sys; from orchestrator import cli;"
-        " cli._guarded(lambda: cli.app(args=['--help'], standalone_mode=False));"
+        " cli.guarded(lambda: cli.app(args=['--help'], standalone_mode=False));"
         " print(*sorted(sys.modules), file=sys.stderr)"
     )
     done = subprocess.run(

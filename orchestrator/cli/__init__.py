@@ -1,0 +1,39 @@
+"""The command line: parse, call one function, say how it ended. Data goes to stdout, talk to stderr.
+
+What is slow to load (torch, Ray, pandas, matplotlib) is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+# Before numpy is loaded: its threads cost more than they give here, and two pools under load collapse.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from orchestrator.cli import planning, reading, around  # noqa: F401, I001  (in the order of the help)
+from orchestrator.cli.guard import guarded
+from orchestrator.cli.program import app
+
+__all__ = ["app", "main", "script"]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    # What is imported is never garbage, and to look for some there costs a tenth of a short command's time.
+    gc.set_threshold(100_000, 20, 20)
+    sys.exit(guarded(lambda: app(args=arguments, prog_name="mixmo", standalone_mode=False)))
+
+
+def script() -> NoReturn:
+    """The installed command. It leaves without the teardown of Arrow's and torch's threads, which can abort a process
+    whose work is done and written.
+    """
+    code = guarded(lambda: app(prog_name="mixmo", standalone_mode=False))
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

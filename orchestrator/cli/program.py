@@ -1,0 +1,116 @@
+"""The program, and what its commands share: arguments, options, and how little a reading command loads."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+import typer.core
+
+
+class Command(typer.core.TyperCommand):
+    """Its usage line names arguments as everybody writes them: `mixmo run [OPTIONS] FILE`."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece.strip("{}").replace("}...", "") for piece in super().collect_usage_pieces(ctx)]
+
+
+class Sections(typer.core.TyperGroup):
+    """Lists the commands under headings, in the order in which they are defined."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            command: Any = self.get_command(ctx, name)
+            sections.setdefault(command.rich_help_panel or "Commands", []).append(
+                (name, command.get_short_help_str(200))
+            )
+        for title, rows in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+RUNNING, READING, AROUND = "Plan and run", "Read results", "Around it"
+_SETTINGS: Any = {"help_option_names": ["-h", "--help"], "max_content_width": 90}
+app = typer.Typer(
+    cls=Sections, context_settings=_SETTINGS, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)  # fmt: skip
+data_app = typer.Typer(cls=Sections, context_settings=_SETTINGS, no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data", rich_help_panel=AROUND)
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A sweep file, such as sweeps/quickstart.yaml.")]
+SweepName = Annotated[str, typer.Argument(metavar="SWEEP", help="The name in the sweep file; `mixmo ls` lists them.")]
+TrialId = Annotated[str, typer.Argument(metavar="TRIAL", help="A trial id, or as many of its first digits as tell it.")]
+Results = Annotated[
+    str, typer.Option("--results", envvar="MIXMO_RESULTS", metavar="FOLDER", help="Where the results lie.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("-S", metavar="SETTING=VALUE", help="Lay a value over the file, for all trials. May be repeated."),
+]
+Quick = Annotated[bool, typer.Option("--quick", help="Lay the file's `quick` settings over it; the name gets -quick.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON with a versioned schema.")]
+At = Literal["last", "best"]
+Format = Literal["terminal", "markdown", "csv", "json"]
+Data = Annotated[
+    Path | None, typer.Option("--data", envvar="MIXMO_DATA", metavar="FOLDER", help="Where the images lie.")
+]
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mixmo {_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Sweeps of MixMo trainings: one YAML file in, Ray in the middle, Parquet and a table out.
+
+    \b
+    Begin with:
+      mixmo plan sweeps/quickstart.yaml     what it would run
+      mixmo run sweeps/quickstart.yaml      run what is missing; again to continue
+      mixmo table quickstart                mean and deviation of every cell
+
+    Results lie in ./results, or where --results or MIXMO_RESULTS says.
+
+    \b
+    Exit codes:
+      0  all good                      5  not found
+      1  a bug in mixmo                6  refused: another driver holds the sweep
+      2  bad usage, bad sweep file     7  the store or the cluster is out of reach
+      3  finished, some trials failed; or verify found faults
+      4  stopped before the end        130, 143  interrupted
+    """  # noqa: D301  (the backspace keeps lines as they are)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("mixmo-sweeps")
+    except PackageNotFoundError:
+        return "from a source tree that is not installed"
+
+
+def with_results(command: str, results: str) -> str:
+    """A command to suggest: it names the results folder where it would not find it by itself."""
+    known = results == (os.environ.get("MIXMO_RESULTS") or "results")
+    return command if known else f"{command} --results {shlex.quote(results)}"
+
+
+def light() -> None:
+    """For commands that read tables and compute nothing: pyarrow does without numpy where there is none, and loading
+    it would be a quarter of their time. Where something has loaded it already, it stays.
+    """
+    sys.modules.setdefault("numpy", None)  # type: ignore[arg-type]

@@ -1,0 +1,290 @@
+"""The commands that read results: sweeps, their state, tables, figures, single trials."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestrator.cli import streams
+from orchestrator.cli.program import (
+    READING,
+    At,
+    Command,
+    Format,
+    Json,
+    Results,
+    SweepName,
+    TrialId,
+    app,
+    light,
+    with_results,
+)
+from orchestrator.errors import ExitCode
+
+if TYPE_CHECKING:
+    from orchestrator.progress import Progress
+    from orchestrator.rows import TrialRow
+    from orchestrator.store import ResultStore
+
+
+@app.command("ls", cls=Command, rich_help_panel=READING)
+def list_sweeps(results: Results = "results", as_json: Json = False) -> ExitCode:
+    """The sweeps in the results, and how far each is.
+
+    Ends with 7 if one of them cannot be read; the others are listed all the same.
+    """
+    light()
+    from orchestrator import pages
+    from orchestrator.store import DamagedError, ResultStore
+
+    store, now = ResultStore.open(results), streams.now()
+    listed: list[tuple[str, Progress | None, datetime | None]] = []
+    unread: dict[str, str] = {}
+    for name in store.sweeps():
+        try:
+            listed.append((name, *_measured(store, name, now)))
+        except DamagedError as error:
+            unread[name] = str(error)
+            listed.append((name, None, None))
+    if as_json:
+        sweeps = [
+            {"sweep": name, **(streams.plain(state) if state else {"status": "damaged"}), "written_at": written}
+            for name, state, written in listed
+        ]
+        streams.print_json("ls", {"results": store.uri, "sweeps": sweeps})
+    elif listed:
+        console = streams.console()
+        console.print(pages.sweeps(listed, now, console.width))
+    else:
+        streams.say(f"no sweeps in {store.uri}; `mixmo run FILE` begins one")
+    for name, told in unread.items():
+        streams.say(f"mixmo: {name}: {' '.join(told.split())}")
+    return ExitCode.UNREACHABLE if unread else ExitCode.OK
+
+
+@app.command(cls=Command, rich_help_panel=READING)
+def status(sweep: SweepName, results: Results = "results", as_json: Json = False) -> None:
+    """How far a sweep is: counts, time left, results, failures."""
+    light()
+    from orchestrator.dashboard import summary
+    from orchestrator.progress import driven
+    from orchestrator.store import ResultStore
+
+    store = ResultStore.open(results)
+    if as_json:
+        streams.print_json("status", _status(store, sweep))
+        return
+    console = streams.console()
+    console.print(summary(store.snapshot(sweep), streams.now(), console.width, driven=driven(store, sweep)))
+
+
+@app.command(cls=Command, rich_help_panel=READING)
+def watch(
+    sweep: SweepName,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and exit.")] = False,
+    results: Results = "results",
+    as_json: Json = False,
+) -> ExitCode:
+    """Follow a sweep on a live screen until it ends.
+
+    Ctrl-C leaves the screen; the sweep goes on. Reads the results only, so it works on any machine that sees
+    them. Without a terminal it prints one plain line
+    for each change. With --json it prints what `mixmo status --json` does, once.
+    """
+    light()
+    from orchestrator import dashboard
+    from orchestrator.store import ResultStore
+
+    store = ResultStore.open(results)
+    if as_json:
+        streams.print_json("status", _status(store, sweep))
+        return ExitCode.OK
+    return dashboard.watch(store, sweep, streams.console(), once=once)
+
+
+@app.command(cls=Command, rich_help_panel=READING)
+def table(
+    sweep: Annotated[list[str], typer.Argument(metavar="SWEEP...", help="One sweep, or several as one.")],
+    *,
+    rows: Annotated[
+        str, typer.Option("--rows", metavar="FIELDS", help="Settings that make a line, as model.width,label.")
+    ] = "",
+    cols: Annotated[str, typer.Option("--cols", metavar="FIELDS", help="Settings that make a column.")] = "",
+    metric: Annotated[str, typer.Option("--metric", metavar="NAME", help="top1, top5, nll, ece, brier, ...")] = "top1",
+    at: Annotated[At, typer.Option("--at", help="The last epoch, or the best one.")] = "last",
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", metavar="LABEL", help="Compare with this label. [default: the file's]")
+    ] = None,
+    format: Annotated[Format, typer.Option("--format", help="How to print it.")] = "terminal",
+    results: Results = "results",
+    as_json: Json = False,
+) -> None:
+    """Mean, deviation and number of seeds of every cell.
+
+    Only finished trials count; a cell that lacks some is marked. Without --rows, the lines are the labels and the
+    settings that vary.
+    """
+    from orchestrator import analysis
+
+    sweep = list(dict.fromkeys(sweep))
+    loaded = analysis.load(results, *sweep)
+    fields = [[each.strip() for each in names.split(",") if each.strip()] for names in (rows, cols)]
+    made = analysis.table(
+        loaded.rows,
+        row_fields=fields[0],
+        col_fields=fields[1],
+        metric=metric,
+        at=at,
+        baseline=baseline or _baseline(loaded.store, sweep, loaded.rows),
+    )
+    shown = {"terminal": made.to_text, "markdown": made.to_markdown, "csv": made.to_csv, "json": made.to_json}
+    print(shown["json" if as_json else format]().rstrip("\n"))
+
+
+@app.command(cls=Command, rich_help_panel=READING)
+def figures(
+    sweep: SweepName,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the files go.")] = Path("figures"),
+    results: Results = "results",
+    as_json: Json = False,
+) -> None:
+    """Draw a sweep: learning curves, and the accuracy of every cell.
+
+    Prints the files that it writes.
+    """
+    from orchestrator.figures import figures as draw
+    from orchestrator.store import ResultStore
+
+    store = ResultStore.open(results)
+    files = draw(store.trial_rows(sweep), store.epoch_rows(sweep), out / sweep)
+    if as_json:
+        streams.print_json("figures", {"sweep": sweep, "files": [str(file) for file in files]})
+        return
+    for file in files:
+        print(file)
+
+
+@app.command(cls=Command, rich_help_panel=READING)
+def show(trial: TrialId, results: Results = "results", as_json: Json = False) -> None:
+    """One trial: settings, results, attempts, error, how to repeat it."""
+    from orchestrator import pages
+    from orchestrator.store import ResultStore
+
+    store = ResultStore.open(results)
+    rows = store.find(trial)
+    row = max(rows, key=lambda each: each.order)
+    epochs = store.epoch_rows(row.sweep, row.trial_id)
+    repeat = with_results(f"mixmo train --trial {row.trial_id}", results)
+    if as_json:
+        streams.print_json(
+            "show", {"rows": list(map(streams.flat, rows)), "epochs": list(map(streams.flat, epochs)), "repeat": repeat}
+        )
+        return
+    console = streams.console()
+    console.print(pages.trial(rows, epochs, streams.now(), console.width, repeat=repeat), soft_wrap=True)
+
+
+@app.command(cls=Command, rich_help_panel=READING)
+def logs(
+    trial: TrialId,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on printing what is added, until Ctrl-C.")] = False,
+    rank: Annotated[int, typer.Option("--rank", metavar="N", min=0, help="Which worker of the trial.")] = 0,
+    results: Results = "results",
+    as_json: Json = False,
+) -> None:
+    """What the newest attempt of a trial printed.
+
+    At most the last 256 KiB; a running trial's log is renewed about every 30 s.
+    """
+    light()
+    from orchestrator.store import ResultStore
+
+    store = ResultStore.open(results)
+    trial_id = store.find(trial)[0].trial_id
+    text = store.log(trial_id, rank)
+    if as_json:
+        streams.print_json("logs", {"trial_id": trial_id, "rank": rank, "text": text})
+        return
+    print(text, end="" if text.endswith("\n") else "\n", flush=True)
+    while follow:
+        text = _print_added(text, store.log(trial_id, rank))
+
+
+@app.command(cls=Command, rich_help_panel=READING)
+def verify(sweep: SweepName, results: Results = "results", as_json: Json = False) -> ExitCode:
+    """Hold a stored sweep to its promises.
+
+    One final state for each trial, no epoch missing or double, checkpoints whole. Ends with 3 if there are
+    faults, and says what to do about each.
+    """
+    from orchestrator import pages
+    from orchestrator.store import ResultStore
+
+    found = ResultStore.open(results).verify(sweep)
+    if as_json:
+        streams.print_json("verify", {"sweep": sweep, "faults": [streams.plain(fault) for fault in found]})
+    elif found:
+        streams.console().print(pages.faults(found), soft_wrap=True)
+    streams.say(f"{sweep}: {len(found) or 'no'} fault{'' if len(found) == 1 else 's'}")
+    return ExitCode.FAULTS if found else ExitCode.OK
+
+
+def _baseline(store: ResultStore, sweeps: Sequence[str], rows: Sequence[TrialRow]) -> str | None:
+    """What the sweep files say, where they agree and the baseline is among the trials."""
+    named = {sweep: _baseline_in(store.sweep_file(sweep), sweep) for sweep in sweeps}
+    if len(set(named.values())) > 1:
+        told = ", ".join(f"{sweep} {baseline or 'none'}" for sweep, baseline in named.items())
+        streams.say(f"note: the sweeps name different baselines ({told}); --baseline LABEL chooses one")
+        return None
+    (baseline,) = set(named.values())
+    return baseline if any(row.label == baseline for row in rows) else None
+
+
+def _baseline_in(text: str, source: str) -> str | None:
+    from orchestrator.sweep.document import Faults, read
+
+    faults = Faults()
+    root = read(text, source, faults)
+    node = root.value.get("baseline") if root and isinstance(root.value, dict) and not faults.lines else None
+    return str(node.value) if node and node.value is not None else None
+
+
+def _measured(store: ResultStore, name: str, now: datetime) -> tuple[Progress, datetime | None]:
+    from orchestrator.progress import driven, measure
+
+    snapshot = store.snapshot(name)
+    return measure(snapshot, now, driven=driven(store, name)), snapshot.header.written_at
+
+
+def _status(store: ResultStore, sweep: str) -> dict[str, Any]:
+    from orchestrator import progress
+
+    snapshot, lease = store.snapshot(sweep), store.lease(sweep)
+    names = progress.cell_names(snapshot.rows)
+    cells = progress.results(snapshot.rows, names)
+    return {
+        "sweep": sweep,
+        **streams.plain(progress.measure(snapshot, streams.now(), driven=progress.driven(store, sweep))),
+        "holder": lease.holder if lease else None,
+        "written_at": snapshot.header.written_at,
+        "results": [{**streams.plain(cell), "n": len(cell.top1), "mean": cell.mean, "std": cell.std} for cell in cells],
+        "failures": [
+            {"cause": cause, "trials": [row.trial_id for row in rows]}
+            for cause, rows in progress.failures(snapshot.rows)
+        ],
+    }
+
+
+def _print_added(before: str, now: str) -> str:
+    """What a log has more than before; a log that was cut at its beginning, or is another's, is printed whole."""
+    import time
+
+    tail = before[-2000:]
+    at = now.rfind(tail) if tail else 0
+    print(now[at + len(tail) :] if at >= 0 else now, end="", flush=True)
+    time.sleep(1.0)
+    return now
