@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "tiny_imagenet", "synthetic"]
 Augmentation = Literal["none", "standard", "augmix"]
@@ -45,8 +45,6 @@ def _setting(default: Any, meaning: str, **limits: Any) -> Any:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Section:
     """Coerces numbers by type (1 is 1.0 where a float is meant) and holds every field to its limits."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         kind: Any = type(self)

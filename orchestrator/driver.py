@@ -52,7 +52,7 @@ def run(
     UnreachableError when the store or the cluster is gone. The first Ctrl-C lets running trials finish, the second ends
     now; either way the same command continues.
     """
-    planned = plan(sweep, store, retry_failed=retry_failed)
+    planned = planning.against(store, sweep, retry_failed=retry_failed)
     if planned.to_run:
         check(sweep, data_dir)
     elif not planned.changes:
@@ -63,7 +63,9 @@ def run(
         store.writer(sweep.name, sweep_text=sweep.text) as writer,
         Heartbeat(writer) as heartbeat,
     ):
-        planned = plan(sweep, store, retry_failed=retry_failed)  # once more, now that no other driver writes
+        planned = planning.against(
+            store, sweep, retry_failed=retry_failed
+        )  # once more, now that no other driver writes
         ledger = _open_books(sweep, planned, store, writer)
         if planned.to_run:
             _Session(sweep, planned, store, writer, ledger, signals, heartbeat, data_dir, observer, talk).run()
@@ -86,11 +88,6 @@ def check(sweep: sweeps.Sweep, data_dir: Path | None) -> None:
             data.check(name, data_dir)
         except data.DatasetError as error:
             raise UsageError(str(error)) from error
-
-
-def plan(sweep: sweeps.Sweep, store: ResultStore, *, retry_failed: bool = False) -> planning.Plan:
-    """What a run would do, given all that the store holds: a trial that another sweep has finished is taken over."""
-    return planning.make(sweep, store.all_trial_rows(sweep.name), retry_failed=retry_failed)
 
 
 def _verdict(rows: Sequence[TrialRow]) -> ExitCode:

@@ -1,17 +1,22 @@
-"""What a run of a sweep would do: its trials, minus what the store already holds, and what the rest costs. Pure."""
+"""What a run of a sweep would do: its trials, minus what the store already holds, and what the rest costs."""
+
+from __future__ import annotations
 
 import functools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mixmo_core.config import flatten, ineffective, parts
 from mixmo_core.cost import parameters, trial_flops
 from orchestrator.errors import RefusedError
 from orchestrator.rows import TrialRow, config_columns
 from orchestrator.sweep import Sweep, Trial
+
+if TYPE_CHECKING:
+    from orchestrator.store import ResultStore
 
 Action = Literal["new", "resume", "retry", "stale", "done", "cached", "failed", "cancelled"]
 """To run: `new`; `resume`, an earlier run began it; `retry`, it failed and is asked for again; `stale`, its result is
@@ -80,6 +85,11 @@ class Plan:
             "notes": list(self.sweep.notes),
             "by_cell": cells,
         }
+
+
+def against(store: ResultStore, sweep: Sweep, *, retry_failed: bool = False) -> Plan:
+    """The plan, given all that a store holds: a trial that another sweep has finished is taken over."""
+    return make(sweep, store.all_trial_rows(sweep.name), retry_failed=retry_failed)
 
 
 def make(sweep: Sweep, rows: Iterable[TrialRow], *, retry_failed: bool = False) -> Plan:

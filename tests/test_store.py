@@ -267,9 +267,11 @@ def test_a_trial_that_begins_again_hides_the_epochs_it_has_yet_to_repeat(store: 
         advance(writer, row, 1, seq=3, attempt=2)
         writer.flush(force=True)
         assert [(each.epoch, each.attempt) for each in store.epoch_rows("made")] == [(1, 2)]
+        assert store.epoch_rows("made", row.trial_id) == store.epoch_rows("made")
         advance(writer, row, 2, seq=4, attempt=2)
         writer.flush(force=True)
         assert [(each.epoch, each.attempt) for each in store.epoch_rows("made")] == [(1, 2), (2, 2)]
+        assert store.epoch_rows("made", row.trial_id) == store.epoch_rows("made")
 
 
 def test_a_late_row_changes_nothing(store: ResultStore) -> None:

@@ -11,6 +11,7 @@ import pytest
 import strategies
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from mixmo_core.config import RECIPES, TrialConfig, flatten, trial_id, unflatten
 from orchestrator.errors import ExitCode
@@ -802,6 +803,27 @@ def test_the_quickstart_is_twelve_trials() -> None:
     assert (len(sweep.trials), len(sweep.seeds)) == (12, 3)
     assert sweep.labels == ("vanilla", "MIMO", "Linear-MixMo", "Cut-MixMo")
     assert {trial.config.data.dataset for trial in sweep.trials} == {"digits"}
+
+
+HINTS = {each.hint for kind in SECTIONS.values() for each in fields.fields_of(kind).values()}
+HINTS |= {each.hint for each in fields.settings().values()}
+WORDS = sorted({word for hint in HINTS for word in fields._words(hint)})
+PLAIN = st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.text() | st.sampled_from(WORDS)
+
+
+@pytest.mark.parametrize("hint", sorted(HINTS, key=str), ids=str)
+@given(value=PLAIN | st.lists(PLAIN, max_size=3).map(tuple) | st.dictionaries(st.text(), PLAIN, max_size=2))
+def test_values_are_taken_as_strictly_as_pydantic_takes_them(hint: Any, value: Any) -> None:
+    def outcome(take: Any) -> str:
+        try:
+            return repr(take(value))  # 1 is not 1.0 here, and NaN is NaN
+        except ValueError:
+            return "refused"
+
+    pydantic = TypeAdapter(hint)
+    assert outcome(lambda given: fields.taken(hint, given)) == outcome(
+        lambda given: pydantic.validate_python(given, strict=True)
+    )
 
 
 def test_importing_is_cheap() -> None:

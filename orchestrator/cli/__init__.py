@@ -23,17 +23,21 @@ __all__ = ["app", "main", "script"]
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    # What is imported is never garbage, and to look for some there costs a tenth of a short command's time.
-    gc.set_threshold(100_000, 20, 20)
-    sys.exit(guarded(lambda: app(args=arguments, prog_name="mixmo", standalone_mode=False)))
+    sys.exit(_run(arguments))
 
 
 def script() -> NoReturn:
     """The installed command. It leaves without the teardown of Arrow's and torch's threads, which can abort a process
     whose work is done and written.
     """
-    code = guarded(lambda: app(prog_name="mixmo", standalone_mode=False))
+    code = _run(None)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    # What is imported is never garbage, and to look for some there costs a tenth of a short command's time.
+    gc.set_threshold(100_000, 20, 20)
+    return guarded(lambda: app(args=arguments, prog_name="mixmo", standalone_mode=False))

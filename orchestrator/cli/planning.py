@@ -20,6 +20,7 @@ from orchestrator.cli.program import (
     Quick,
     Results,
     app,
+    light,
     with_results,
 )
 from orchestrator.errors import ExitCode, NotFoundError, UsageError
@@ -50,12 +51,14 @@ def plan(
 
     Trials whose results are there already, in this sweep or another, are not run again.
     """
-    from orchestrator import driver, pages
+    light()
+    from orchestrator import pages
+    from orchestrator import plan as planning
     from orchestrator.store import ResultStore
     from orchestrator.sweep import not_runnable
 
     sweep = _load(file, overrides, quick)
-    planned = driver.plan(sweep, ResultStore.open(results))
+    planned = planning.against(ResultStore.open(results), sweep)
     summary = planned.summary()
     summary["notes"] += not_runnable(sweep)
     if as_json:
@@ -87,12 +90,13 @@ def run(
     checkpoints. The first Ctrl-C lets running trials finish, the second ends at once.
     """
     from orchestrator import driver, pages
+    from orchestrator import plan as planning
     from orchestrator.dashboard import Screen
     from orchestrator.store import ResultStore
     from orchestrator.sweep import check_runnable
 
     sweep = _load(file, overrides, quick)
-    planned = driver.plan(sweep, ResultStore.open(results), retry_failed=retry_failed)
+    planned = planning.against(ResultStore.open(results), sweep, retry_failed=retry_failed)
     talk = streams.console(stderr=True)
     if planned.to_run:
         check_runnable(sweep)

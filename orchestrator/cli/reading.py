@@ -128,6 +128,7 @@ def table(
     Only finished trials count; a cell that lacks some is marked. Without --rows, the lines are the labels and the
     settings that vary.
     """
+    light()
     from orchestrator import analysis
 
     sweep = list(dict.fromkeys(sweep))
@@ -171,6 +172,7 @@ def figures(
 @app.command(cls=Command, rich_help_panel=READING)
 def show(trial: TrialId, results: Results = "results", as_json: Json = False) -> None:
     """One trial: settings, results, attempts, error, how to repeat it."""
+    light()
     from orchestrator import pages
     from orchestrator.store import ResultStore
 
@@ -221,6 +223,7 @@ def verify(sweep: SweepName, results: Results = "results", as_json: Json = False
     One final state for each trial, no epoch missing or double, checkpoints whole. Ends with 3 if there are
     faults, and says what to do about each.
     """
+    light()
     from orchestrator import pages
     from orchestrator.store import ResultStore
 

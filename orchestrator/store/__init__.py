@@ -30,7 +30,7 @@ from orchestrator.rows import TRIALS_SCHEMA, EpochRow, TrialRow, epoch_rows, new
 from orchestrator.store.attempts import ATTEMPT, LOG_BYTES, AttemptFolder, epoch_of, matches, without_secrets
 from orchestrator.store.lease import Lease, LeaseLostError, Process, read_lease
 from orchestrator.store.objects import DamagedError, Folder
-from orchestrator.store.tables import Event, Header, Snapshot, SweepFiles, fit, merge, sweep_names, totals
+from orchestrator.store.tables import Event, Header, Snapshot, SweepFiles, fit, merge, only, sweep_names, totals
 from orchestrator.store.verify import Fault, faults_of
 from orchestrator.store.writer import SweepWriter
 
@@ -98,11 +98,12 @@ class ResultStore:
         return merge([seen.live, *seen.parts], dict(zip(ids, reached, strict=True)))
 
     def epoch_rows(self, sweep: str, trial_id: str | None = None) -> list[EpochRow]:
-        table = self.epochs(sweep)
-        if trial_id is not None:
-            wanted = [i for i, each in enumerate(table.column("trial_id").to_pylist()) if each == trial_id]
-            table = table.slice(wanted[0], len(wanted)) if wanted else table.slice(0, 0)  # sorted, so side by side
-        return epoch_rows(table)
+        if trial_id is None:
+            return epoch_rows(self.epochs(sweep))
+        seen = SweepFiles(self.folder, sweep).look()
+        rows = newest([row for each in (seen.live, *seen.parts) for row in epoch_rows(only(each, trial_id))])
+        reached = [row.epoch for row in trial_rows(only(seen.trials, trial_id))]
+        return [row for row in rows if row.epoch <= max(reached, default=row.epoch)]
 
     def events(self, sweep: str) -> list[Event]:
         """The last 1,000, oldest first."""

@@ -7,6 +7,7 @@ met at least once; of two rows with one key the highest (fence, attempt, seq) ho
 import json
 import re
 import time
+from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -190,6 +191,12 @@ def merge(tables: Iterable[pa.Table], upto: Mapping[str, int] | None = None) -> 
         limit = np.array([upto.get(trial, np.iinfo(np.int64).max) for trial in trials], dtype=np.int64)
         last &= (epoch <= limit[codes])[order]
     kept = order[last]
+    return table.take(pa.Array.from_buffers(pa.int64(), len(kept), [None, pa.py_buffer(kept)]))
+
+
+def only(table: pa.Table, trial_id: str) -> pa.Table:
+    """The rows of one trial. Without numpy, which costs more than to read one trial's rows."""
+    kept = array("q", (i for i, each in enumerate(table.column("trial_id").to_pylist()) if each == trial_id))
     return table.take(pa.Array.from_buffers(pa.int64(), len(kept), [None, pa.py_buffer(kept)]))
 
 

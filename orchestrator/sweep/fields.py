@@ -1,5 +1,6 @@
 """What each field may hold, in words and in fact; typed values out of a document, and how a wrong one is refused."""
 
+import contextlib
 import dataclasses
 import functools
 import types
@@ -39,8 +40,8 @@ class Field:
     def refuses(self, name: str, value: Any) -> str | None:
         """Why it cannot have this value, as `must be ...`; None when it can."""
         try:
-            check_limits(name, _adapter(self.hint).validate_python(value, strict=True), self.setting)
-        except ValueError:  # pydantic's errors are ValueErrors too
+            check_limits(name, taken(self.hint, value), self.setting)
+        except ValueError:
             words = _words(self.hint)
             near = nearest(value, words) if isinstance(value, str) else ""
             given = f"the text {show(value)}" if isinstance(value, str) and not words else show(value)
@@ -71,11 +72,25 @@ def _words(hint: Any) -> list[str]:
     return [word for each in get_args(hint) for word in _words(each)]
 
 
-@functools.cache
-def _adapter(hint: Any) -> Any:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(hint)
+def taken(hint: Any, value: Any) -> Any:
+    """The value as its type hint has it. Nothing is guessed: text is no number, 3.0 and true are no whole numbers, but
+    a whole number is a number. Raises ValueError.
+    """
+    if get_origin(hint) in _UNIONS:
+        for each in get_args(hint):
+            with contextlib.suppress(ValueError):
+                return taken(each, value)
+    elif _is_literal(hint):
+        if isinstance(value, str) and value in get_args(hint):
+            return value
+    elif get_args(hint) == (float, ...):
+        if isinstance(value, tuple):
+            return tuple(taken(float, each) for each in value)
+    elif hint is float and type(value) is int:
+        return float(value)
+    elif type(value) is hint:
+        return value
+    raise ValueError(f"{value!r} is not {hint}")
 
 
 @functools.cache
@@ -136,7 +151,7 @@ class Reader:
         if reason := field.refuses(path.rpartition(".")[2], value):
             self.faults.add(node.place, path, reason)
             return MISSING
-        return _adapter(field.hint).validate_python(value, strict=True)
+        return taken(field.hint, value)
 
     def named(self, node: Node, path: str, prefix: str = "") -> Iterator[tuple[str, Node]]:
         """(dotted name, node) of a mapping of settings, nested by section or dotted."""
