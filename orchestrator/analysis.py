@@ -23,8 +23,18 @@ from orchestrator.store import ResultStore
 At = Literal["last", "best"]
 Key = tuple[Any, ...]
 
-_FIELDS = ("label", "sweep", "cell_id", "workers", *CONFIG_COLUMNS)
+_FIELDS = ("label", "sweep", "cell_id", "workers", "members", *CONFIG_COLUMNS)
 _OPEN = frozenset({"PENDING", "RUNNING", "PAUSED"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnsembleRow(TrialRow):
+    """Several trials of one cell that predict together (`orchestrator.ensembles`). Only tables know such rows: no store
+    has them, and their trial id, `<id>+<id>`, is that of no trial.
+    """
+
+    members: int
+    """How many trials it is made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +120,8 @@ class ResultTable:
     cells: Mapping[tuple[Key, Key], Cell]
     averaged: tuple[str, ...] = ()
     """Settings that vary inside a cell besides the seed: its mean runs over them too."""
+    counted: str = "trials"
+    """What a cell's number counts."""
 
     def to_markdown(self) -> str:
         """A pipe table. Fractions are shown in percent, as mean ± standard deviation."""
@@ -222,7 +234,7 @@ class ResultTable:
         """What the parts of a number mean."""
         legend = []
         if any(cell.n for cell in self.cells.values()):
-            legend.append(f"{self.title}: mean ± standard deviation (number of trials)")
+            legend.append(f"{self.title}: mean ± standard deviation (number of {self.counted})")
         if any(cell.difference is not None for cell in self.cells.values()):
             unit = " in points" if self._percent else ""
             legend.append(f"vs baseline: difference of the means{unit} ± its standard error")
@@ -280,10 +292,11 @@ def table(
 ) -> ResultTable:
     """Mean, standard deviation and count of a metric for each combination of the fields.
 
-    Fields are settings (`model.width` or `model_width`), `label`, `sweep`, `workers` or `cell_id`. Without row
-    fields the lines are the labels and those settings that vary. `at` is the last epoch, or the best one (of top1,
-    chosen on the very images it is measured on). A trial of several sweeps counts once. `baseline` is the label of
-    the trials that every cell is compared with, at the same values of what varies among the baseline's trials.
+    Fields are settings (`model.width` or `model_width`), `label`, `sweep`, `workers`, `cell_id`, or `members`, which is
+    1 but for ensembles. Without row fields the lines are the labels and those settings that vary. An ensemble never
+    shares a cell with trials: where no field tells them apart, `members` is added. `at` is the last epoch, or the best
+    one (of top1, chosen on the very images it is measured on). A trial of several sweeps counts once. `baseline` is the
+    label of the trials that every cell is compared with, at the same values of what varies among the baseline's trials.
     Lines and columns stand in the order of the sweep files, sweeps in that of `rows`; numbers by size. Raises
     UsageError for a field or a metric that there is not.
     """
@@ -292,6 +305,9 @@ def table(
     rows = _once(listed)
     cols = tuple(map(_field, col_fields))
     lines = tuple(map(_field, row_fields)) or tuple(each for each in varied(rows) if each not in cols)
+    combined = any(isinstance(row, EnsembleRow) for row in rows)
+    if combined and {"label", "cell_id", "members"}.isdisjoint(lines + cols):
+        lines = (*lines, "members")
     groups: dict[tuple[Key, Key], list[TrialRow]] = {}
     for row in rows:
         groups.setdefault((_key(row, lines), _key(row, cols)), []).append(row)
@@ -308,6 +324,7 @@ def table(
         col_keys=_sorted({col for _, col in groups}, cols, listed),
         cells=cells,
         averaged=tuple(dict.fromkeys(inside)),
+        counted="trials or ensembles" if combined else "trials",
     )
 
 
@@ -359,8 +376,14 @@ def _allowed(word: str, names: Sequence[str]) -> str:
 
 
 def _key(row: TrialRow, names: Iterable[str]) -> Key:
-    values = (row.config.get(name) if name in CONFIG_COLUMNS else getattr(row, name) for name in names)
+    values = (row.config.get(name) if name in CONFIG_COLUMNS else _column(row, name) for name in names)
     return tuple(tuple(value) if isinstance(value, list) else value for value in values)
+
+
+def _column(row: TrialRow, name: str) -> Any:
+    if name == "members":
+        return row.members if isinstance(row, EnsembleRow) else 1
+    return getattr(row, name)
 
 
 def _sorted(keys: Iterable[Key], names: Sequence[str], rows: Sequence[TrialRow]) -> tuple[Key, ...]:

@@ -745,7 +745,6 @@ def test_a_byte_order_mark_is_no_matter(tmp_path: Path) -> None:
         ("search: {method: random, num_samples: 2, ranges: {optim.lr: {min: 0.1, max: 1}}}\n", "search.method: random"),
         ("scheduler: {method: asha}\n", "scheduler.method: asha"),
         ("budget: {trials: 5}\n", "budget"),
-        ("ensembles: [{of: cutmix, members: [2]}]\nseeds: 2\n", "ensembles"),
         ("resources: {slots: 4}\n", "resources.slots: 4"),
         ("resources: {accelerator: A100}\n", "resources.accelerator: A100"),
         ("resources: {spot: false}\n", "resources.spot: false"),

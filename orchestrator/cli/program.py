@@ -114,3 +114,9 @@ def light() -> None:
     it would be a quarter of their time. Where something has loaded it already, it stays.
     """
     sys.modules.setdefault("numpy", None)  # type: ignore[arg-type]
+
+
+def heavy() -> None:
+    """Undo `light`, for a command that has to compute after all."""
+    if sys.modules.get("numpy", sys) is None:
+        del sys.modules["numpy"]

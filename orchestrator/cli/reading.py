@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,12 +20,14 @@ from orchestrator.cli.program import (
     SweepName,
     TrialId,
     app,
+    heavy,
     light,
     with_results,
 )
 from orchestrator.errors import ExitCode
 
 if TYPE_CHECKING:
+    from orchestrator import analysis
     from orchestrator.progress import Progress
     from orchestrator.rows import TrialRow
     from orchestrator.store import ResultStore
@@ -119,6 +121,9 @@ def table(
     baseline: Annotated[
         str | None, typer.Option("--baseline", metavar="LABEL", help="Compare with this label. [default: the file's]")
     ] = None,
+    no_ensembles: Annotated[
+        bool, typer.Option("--no-ensembles", help="Leave out the ensembles that the sweep file names.")
+    ] = False,
     format: Annotated[Format, typer.Option("--format", help="How to print it.")] = "terminal",
     results: Results = "results",
     as_json: Json = False,
@@ -126,24 +131,28 @@ def table(
     """Mean, deviation and number of seeds of every cell.
 
     Only finished trials count; a cell that lacks some is marked. Without --rows, the lines are the labels and the
-    settings that vary.
+    settings that vary. Ensembles that the sweep file names stand below, made from the trials' stored logits.
     """
     light()
     from orchestrator import analysis
+    from orchestrator.sweep import shown
 
     sweep = list(dict.fromkeys(sweep))
     loaded = analysis.load(results, *sweep)
     fields = [[each.strip() for each in names.split(",") if each.strip()] for names in (rows, cols)]
+    asked = {} if baseline and no_ensembles else {name: shown(loaded.store.sweep_file(name), name) for name in sweep}
+    trials = loaded.rows
+    ensembles = any(each.ensembles for each in asked.values()) and not no_ensembles
     made = analysis.table(
-        loaded.rows,
+        [*trials, *(_ensembles(loaded, at) if ensembles else ())],
         row_fields=fields[0],
         col_fields=fields[1],
         metric=metric,
         at=at,
-        baseline=baseline or _baseline(loaded.store, sweep, loaded.rows),
+        baseline=baseline or _baseline({name: each.baseline for name, each in asked.items()}, trials),
     )
-    shown = {"terminal": made.to_text, "markdown": made.to_markdown, "csv": made.to_csv, "json": made.to_json}
-    print(shown["json" if as_json else format]().rstrip("\n"))
+    shapes = {"terminal": made.to_text, "markdown": made.to_markdown, "csv": made.to_csv, "json": made.to_json}
+    print(shapes["json" if as_json else format]().rstrip("\n"))
 
 
 @app.command(cls=Command, rich_help_panel=READING)
@@ -236,24 +245,24 @@ def verify(sweep: SweepName, results: Results = "results", as_json: Json = False
     return ExitCode.FAULTS if found else ExitCode.OK
 
 
-def _baseline(store: ResultStore, sweeps: Sequence[str], rows: Sequence[TrialRow]) -> str | None:
+def _ensembles(loaded: analysis.Results, at: At) -> list[TrialRow]:
+    if at == "best":
+        streams.say("note: ensembles are of the last epoch, whose logits are stored: --at best leaves them out")
+        return []
+    heavy()
+    from orchestrator import ensembles
+
+    return ensembles.rows(loaded, streams.say)
+
+
+def _baseline(named: Mapping[str, str | None], trials: Sequence[TrialRow]) -> str | None:
     """What the sweep files say, where they agree and the baseline is among the trials."""
-    named = {sweep: _baseline_in(store.sweep_file(sweep), sweep) for sweep in sweeps}
     if len(set(named.values())) > 1:
         told = ", ".join(f"{sweep} {baseline or 'none'}" for sweep, baseline in named.items())
         streams.say(f"note: the sweeps name different baselines ({told}); --baseline LABEL chooses one")
         return None
     (baseline,) = set(named.values())
-    return baseline if any(row.label == baseline for row in rows) else None
-
-
-def _baseline_in(text: str, source: str) -> str | None:
-    from orchestrator.sweep.document import Faults, read
-
-    faults = Faults()
-    root = read(text, source, faults)
-    node = root.value.get("baseline") if root and isinstance(root.value, dict) and not faults.lines else None
-    return str(node.value) if node and node.value is not None else None
+    return baseline if any(row.label == baseline for row in trials) else None
 
 
 def _measured(store: ResultStore, name: str, now: datetime) -> tuple[Progress, datetime | None]:

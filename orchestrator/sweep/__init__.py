@@ -34,7 +34,7 @@ from orchestrator.sweep.sections import (
 
 __all__ = [
     "Budget", "Checkpoints", "Ensemble", "Price", "Published", "Range", "Resources", "Retry", "Scheduler", "Search",
-    "Sweep", "SweepError", "Trial", "check_runnable", "load", "not_runnable", "parse",
+    "Shown", "Sweep", "SweepError", "Trial", "check_runnable", "load", "not_runnable", "parse", "shown",
 ]  # fmt: skip
 
 KEYS = ("name", "trial", "blocks", "exclude", "seeds", "baseline", *SECTIONS, "ensembles", "published", "quick")
@@ -105,6 +105,26 @@ def parse(text: str, *, source: str, overrides: Sequence[str] = (), quick: bool 
         raise SweepError(f"{source}:1: a sweep file is a mapping of {', '.join(KEYS)}")
     parser = _Parser(Reader(faults).entries(root, "", KEYS), source, faults, Reader(faults))
     return parser.sweep(text, tuple(overrides), quick=quick)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What a sweep file asks of the tables of its results."""
+
+    baseline: str | None = None
+    ensembles: tuple[Ensemble, ...] = ()
+
+
+def shown(text: str, source: str) -> Shown:
+    """What a stored sweep file asks of tables, without expanding its trials; nothing where it cannot be read."""
+    faults = Faults()
+    root = read(text, source, faults)
+    if root is None or not isinstance(root.value, dict) or faults.lines:
+        return Shown()
+    baseline = root.value.get("baseline")
+    ensembles = read_ensembles(root.value.get("ensembles"), None, Reader(faults))
+    named = str(baseline.value) if baseline and baseline.value is not None else None
+    return Shown(named, () if faults.lines else ensembles)
 
 
 @dataclass(slots=True)
@@ -336,7 +356,6 @@ def not_runnable(sweep: Sweep) -> list[str]:
         f"search.method: {sweep.search.method}": sweep.search.method != "grid",
         f"scheduler.method: {sweep.scheduler.method}": sweep.scheduler.method != "none",
         "budget": sweep.budget != Budget(),
-        "ensembles": bool(sweep.ensembles),
         f"resources.slots: {sweep.resources.slots}": sweep.resources.slots not in ("auto", 1),
         f"resources.accelerator: {sweep.resources.accelerator}": sweep.resources.accelerator != "any",
         "resources.spot: false": not sweep.resources.spot,

@@ -208,8 +208,8 @@ def _read_ranges(node: Node, reader: Reader) -> Any:
 _SCALE = Field(Literal["linear", "log"], Setting("linear", "How values lie between the limits."))
 
 
-def read_ensembles(node: Node | None, groups: Collection[str], reader: Reader) -> tuple[Ensemble, ...]:
-    """`groups` are what `of` may name: labels of blocks and mixing methods."""
+def read_ensembles(node: Node | None, groups: Collection[str] | None, reader: Reader) -> tuple[Ensemble, ...]:
+    """`groups` are what `of` may name: labels of blocks and mixing methods. None allows any name."""
     found = []
     for index, each in enumerate(reader.elements(node, "ensembles") if node else (), start=1):
         path = f"ensembles[{index}]"
@@ -218,7 +218,7 @@ def read_ensembles(node: Node | None, groups: Collection[str], reader: Reader) -
             reader.faults.add(each.place, path, "`of` and `members` must be given")
             continue
         of = reader.text(entries["of"], f"{path}.of")
-        if of is not None and of not in groups:
+        if of is not None and groups is not None and of not in groups:
             rule = f"must be a label or a mixing method of the sweep: {', '.join(sorted(groups)) or 'it has none'}"
             reader.faults.add(entries["of"].place, f"{path}.of", f"{rule} (got {show(of)}){nearest(of, groups)}")
         found.append(Ensemble(of=of or "", members=_read_members(entries["members"], f"{path}.members", reader)))
