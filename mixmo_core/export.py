@@ -6,6 +6,7 @@ before it. Both kinds of file hold its `description` besides.
 Axes: M subnetworks · B batch · C channels · H, W height and width · K classes.
 """
 
+import io
 import json
 import os
 import tempfile
@@ -81,7 +82,9 @@ def _write_pt2(deployed: _Deployed, example_BCHW: Tensor, text: str, path: Path)
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():
         program = torch.export.export(deployed, (example_BCHW,), dynamic_shapes=({0: batch},))
-    torch.export.save(program, path, extra_files={f"{METADATA}.json": text})
+    whole = io.BytesIO()  # torch writing to a full disk itself would end the process
+    torch.export.save(program, whole, extra_files={f"{METADATA}.json": text})
+    path.write_bytes(whole.getbuffer())
 
 
 def _write_onnx(deployed: _Deployed, example_BCHW: Tensor, text: str, path: Path) -> None:

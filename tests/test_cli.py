@@ -145,8 +145,8 @@ def test_every_command_and_option_says_what_it_is(words: str, command: Any) -> N
 
 def test_commands_of_the_design_are_there() -> None:
     words = {words for words, _ in COMMANDS}
-    assert words >= {"plan", "run", "ls", "status", "watch", "show", "logs", "table", "figures", "train", "verify",
-                     "doctor", "data get"}  # fmt: skip
+    assert words >= {"plan", "run", "ls", "status", "watch", "show", "logs", "table", "figures", "fold", "train",
+                     "verify", "doctor", "data get"}  # fmt: skip
 
 
 def test_without_a_command_there_is_help_and_a_word_that_is_none_is_corrected(mixmo: Shell) -> None:

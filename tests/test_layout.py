@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LIGHT = ["sweep", "plan", "rows", "store", "dispatcher", "dashboard", "analysis", "figures", "driver", "cli"]
+LIGHT = [
+    "sweep",
+    "plan",
+    "rows",
+    "store",
+    "dispatcher",
+    "dashboard",
+    "analysis",
+    "figures",
+    "ensembles",
+    "driver",
+    "cli",
+]
 
 
 def loaded_by(module: str) -> set[str]:
