@@ -270,6 +270,17 @@ def test_without_a_label_the_number_of_members_tells_them_apart(both: tuple[list
     assert "| members |" in shown.to_markdown()
 
 
+def test_the_block_of_the_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = (ROOT / "docs" / "results.md").read_text().split("```python\n")
+    (code,) = (block.partition("```")[0] for block in blocks if "ensembles.rows(" in block)
+    with_logits(tmp_path / "results", finished(3, sweep="quickstart"))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/results.md", "exec"), {})
+    assert "| 2 x cutmix |" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------ on the command line
 
 

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -177,6 +178,18 @@ def test_what_cannot_be_folded_is_one_clear_message(mixmo: Mixmo, words: str, co
     assert re.search(told, ended.stderr), ended.stderr
     assert (mixmo.folder / "there.pt2").read_text() == "mine"
     assert not (mixmo.folder / "none.pt2").exists()
+
+
+def test_the_blocks_of_the_page_run(mixmo: Mixmo, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "results.md").read_text()
+    blocks = [block.partition("```")[0] for block in page.split("```python\n")[1:]]
+    (plain,) = (block for block in blocks if "torch.export.load(" in block)
+    (whole,) = (block for block in blocks if "trained.network(" in block)
+    mixmo("fold", TRIALS[0].trial_id, "net.pt2", "--force")
+    monkeypatch.chdir(mixmo.folder)
+    names: dict[str, Any] = {"pixels_BCHW": images()}
+    exec(compile(plain + whole.replace("0123456", TRIALS[0].trial_id), "docs/results.md", "exec"), names)
+    torch.testing.assert_close(names["logits_BK"], names["logits_MBK"].mean(dim=0), rtol=1e-4, atol=1e-5)
 
 
 def test_force_replaces_a_file(mixmo: Mixmo) -> None:
