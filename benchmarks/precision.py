@@ -56,7 +56,7 @@ class Interval:
 
 def interval(differences: Sequence[float], confidence: float) -> Interval:
     mean, n = statistics.fmean(differences), len(differences)
-    half = stats.t.ppf((1 + confidence) / 2, n - 1) * statistics.stdev(differences) / math.sqrt(n)
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half)
 
 
