@@ -462,7 +462,6 @@ def not_yet(config: TrialConfig) -> list[str]:
         "model.arch": ("wide_resnet",),
         "model.encoders": ("all",),
         "model.classifiers": ("all",),
-        "mixing.method": ("sum", "linear", "cutmix"),
     }
     values, silent = flatten(config), ineffective(config)
     return [f"{name}: {values[name]}" for name, can in built.items() if name not in silent and values[name] not in can]
