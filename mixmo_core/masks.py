@@ -91,7 +91,8 @@ def low_frequencies(noise_BHW2: Tensor) -> Tensor:
     H, W = noise_BHW2.shape[1:3]
     rows, cols = (torch.fft.fftfreq(size, device=noise_BHW2.device) for size in (H, W))
     frequency_HW = torch.hypot(rows.view(-1, 1), cols).clamp_min(1 / max(H, W))
-    return torch.fft.ifft2(torch.view_as_complex(noise_BHW2) / frequency_HW**FMIX_DECAY).real
+    images_BHW: Tensor = torch.fft.ifft2(torch.view_as_complex(noise_BHW2) / frequency_HW**FMIX_DECAY).real
+    return images_BHW
 
 
 def largest(values_BHW: Tensor, count_B: Tensor) -> Tensor:
