@@ -10,8 +10,10 @@ is, but for names that NumPy has dropped. Writes benchmarks/results/parity.json;
 
 import argparse
 import importlib
+import logging
 import random
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mixmo_core import evaluate, mixing, networks, step
-from mixmo_core.config import TrialConfig, unflatten
+from mixmo_core.config import DATASETS, STEM_CHANNELS, TrialConfig, map_size, unflatten
 
 BOUND = 1e-8
 """Of relative differences in fp64."""
@@ -34,6 +36,10 @@ class Reference:
     def __init__(self, checkout: Path) -> None:
         sys.path.insert(0, str(checkout))
         vars(np).setdefault("int", int)
+        for name in ("coloredlogs", "verboselogs"):  # what it colours its log with
+            silent: Any = sys.modules.setdefault(name, types.ModuleType(name))
+            silent.install = lambda **_: None
+        logging.disable(logging.WARNING)
         self._wrn, self._resnet, self._loss, self.metrics = (
             importlib.import_module(f"mixmo.{name}")
             for name in ("networks.wrn", "networks.resnet", "core.loss", "core.metrics_wrapper")
@@ -89,7 +95,7 @@ def compare_networks(reference: Reference, flat: dict[str, Any], seed: int) -> d
     """The largest relative difference of each kind."""
     torch.manual_seed(seed)
     config = unflatten(flat)
-    K, size = networks.DATASETS[config.data.dataset].classes, networks.DATASETS[config.data.dataset].size
+    K, size = DATASETS[config.data.dataset].classes, DATASETS[config.data.dataset].size
     theirs, ours = reference.network(config, K), networks.build(config).double()
     networks.load_reference(ours, theirs.state_dict())
     images_BCHW = torch.randn(BATCH, 3, size, size, dtype=torch.float64)
@@ -112,7 +118,7 @@ def _evaluated(theirs: Any, ours: networks.MixMoNet, images_BCHW: Tensor) -> flo
 def _trained(reference: Reference, config: TrialConfig, theirs: Any, ours: networks.MixMoNet, seed: int) -> float:
     """Three steps of both on the same batches; leaves the trained networks behind."""
     K, size, M = (
-        networks.DATASETS[config.data.dataset].classes, networks.DATASETS[config.data.dataset].size,
+        DATASETS[config.data.dataset].classes, DATASETS[config.data.dataset].size,
         config.model.subnetworks,
     )  # fmt: skip
     loss = reference.loss(config, K, theirs)
@@ -143,7 +149,7 @@ def _trained(reference: Reference, config: TrialConfig, theirs: Any, ours: netwo
 
 def _masks(config: TrialConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Masks and their means in fp64. They come from fp32, in which the reference takes the second from the first."""
-    size, channels = networks.map_size(config), networks.STEM_CHANNELS[config.model.arch]
+    size, channels = map_size(config), STEM_CHANNELS[config.model.arch]
     masks_MBHW = mixing.draw(
         config.mixing, config.model.subnetworks, BATCH, channels, size, size, p=0.7, generator=generator, device="cpu"
     ).masks
