@@ -9,6 +9,7 @@ time is that of one mask. Writes benchmarks/results/masks.json, or masks-DEVICE.
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -61,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", type=torch.device)
     device = parser.parse_args().device
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # load above 1 in the results is other people's work: then only the least times tell
     generator = torch.Generator(device).manual_seed(0)
 
     def batch(method: MixingMethod) -> Callable[[], Any]:
@@ -76,7 +77,7 @@ def main() -> None:
         "command": f"python benchmarks/masks.py --device {device}",
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit.stdout.strip(),
-        "machine": {"processor": processor(device), "threads": 1, "shared": "with other work, hence the least times"},
+        "machine": {"processor": processor(device), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
         "torch": torch.__version__,
         "shape": {"slots": SLOTS, "channels": CHANNELS, "height": SIZE, "width": SIZE},
         "batch": batches,
