@@ -227,7 +227,7 @@ class Gang:
         """The key of the logits, if the store takes them: a trial is worth more than what can be made of it."""
         if self.rank != 0 or epoch.logits is None or epoch.labels is None:
             return None
-        logits = Logits(epoch.logits.numpy(), epoch.labels.numpy())
+        logits = Logits.of(epoch.logits.numpy(), epoch.labels.numpy())
         try:
             return self._patiently(lambda: folder.put_logits(logits), log, wait_s=LOGITS_PATIENCE_S)
         except (OSError, MixmoError) as error:

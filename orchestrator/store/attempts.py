@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:  # numpy is loaded by those who read or write logits, and by nobody else
     import numpy as np
@@ -36,18 +36,24 @@ class Logits:
     """What the subnetworks of a trained network make of the held-out images, in their order."""
 
     logits_MNK: "NDArray[np.float16]"
-    """Of M subnetworks, N images and K classes. One beyond the range of half precision (65,504) is at its end."""
+    """Of M subnetworks, N images and K classes."""
     labels_N: "NDArray[np.int64]"
     """What the images show."""
+
+    @classmethod
+    def of(cls, logits_MNK: "NDArray[np.floating[Any]]", labels_N: "NDArray[np.integer[Any]]") -> Self:
+        """In half precision; a logit beyond its range (65,504) is put at its end."""
+        import numpy as np
+
+        limit = np.finfo(np.float16).max
+        return cls(np.clip(logits_MNK, -limit, limit).astype(np.float16), labels_N.astype(np.int64))
 
     def encode(self) -> bytes:
         """As an .npz file, the same bytes for the same numbers."""
         import numpy as np
 
-        limit = np.finfo(np.float16).max
-        logits_MNK = np.clip(self.logits_MNK, -limit, limit).astype(np.float16)
         file = io.BytesIO()
-        np.savez(file, logits_MNK=logits_MNK, labels_N=self.labels_N.astype(np.int64))
+        np.savez(file, logits_MNK=self.logits_MNK, labels_N=self.labels_N)
         return file.getvalue()
 
     @classmethod
