@@ -740,6 +740,10 @@ def test_a_byte_order_mark_is_no_matter(tmp_path: Path) -> None:
     ("rest", "told"),
     [
         ("blocks: [set: {data.msda: cutmix}]\n", "trial: data.msda: cutmix"),
+        (
+            "blocks: [set: {model.encoders: 1, model.classifier_roles: dominant}]\n",
+            "trial: model.classifier_roles: dominant",
+        ),
         ("search: {method: random, num_samples: 2, ranges: {optim.lr: {min: 0.1, max: 1}}}\n", "search.method: random"),
         ("scheduler: {method: asha}\n", "scheduler.method: asha"),
         ("budget: {trials: 5}\n", "budget"),
