@@ -241,8 +241,12 @@ def _kl_divergence(logits_MNK: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- robustness
 
 
+TALLY = 3 + CALIBRATION_BINS
+"""Numbers in a tally."""
+
+
 def tally(logits_MNK: Tensor, labels_N: Tensor) -> Tensor:
-    """What adds up over images, (3 + 15,), double: their number, the right ones, the nats, and the bins' excess."""
+    """What adds up over images, (TALLY,), double: their number, the right ones, the nats, and the bins' excess."""
     probabilities_NK = logits_MNK.detach().mean(dim=0, dtype=torch.float64).softmax(dim=-1)
     confidence_N, correct_N, label_N = _answers(probabilities_NK, labels_N)
     counts = torch.stack((torch.ones_like(correct_N), correct_N, _nats(label_N))).sum(dim=1)
