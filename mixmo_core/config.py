@@ -459,9 +459,7 @@ def not_yet(config: TrialConfig) -> list[str]:
     built: dict[str, tuple[Any, ...]] = {
         "data.msda": ("none",),
         "data.augmentation": ("none", "standard"),
-        "model.arch": ("wide_resnet",),
-        "model.encoders": ("all",),
-        "model.classifiers": ("all",),
+        "model.classifier_roles": ("input",),
         "mixing.method": ("sum", "linear", "cutmix"),
     }
     values, silent = flatten(config), ineffective(config)
