@@ -47,7 +47,7 @@ METRICS: tuple[Metric, ...] = (
            "lower"),
     Metric("kl_divergence", "nats", "From the probabilities of one subnetwork to those of another, mean over ordered "
            "pairs. Null at M = 1."),
-    *(Metric(f"filter_activity_{percent}", "fraction", "Filters of the core network whose weights have an l1 norm "
+    *(Metric(f"filter_activity_{percent}", "fraction", "3x3 filters of the core network whose l1 norm is "
              f"above 0.{percent} of their layer's largest, mean over layers.") for percent in (20, 30, 40, 50)),
     Metric("cifar_c_top1", "fraction", "top1 on the published corrupted test images, 19 corruptions at 5 severities as "
            "one set. Of the last epoch, and null without evaluate.robustness.", "higher"),

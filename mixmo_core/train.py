@@ -203,13 +203,13 @@ class _Run:
 
     @torch.inference_mode()
     def evaluate(self) -> dict[str, float]:
-        """The metrics on the held-out images, of which each worker evaluates its share."""
+        """The metrics on the held-out images, of which each worker evaluates its share, and those of the weights."""
         rank, workers, _ = self._world
         pixels_NCHW, labels_N = self._held_out.pixels_NCHW[rank::workers], self._held_out.labels_N
         self._net.eval()
         parts = [self._logits(part_NCHW) for part_NCHW in torch.split(pixels_NCHW, EVALUATION_BATCH)]
         logits_MNK = _gathered(torch.cat(parts, dim=1), len(labels_N), workers)
-        return evaluate.summarize(logits_MNK, labels_N)
+        return evaluate.summarize(logits_MNK, labels_N) | networks.filter_activity(self._net)
 
     @torch.inference_mode()
     def robustness(self, corruptions: Sequence[data.Corrupted]) -> dict[str, float]:
