@@ -112,7 +112,7 @@ _MD5 = {
     },
 }
 """The published files. torchvision checks the same sums of CIFAR, but to import it takes seconds and torch; those of
-CIFAR-C are in torch-uncertainty and, independently, in MIT's responsible-ai-toolbox.
+CIFAR-C are the ones that torch-uncertainty checks.
 """
 
 FOLDERS = {

@@ -21,7 +21,11 @@ TACE_THRESHOLD = 1e-3
 CAN_BE_UNDEFINED = frozenset({"tace", "confidence_auc", "q_statistic", "error_correlation"})
 
 HALVES_SEED = 31
+"""The reference's, so that the halves are its."""
 TEMPERATURE_STEPS = 16
+"""A fixed number, so that the device is never asked whether it is done. Newton's method takes 3 to 8 on the logits of
+trained networks, 12 where one image in 2,000 is wrong by far.
+"""
 TEMPERATURE_REACH = 1e3
 
 
@@ -143,7 +147,7 @@ def _calibrated(logits_NK: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
     halves = halves_of(len(labels_N), labels_N.device)
     members_2N = torch.zeros((2, len(labels_N)), dtype=torch.float64, device=labels_N.device)
     for member_N, half in zip(members_2N, halves, strict=True):
-        member_N[half] = 1
+        member_N.index_fill_(0, half, 1)
     temperature_2 = temperatures(logits_NK, labels_N, members_2N)
     scaled_NK = logits_NK / (temperature_2.flip(0) @ members_2N)[:, None]
     confidence_N, correct_N, label_N = _answers(scaled_NK.softmax(dim=-1), labels_N)
