@@ -460,7 +460,6 @@ def not_yet(config: TrialConfig) -> list[str]:
         "data.msda": ("none",),
         "data.augmentation": ("none", "standard"),
         "model.classifier_roles": ("input",),
-        "mixing.method": ("sum", "linear", "cutmix"),
     }
     values, silent = flatten(config), ineffective(config)
     return [f"{name}: {values[name]}" for name, can in built.items() if name not in silent and values[name] not in can]

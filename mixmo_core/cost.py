@@ -39,7 +39,7 @@ def _encoders(config: TrialConfig) -> Iterator[_Layer]:
 
 def _block(inputs: int, outputs: int, stride: int, size: int, *, first_strided: bool) -> Iterator[_Layer]:
     """Two 3x3 convolutions, of which the first or the second carries the stride, and a shortcut where shapes differ."""
-    reduced = size // stride
+    reduced = -(-size // stride)
     yield _norm(inputs)
     yield _conv(inputs, outputs, 3, reduced if first_strided else size)
     yield _norm(outputs)
@@ -48,29 +48,22 @@ def _block(inputs: int, outputs: int, stride: int, size: int, *, first_strided: 
         yield _conv(inputs, outputs, 1, reduced)
 
 
-def _wide_resnet(config: TrialConfig) -> Iterator[_Layer]:
-    size, channels = DATASETS[config.data.dataset].size, STEM_CHANNELS["wide_resnet"]
-    for group, outputs in enumerate(width * config.model.width for width in (16, 32, 64)):
-        for block in range((config.model.depth - 4) // 6):
+def _core(config: TrialConfig) -> Iterator[_Layer]:
+    wide, width = config.model.arch == "wide_resnet", config.model.width
+    size, channels = map_size(config), STEM_CHANNELS[config.model.arch]
+    for group, outputs in enumerate((16, 32, 64) if wide else (64, 128, 256, 512)):
+        for block in range((config.model.depth - 4) // 6 if wide else 2):
             stride = 2 if group and not block else 1
-            yield from _block(channels, outputs, stride, size, first_strided=False)
-            channels, size = outputs, size // stride
-    yield _norm(channels)
-
-
-def _preact_resnet(config: TrialConfig) -> Iterator[_Layer]:
-    size, channels = map_size(config), STEM_CHANNELS["preact_resnet"]
-    for group, outputs in enumerate(width * config.model.width for width in (64, 128, 256, 512)):
-        for block in range(2):
-            stride = 2 if group and not block else 1
-            yield from _block(channels, outputs, stride, size, first_strided=True)
-            channels, size = outputs, size // stride
+            yield from _block(channels, outputs * width, stride, size, first_strided=not wide)
+            channels, size = outputs * width, -(-size // stride)
+    if wide:
+        yield _norm(channels)
 
 
 def _layers(config: TrialConfig) -> Iterator[_Layer]:
     wide = config.model.arch == "wide_resnet"
     yield from _encoders(config)
-    yield from (_wide_resnet if wide else _preact_resnet)(config)
+    yield from _core(config)
     features, classes = (64 if wide else 512) * config.model.width, DATASETS[config.data.dataset].classes
     count = config.model.subnetworks if config.model.classifiers == "all" else config.model.classifiers
     yield _Layer((features + 1) * classes * count, features * classes * count)

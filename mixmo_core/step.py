@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mixmo_core import augment, mixing
-from mixmo_core.config import TrialConfig, map_size
+from mixmo_core.config import STEM_CHANNELS, TrialConfig, map_size
 from mixmo_core.data import Images
 
 
@@ -105,9 +105,9 @@ class Step:
     def __call__(self, indices_MB: Tensor, *, number: int, p: float, lr: float) -> None:
         """One step on these images. `number` counts the trial's steps from 1; `p` is the chance of binary masks."""
         images_MBCHW, labels_MB = self._gather(indices_MB, number)
-        masks_MBHW, kappa_MB = self._mixture(indices_MB, number, p)
+        masks, kappa_MB = self._mixture(indices_MB, number, p)
         with autocast(self._config, self._device):
-            logits_MBK = self._net(images_MBCHW, masks_MBHW)
+            logits_MBK = self._net(images_MBCHW, masks)
         self.update(weighted_loss(logits_MBK, labels_MB, kappa_MB, self._config.mixing.weight_root), lr)
 
     def update(self, loss: Tensor, lr: float) -> None:
@@ -129,12 +129,10 @@ class Step:
 
     def _mixture(self, indices_MB: Tensor, number: int, p: float) -> mixing.Mixture:
         M, B = indices_MB.shape
-        size = map_size(self._config)
+        C, size = STEM_CHANNELS[self._config.model.arch], map_size(self._config)
         generator = self._seeded(number, Purpose.MIXING)
-        masks_MBHW, kappa_MB = mixing.draw(
-            self._config.mixing, M, B, size, size, p=p, generator=generator, device=self._device
-        )
-        return mixing.Mixture(masks_MBHW[:, self._slots], kappa_MB[:, self._slots])
+        mixture = mixing.draw(self._config.mixing, M, B, C, size, size, p=p, generator=generator, device=self._device)
+        return mixture.slots(self._slots)
 
     def _seeded(self, number: int, purpose: Purpose) -> torch.Generator:
         return self._generator.manual_seed(draw_seed(self._config.seed, number, purpose))

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixmo_core import data, networks
-from mixmo_core.config import DataConfig, MixingConfig, ModelConfig, OptimConfig, TrialConfig
+from mixmo_core.config import DataConfig, MixingConfig, MixingMethod, ModelConfig, OptimConfig, TrialConfig, not_yet
 from mixmo_core.step import Purpose, Step, draw_seed, optimiser, weighted_loss
 
 TINY = TrialConfig(
@@ -142,16 +142,20 @@ def test_a_step_depends_on_its_number_and_on_nothing_before_it() -> None:
         step = Step(TINY, net, images(TINY))
         for number in before:
             step(batch(TINY, number), number=number, p=0.5, lr=0.05)
-        stepped.append((step._gather(batch(TINY), 6)[0], step._mixture(batch(TINY), 6, 1.0).masks_MBHW))
+        stepped.append((step._gather(batch(TINY), 6)[0], step._mixture(batch(TINY), 6, 1.0).masks))
         assert not torch.equal(stepped[0][0], step._gather(batch(TINY), 7)[0])
-        assert not torch.equal(stepped[0][1], step._mixture(batch(TINY), 7, 1.0).masks_MBHW)
+        assert not torch.equal(stepped[0][1], step._mixture(batch(TINY), 7, 1.0).masks)
     assert torch.equal(stepped[0][0], stepped[1][0])
     assert torch.equal(stepped[0][1], stepped[1][1])
 
 
-@pytest.mark.parametrize("augmentation", ["none", "standard"])
-def test_workers_share_the_batch_of_one(augmentation: Any) -> None:
-    config = dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, augmentation=augmentation))
+@pytest.mark.parametrize(
+    ("augmentation", "method"), [("none", "cutmix"), ("standard", "cutmix"), ("none", "patchup_hard")]
+)
+def test_workers_share_the_batch_of_one(augmentation: Any, method: Any) -> None:
+    config = dataclasses.replace(
+        TINY, data=dataclasses.replace(TINY.data, augmentation=augmentation), mixing=MixingConfig(method=method)
+    )
     net = networks.build(config)
     whole = Step(config, net, images(config))
     images_MBCHW, labels_MB = whole._gather(batch(config), 5)
@@ -162,7 +166,7 @@ def test_workers_share_the_batch_of_one(augmentation: Any) -> None:
         own_mixture = own._mixture(batch(config), 5, 1.0)
         assert torch.equal(own_images, images_MBCHW[:, rank::4])
         assert torch.equal(own_labels, labels_MB[:, rank::4])
-        assert torch.equal(own_mixture.masks_MBHW, mixture.masks_MBHW[:, rank::4])
+        assert torch.equal(own_mixture.masks, mixture.masks[:, rank::4])
         assert torch.equal(own_mixture.kappa_MB, mixture.kappa_MB[:, rank::4])
 
 
@@ -179,17 +183,23 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_reads_nothing_from_the_device() -> None:
+@pytest.mark.parametrize("method", get_args(MixingMethod))
+def test_two_steps_of_every_method_learn_and_read_nothing_from_the_device(method: Any) -> None:
     with _Reads() as control:  # type: ignore[no-untyped-call]
         torch.ones(2).sum().item()
     assert control.count == 1
-    for method in ("sum", "linear", "cutmix"):
-        config = dataclasses.replace(TINY, mixing=MixingConfig(method=method))
-        step = Step(config, networks.build(config), images(config))
-        with _Reads() as reads:  # type: ignore[no-untyped-call]
-            for number in (1, 2):
-                step(batch(config), number=number, p=0.5, lr=0.05)
-        assert reads.count == 0
+    config = dataclasses.replace(TINY, mixing=MixingConfig(method=method))
+    assert not not_yet(config)
+    net = networks.build(config)
+    step, before = Step(config, net, images(config)), [each.detach().clone() for each in net.parameters()]
+    with _Reads() as reads:  # type: ignore[no-untyped-call]
+        for number in (1, 2):
+            step(batch(config), number=number, p=1.0, lr=0.05)
+    assert reads.count == 0
+    assert 0 < float(step.total_loss) < 2 * 2 * 10  # two steps, two subnetworks, each about log 10
+    for old, parameter in zip(before, net.parameters(), strict=True):
+        assert bool(parameter.isfinite().all())
+        assert not torch.equal(old, parameter.detach())
 
 
 @pytest.mark.parametrize("M", [1, 2, 3])
