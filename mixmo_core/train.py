@@ -129,6 +129,7 @@ def _epochs(
     config: TrialConfig, device: torch.device, data_dir: Path | None, resume: Mapping[str, Any] | None, world: _World
 ) -> Iterator[Epoch]:
     training, held_out = data.load(config.data, split=config.evaluate.split, folder=data_dir, device=device)
+    corrupted = data.corrupted(config.data.dataset, data_dir) if config.evaluate.robustness == "cifar_c" else []
     run = _Run(config, world, training, held_out)
     done: int = 0
     history: tuple[dict[str, float], ...] = ()
@@ -145,6 +146,8 @@ def _epochs(
             )
         if epoch % config.evaluate.every == 0 or epoch == config.optim.epochs:
             metrics |= run.evaluate()
+        if epoch == config.optim.epochs and corrupted:
+            metrics |= run.robustness(corrupted)
         history = (*history, metrics)
         yield Epoch(
             epoch=epoch,
@@ -200,19 +203,32 @@ class _Run:
 
     @torch.inference_mode()
     def evaluate(self) -> dict[str, float]:
-        """The metrics on the held-out images, of which each worker evaluates its share."""
+        """The metrics on the held-out images, of which each worker evaluates its share, and those of the weights."""
         rank, workers, _ = self._world
         pixels_NCHW, labels_N = self._held_out.pixels_NCHW[rank::workers], self._held_out.labels_N
         self._net.eval()
-        with autocast(self._config, labels_N.device):
-            logits_MnK = torch.cat(
-                [
-                    self._net(augment.normalise(part_NCHW, self._config.data.dataset))
-                    for part_NCHW in torch.split(pixels_NCHW, EVALUATION_BATCH)
-                ],
-                dim=1,
-            )
-        return evaluate.summarize(_gathered(logits_MnK, len(labels_N), workers), labels_N)
+        parts = [self._logits(part_NCHW) for part_NCHW in torch.split(pixels_NCHW, EVALUATION_BATCH)]
+        logits_MNK = _gathered(torch.cat(parts, dim=1), len(labels_N), workers)
+        return evaluate.summarize(logits_MNK, labels_N) | networks.filter_activity(self._net)
+
+    @torch.inference_mode()
+    def robustness(self, corruptions: Sequence[data.Corrupted]) -> dict[str, float]:
+        """The metrics on the corrupted test images, of which each worker evaluates its share of every file."""
+        rank, workers, _ = self._world
+        device = self._held_out.labels_N.device
+        tallies_CT = torch.zeros((len(corruptions), evaluate.TALLY), dtype=torch.float64, device=device)
+        self._net.eval()
+        for images, tally_T in zip(corruptions, tallies_CT, strict=True):
+            for part in images.batches(EVALUATION_BATCH, device=device, rank=rank, workers=workers):
+                tally_T += evaluate.tally(self._logits(part.pixels_NCHW), part.labels_N)
+        if workers > 1:
+            distributed.all_reduce(tallies_CT)
+        return evaluate.robustness(tallies_CT, data.STANDARD_CORRUPTIONS)
+
+    def _logits(self, pixels_NCHW: Tensor) -> Tensor:
+        with autocast(self._config, pixels_NCHW.device):
+            logits_MNK: Tensor = self._net(augment.normalise(pixels_NCHW, self._config.data.dataset))
+        return logits_MNK
 
     def state(self, epoch: int, history: tuple[dict[str, float], ...]) -> dict[str, Any]:
         return {
