@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, distributed, nn
@@ -27,8 +27,12 @@ from mixmo_core.config import TrialConfig, digest, identity, training_images
 from mixmo_core.step import Purpose, Step, autocast, draw_seed
 
 FORMAT = 1
-"""Version of the checkpoints. A newer one than this is refused."""
+"""Version of the checkpoints. A newer one than this is refused. Those in the middle of an epoch did not raise it: a
+version that does not know them passes over their names, and goes on from the last whole epoch.
+"""
 EVALUATION_BATCH = 500
+AGREEMENT_STEPS = 8
+"""So often several workers agree on whether to save: each time they wait for their devices and for one another."""
 
 
 class CheckpointError(ValueError):
@@ -36,7 +40,7 @@ class CheckpointError(ValueError):
 
 
 class DivergedError(ArithmeticError):
-    """The training loss is no finite number any more; no later epoch could mend that."""
+    """The training loss or a weight is no finite number any more; no later epoch could mend that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +57,31 @@ class Epoch:
     """Of training and evaluation."""
     history: tuple[dict[str, float], ...]
     """The metrics of epochs 1 to this one, those before a resumption included."""
+    logits: Tensor | None = field(repr=False, compare=False)
+    """Of the held-out images (M, N, K), on the CPU; None where the epoch was not evaluated. Every worker has all."""
+    labels: Tensor | None = field(repr=False, compare=False)
+    """What these images show (N), on the CPU; None where there are no logits."""
     _state: Callable[[], dict[str, Any]] = field(repr=False)
 
     def state(self) -> dict[str, Any]:
         """A checkpoint: tensors and plain values. It shares memory with the training, so it is valid until the
         generator is advanced; `save` it or copy it before that.
         """
+        return self._state()
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A moment in the middle of an epoch, because `save_when` asked for one."""
+
+    epoch: int
+    """The one in progress; 1 is the first."""
+    step: int
+    """Its steps that are done: 1 to all of them, of which the last still lacks the evaluation."""
+    _state: Callable[[], dict[str, Any]] = field(repr=False)
+
+    def state(self) -> dict[str, Any]:
+        """A checkpoint, as `Epoch.state` gives it: a training that resumes from it goes on with the next step."""
         return self._state()
 
 
@@ -82,23 +105,46 @@ def learning_rate(step: int, epoch: int, config: TrialConfig) -> float:
 # -------------------------------------------------------------------------------------------------------------- epochs
 
 
+@overload
+def train(
+    config: TrialConfig,
+    *,
+    device: torch.device | str = ...,
+    data_dir: Path | None = ...,
+    resume: Mapping[str, Any] | None = ...,
+    save_when: None = ...,
+) -> Iterator[Epoch]: ...
+@overload
+def train(
+    config: TrialConfig,
+    *,
+    device: torch.device | str = ...,
+    data_dir: Path | None = ...,
+    resume: Mapping[str, Any] | None = ...,
+    save_when: Callable[[], bool],
+) -> Iterator[Epoch | Moment]: ...
 def train(
     config: TrialConfig,
     *,
     device: torch.device | str = "cpu",
     data_dir: Path | None = None,
     resume: Mapping[str, Any] | None = None,
-) -> Iterator[Epoch]:
-    """The epochs of a trial, each when it is done.
+    save_when: Callable[[], bool] | None = None,
+) -> Iterator[Epoch | Moment]:
+    """The epochs of a trial, each when it is done, and the moments between two steps at which to save it.
 
-    `resume` is an earlier `Epoch.state()`: the epochs after it follow, none if it was the last. On the CPU in fp32 with
-    the same torch and thread count they equal those of an uninterrupted training to the bit. With more than one worker
-    batch norm sees the slots of its own worker, running statistics are averaged at the end of each epoch, and every
-    worker gets the same metrics and state.
+    `resume` is an earlier `state()` of an epoch or a moment: what comes after it follows, nothing if it was the last
+    epoch. On the CPU in fp32 with the same torch and thread count all that follows equals an uninterrupted training to
+    the bit. With more than one worker batch norm sees the slots of its own worker, running statistics are averaged at
+    the end of each epoch, and every worker gets the same metrics and state.
+
+    `save_when` is asked after each step, and a moment follows where it says True. Several workers ask after every
+    AGREEMENT_STEPS-th step of an epoch and after its last; all of them give `save_when` or none does, and one that says
+    True is enough.
 
     Raises CheckpointError at once where `resume` is not of this trial, ValueError where the batch cannot be split;
-    data.DatasetError, when the first epoch is asked for, where the images are not there; DivergedError after an epoch
-    whose loss is not finite.
+    data.DatasetError, when the first epoch is asked for, where the images are not there; DivergedError instead of an
+    epoch or moment whose loss or weights are not finite, so that no state is one to go on from in vain.
     """
     rank, workers = _world()
     if config.data.batch_size % workers:
@@ -107,8 +153,9 @@ def train(
         )
     trial = digest(identity(config, workers))
     if resume is not None:
-        _check(resume, trial)
-    return _epochs(config, torch.device(device), data_dir, resume, _World(rank, workers, trial))
+        _check(resume)
+        _check_origin(resume, trial, cost.steps_per_epoch(config))
+    return _epochs(config, torch.device(device), data_dir, resume, _World(rank, workers, trial), save_when=save_when)
 
 
 def _world() -> tuple[int, int]:
@@ -125,27 +172,46 @@ class _World(NamedTuple):
     trial: str
 
 
+class _Part(NamedTuple):
+    """What is done of an epoch in progress."""
+
+    step: int
+    """Its steps that are done."""
+    seconds: float
+    """That they took, over all attempts."""
+    statistics_RS: Tensor
+    """A row for each worker, in fp64 on the CPU: the sum of its losses, then the running statistics of its network."""
+
+
 def _epochs(
-    config: TrialConfig, device: torch.device, data_dir: Path | None, resume: Mapping[str, Any] | None, world: _World
-) -> Iterator[Epoch]:
+    config: TrialConfig,
+    device: torch.device,
+    data_dir: Path | None,
+    resume: Mapping[str, Any] | None,
+    world: _World,
+    *,
+    save_when: Callable[[], bool] | None,
+) -> Iterator[Epoch | Moment]:
     training, held_out = data.load(config.data, split=config.evaluate.split, folder=data_dir, device=device)
     corrupted = data.corrupted(config.data.dataset, data_dir) if config.evaluate.robustness == "cifar_c" else []
     run = _Run(config, world, training, held_out)
-    done: int = 0
     history: tuple[dict[str, float], ...] = ()
+    part: _Part | None = None
     if resume is not None:
-        run.restore(resume)
-        done, history = resume["epoch"], tuple(dict(metrics) for metrics in resume["history"])
-    for epoch in range(done + 1, config.optim.epochs + 1):
-        started = time.perf_counter()
-        metrics = run.train(epoch)
-        if not math.isfinite(metrics["loss"]):
-            raise DivergedError(
-                f"diverged at epoch {epoch}: the training loss is {metrics['loss']}. Try a smaller optim.lr "
-                f"({config.optim.lr:g} here) or a longer optim.warmup"
-            )
+        history = tuple(dict(metrics) for metrics in resume["history"])
+        part = _Part(**resume["part"]) if "part" in resume else None
+        run.restore(resume, part)
+    for epoch in range(len(history) + 1, config.optim.epochs + 1):
+        started = time.perf_counter() - (part.seconds if part else 0.0)
+        for step in run.train(epoch, part.step if part else 0, save_when):
+            part = run.part(epoch, step, started)
+            yield Moment(epoch, step, _state=partial(run.state, epoch, history, part))
+            started = time.perf_counter() - part.seconds
+        part = None
+        metrics, logits_MNK = run.finish(epoch), None
         if epoch % config.evaluate.every == 0 or epoch == config.optim.epochs:
-            metrics |= run.evaluate()
+            evaluated, logits_MNK = run.evaluate()
+            metrics |= evaluated
         if epoch == config.optim.epochs and corrupted:
             metrics |= run.robustness(corrupted)
         history = (*history, metrics)
@@ -155,6 +221,8 @@ def _epochs(
             images=cost.steps_per_epoch(config) * config.data.batch_size,
             seconds=time.perf_counter() - started,
             history=history,
+            logits=logits_MNK,
+            labels=None if logits_MNK is None else held_out.labels_N.cpu(),
             _state=partial(run.state, epoch, history),
         )
 
@@ -172,22 +240,79 @@ class _Run:
             stepped = _averaging(self._net, device)
         self._step = Step(config, stepped, training, rank=world.rank, workers=world.workers)
 
-    def train(self, epoch: int) -> dict[str, float]:
-        """One pass over the training images. Returns the mean loss and the last learning rate."""
-        config, total_loss = self._config, self._step.total_loss
-        batches_SMB = self._order(epoch).to(total_loss.device)
+    def train(self, epoch: int, done: int, save_when: Callable[[], bool] | None) -> Iterator[int]:
+        """One pass over the training images, of which `done` steps are done. Yields the steps after which to save."""
+        config = self._config
+        batches_SMB = self._order(epoch).to(self._step.total_loss.device)
         p = mixing.probability(epoch, config.optim.epochs, config.mixing.probability)
-        number, lr = (epoch - 1) * len(batches_SMB), 0.0
+        before = (epoch - 1) * len(batches_SMB)
         self._net.train()
-        total_loss.zero_()
-        for indices_MB in batches_SMB:
-            number += 1
-            lr = learning_rate(number, epoch, config)
-            self._step(indices_MB, number=number, p=p, lr=lr)
-        if self._world.workers > 1:
+        if done == 0:
+            self._step.total_loss.zero_()
+        for step, indices_MB in enumerate(batches_SMB[done:], start=done + 1):
+            number = before + step
+            self._step(indices_MB, number=number, p=p, lr=learning_rate(number, epoch, config))
+            if save_when is not None and self._is_wanted(save_when, step, last=step == len(batches_SMB)):
+                yield step
+
+    def _is_wanted(self, save_when: Callable[[], bool], step: int, *, last: bool) -> bool:
+        """Whether a worker says so. Alike on all of them, which stand at the same step."""
+        if self._world.workers == 1:
+            return save_when()
+        if step % AGREEMENT_STEPS and not last:
+            return False
+        wanted = torch.tensor(float(save_when()), device=self._step.total_loss.device)
+        distributed.all_reduce(wanted, op=distributed.ReduceOp.MAX)
+        return bool(wanted)
+
+    def finish(self, epoch: int) -> dict[str, float]:
+        """What all workers have of an epoch whose steps are done: the mean loss, the last learning rate, and one set
+        of running statistics. Raises DivergedError.
+        """
+        total_loss, workers = self._step.total_loss, self._world.workers
+        if workers > 1:
             distributed.all_reduce(total_loss)
-            _average(list(self._net.buffers()), self._world.workers)
-        return {"loss": float(total_loss) / (self._world.workers * len(batches_SMB)), "lr": lr}
+            _average(list(self._statistics().values()), workers)
+        steps = cost.steps_per_epoch(self._config)
+        loss = float(total_loss) / (workers * steps)
+        self._check_finite(f"epoch {epoch}", loss, self._own_statistics())
+        return {"loss": loss, "lr": learning_rate(epoch * steps, epoch, self._config)}
+
+    def part(self, epoch: int, step: int, started: float) -> _Part:
+        """The epoch in progress, as all workers have it. Raises DivergedError."""
+        workers, own_S = self._world.workers, self._own_statistics()
+        rows = [own_S]
+        if workers > 1:
+            rows = [torch.empty_like(own_S) for _ in range(workers)]
+            distributed.all_gather(rows, own_S)
+        statistics_RS = torch.stack(rows).cpu()  # waits for the device, so that the time is that of the steps
+        part = _Part(step, time.perf_counter() - started, statistics_RS)
+        loss = float(statistics_RS[:, 0].sum()) / (workers * step)
+        self._check_finite(f"epoch {epoch}, step {step}", loss, statistics_RS)
+        return part
+
+    def _statistics(self) -> dict[str, Tensor]:
+        """What the network holds besides its parameters, by name."""
+        parameters = {name for name, _ in self._net.named_parameters()}
+        return {name: tensor for name, tensor in self._net.state_dict().items() if name not in parameters}
+
+    def _own_statistics(self) -> Tensor:
+        """A row of `_Part.statistics_RS`, on the device."""
+        tensors = (self._step.total_loss, *self._statistics().values())
+        return torch.cat([tensor.double().flatten() for tensor in tensors])
+
+    def _check_finite(self, when: str, loss: float, statistics: Tensor) -> None:
+        weights = torch.stack([parameter.isfinite().all() for parameter in self._net.parameters()]).all()
+        if not math.isfinite(loss):
+            what = f"the training loss is {loss}"
+        elif not (weights.item() and statistics.isfinite().all().item()):
+            what = "its last step made weights that are no finite numbers"
+        else:
+            return
+        raise DivergedError(
+            f"diverged at {when}: {what}. Try a smaller optim.lr ({self._config.optim.lr:g} here) or a longer "
+            f"optim.warmup"
+        )
 
     def _order(self, epoch: int) -> Tensor:
         """The epoch's batches: positions of images (steps, M, B). Drawn on the CPU, alike for every device."""
@@ -202,14 +327,17 @@ class _Run:
         )
 
     @torch.inference_mode()
-    def evaluate(self) -> dict[str, float]:
-        """The metrics on the held-out images, of which each worker evaluates its share, and those of the weights."""
+    def evaluate(self) -> tuple[dict[str, float], Tensor]:
+        """The metrics on the held-out images, of which each worker evaluates its share, and those of the weights; and
+        the images' logits (M, N, K), on the CPU.
+        """
         rank, workers, _ = self._world
         pixels_NCHW, labels_N = self._held_out.pixels_NCHW[rank::workers], self._held_out.labels_N
         self._net.eval()
         parts = [self._logits(part_NCHW) for part_NCHW in torch.split(pixels_NCHW, EVALUATION_BATCH)]
         logits_MNK = _gathered(torch.cat(parts, dim=1), len(labels_N), workers)
-        return evaluate.summarize(logits_MNK, labels_N) | networks.filter_activity(self._net)
+        metrics = evaluate.summarize(logits_MNK, labels_N) | networks.filter_activity(self._net)
+        return metrics, logits_MNK.cpu()
 
     @torch.inference_mode()
     def robustness(self, corruptions: Sequence[data.Corrupted]) -> dict[str, float]:
@@ -230,18 +358,22 @@ class _Run:
             logits_MNK: Tensor = self._net(augment.normalise(pixels_NCHW, self._config.data.dataset))
         return logits_MNK
 
-    def state(self, epoch: int, history: tuple[dict[str, float], ...]) -> dict[str, Any]:
-        return {
+    def state(self, epoch: int, history: tuple[dict[str, float], ...], part: _Part | None = None) -> dict[str, Any]:
+        model = dict(self._net.state_dict())
+        if part is not None:  # the first worker's running statistics stand for all, so that all give the same state
+            model |= _split(part.statistics_RS[0, 1:], self._statistics())
+        state = {
             "format": FORMAT,
             "torch": str(torch.__version__),
             "digest": self._world.trial,
             "epoch": epoch,
             "history": [dict(metrics) for metrics in history],
-            "model": dict(self._net.state_dict()),
+            "model": model,
             "momentum": self._momentum(),
         }
+        return state if part is None else {**state, "part": part._asdict()}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any], part: _Part | None) -> None:
         """Copies the tensors of a checkpoint into the network and the optimiser."""
         if self._config.optim.momentum:
             for parameter in self._net.parameters():
@@ -252,6 +384,19 @@ class _Run:
                 raise CheckpointError(f"the checkpoint's {kind} is not that of this network")
             for name, tensor in own.items():
                 tensor.copy_(given[name])
+        if part is not None:
+            self._take_up(part)
+
+    def _take_up(self, part: _Part) -> None:
+        """Go on within an epoch: with this worker's own losses and running statistics."""
+        rows, columns = self._world.workers, len(self._own_statistics())
+        if part.statistics_RS.shape != (rows, columns):
+            raise CheckpointError("the checkpoint's statistics are not those of this network and its workers")
+        own_S = part.statistics_RS[self._world.rank]
+        self._step.total_loss.copy_(own_S[0])
+        statistics = self._statistics()
+        for name, tensor in _split(own_S[1:], statistics).items():
+            statistics[name].copy_(tensor)
 
     def _momentum(self) -> dict[str, Tensor]:
         """By parameter; empty before the first step, and where there is no momentum."""
@@ -280,6 +425,12 @@ def _average(buffers: Sequence[Tensor], workers: int) -> None:
         buffer.copy_(mean.view_as(buffer))
 
 
+def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that were put one behind the other, by name, each as the one `like` it."""
+    parts = torch.split(flat, [tensor.numel() for tensor in like.values()])
+    return {name: part.view_as(like[name]).to(like[name]) for name, part in zip(like, parts, strict=True)}
+
+
 def _gathered(own_MnK: Tensor, count: int, workers: int) -> Tensor:
     """The logits (M, N, K) of all images, of which worker r has evaluated the r-th, the r + workers-th, and so on."""
     if workers == 1:
@@ -294,8 +445,8 @@ def _gathered(own_MnK: Tensor, count: int, workers: int) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def _check(state: Mapping[str, Any], trial: str | None = None) -> None:
-    """Raises CheckpointError unless this is a checkpoint that can be read, and of this trial."""
+def _check(state: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless this is a checkpoint that can be read."""
     if not isinstance(state, Mapping) or not isinstance(state.get("format"), int):
         raise CheckpointError("not a checkpoint of mixmo")
     if state["format"] > FORMAT:
@@ -304,25 +455,44 @@ def _check(state: Mapping[str, Any], trial: str | None = None) -> None:
         )
     kinds = {"digest": str, "epoch": int, "history": list, "model": dict, "momentum": dict}
     faults = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
-    if faults or len(state["history"]) != state["epoch"]:
+    if "part" in state and not _is_part(state["part"]):
+        faults.append("part")
+    if faults or len(state["history"]) != state["epoch"] - ("part" in state):
         raise CheckpointError(f"an incomplete checkpoint: {', '.join(faults) or 'history'} is missing or wrong")
-    if trial is not None and state["digest"] != trial:
+
+
+def _is_part(given: Any) -> bool:
+    """Whether this is a `_Part`, as a checkpoint holds it."""
+    kinds = {"step": int, "seconds": float, "statistics_RS": Tensor}
+    if not isinstance(given, dict) or given.keys() != kinds.keys():
+        return False
+    return all(isinstance(given[name], kind) for name, kind in kinds.items()) and given["step"] >= 1
+
+
+def _check_origin(state: Mapping[str, Any], trial: str, steps: int) -> None:
+    """Raises CheckpointError unless the checkpoint is of this trial, whose epochs have so many steps."""
+    if state["digest"] != trial:
         raise CheckpointError(
             f"the checkpoint is of trial {state['digest'][:12]}, not of {trial[:12]}: another config, seed or number "
             f"of workers"
         )
+    if "part" in state and state["part"]["step"] > steps:
+        raise CheckpointError(f"the checkpoint is of step {state['part']['step']} of an epoch that has {steps}")
 
 
-_NAME = re.compile(r"epoch-(\d{5,})-([0-9a-f]{16})\.pt")
+_NAME = re.compile(r"epoch-(\d{5,})-(?:step-(\d{6,})-)?([0-9a-f]{16})\.pt")
 
 
 def save(state: Mapping[str, Any], folder: Path) -> Path:
-    """Writes a checkpoint as `epoch-<epoch>-<first 16 hex digits of the file's SHA-256>.pt`, all of it or nothing.
+    """Writes a checkpoint, all of it or nothing. Returns its path.
 
-    Returns its path. Raises OSError where the folder cannot be written; no half-written file has such a name.
+    It is called `epoch-<epoch>-<first 16 hex digits of the file's SHA-256>.pt` after an epoch and
+    `epoch-<epoch>-step-<step>-<16 digits>.pt` in one. Raises OSError where the folder cannot be written; no
+    half-written file has such a name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle, unfinished = tempfile.mkstemp(dir=folder, prefix=".checkpoint-")
+    step = f"step-{state['part']['step']:06d}-" if "part" in state else ""
     try:
         with os.fdopen(handle, "w+b") as file:
             _pack(state, file)
@@ -330,7 +500,7 @@ def save(state: Mapping[str, Any], folder: Path) -> Path:
             os.fsync(file.fileno())
             file.seek(0)
             content = hashlib.file_digest(file, "sha256").hexdigest()
-        path = folder / f"epoch-{state['epoch']:05d}-{content[:16]}.pt"
+        path = folder / f"epoch-{state['epoch']:05d}-{step}{content[:16]}.pt"
         os.replace(unfinished, path)
     except BaseException:
         Path(unfinished).unlink(missing_ok=True)
@@ -356,17 +526,19 @@ def load(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
-            if content[:16] != name[2]:
+            if content[:16] != name[3]:
                 raise CheckpointError(
-                    f"{path}: damaged or renamed: its content has SHA-256 {content[:16]}, its name says {name[2]}. "
+                    f"{path}: damaged or renamed: its content has SHA-256 {content[:16]}, its name says {name[3]}. "
                     f"Delete it; an older checkpoint is taken instead"
                 )
             file.seek(0)
             state: dict[str, Any] = _unpack(file, path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if state["epoch"] != int(name[1]):
-        raise CheckpointError(f"{path}: renamed: it holds epoch {state['epoch']}")
+    step = state["part"]["step"] if "part" in state else None
+    if (state["epoch"], step) != (int(name[1]), int(name[2]) if name[2] else None):
+        held = f"epoch {state['epoch']}" + (f", step {step}" if step else "")
+        raise CheckpointError(f"{path}: renamed: it holds {held}")
     return state
 
 

@@ -70,6 +70,7 @@ class Update:
     attempt: int = 0
     epochs: Sequence[EpochReport] = ()
     checkpoint: str | None = None
+    logits: str | None = None
     state: Literal["TERMINATED", "ERROR", "CANCELLED"] | None = None
     stopped_early: bool = False
     text: str = ""
@@ -165,7 +166,9 @@ class Dispatcher:
             standing.accepted = True
 
     def report(self, token: str, epochs: Sequence[EpochReport], checkpoint: str | None) -> bool:
-        """Take the rows of a trial. False: the token is not the trial's any more, or a scheduler stopped it."""
+        """Take the rows of a trial; none where only a checkpoint is new, in the middle of an epoch. False: the token is
+        not the trial's any more, or a scheduler stopped it.
+        """
         standing = self._holder(token)
         if standing is None or standing.held is None:
             return False
@@ -177,12 +180,12 @@ class Dispatcher:
             return False
         return not self._closed
 
-    def finish(self, token: str) -> bool:
-        """The trial has trained all its epochs."""
+    def finish(self, token: str, logits: str | None = None) -> bool:
+        """The trial has trained all its epochs. `logits` is the key of those of the last one."""
         standing = self._holder(token)
         if standing is None:
             return False
-        self._end(standing, "TERMINATED")
+        self._end(standing, "TERMINATED", logits=logits)
         return True
 
     def fail(self, token: str, error: str, cause: str) -> bool:

@@ -29,10 +29,12 @@ from mixmo_core import train
 from mixmo_core.config import TrialConfig, digest, identity, unflatten
 from orchestrator.dispatcher import Assignment, EpochReport, Worker
 from orchestrator.errors import MixmoError, NotFoundError, UnreachableError
-from orchestrator.store import DamagedError, ResultStore
+from orchestrator.store import DamagedError, Logits, ResultStore
 from orchestrator.store.attempts import LOG_BYTES, AttemptFolder, without_secrets
 
 LOG_PERIOD_S = 30.0
+LOGITS_PATIENCE_S = 60.0
+"""How long a finished trial waits for a store that does not take its logits. Only training again would bring them."""
 
 T = TypeVar("T")
 
@@ -49,7 +51,7 @@ class GangPlan:
     group_timeout_s: float = 1800.0
     """Of a collective of the process group. A wait takes at most half of it."""
     checkpoint_every_s: float | None = None
-    """None: as often as saving stays under 3 % of the time, and at least every ten minutes."""
+    """None: as often as saving stays under 3 % of the time, and at least every ten minutes, however long an epoch."""
     store: str
     data_dir: str | None = None
     namespace: str
@@ -134,31 +136,41 @@ class Gang:
         return self.world_size > 1
 
     def _train(self, assignment: Assignment, folder: AttemptFolder, log: "LogTail") -> None:
-        """The trial's epochs, from its newest checkpoint on."""
+        """The trial's epochs, from its newest checkpoint on, be it in the middle of one."""
         config = unflatten(assignment.order.settings)
         log.line(f"trial {assignment.order.trial_id}, attempt {assignment.attempt}, on {self.name} ({self.host})")
         ray.get(self.dispatcher.accept.remote(assignment.token))
         saver = Saver(self._store, folder, self.plan)
         resume = self._resume_point(assignment.order.trial_id, config, log)
         reports: list[EpochReport] = []
+        logits: str | None = None
         if resume is not None:
-            reports = list(resume.reports)
+            reports, logits = list(resume.reports), resume.state.get("logits")
             saver.adopt(resume.key, self._patiently(lambda: self._store.checkpoints(assignment.order.trial_id), log))
             log.line(f"resumed from {resume.key}")
             if not self._report(assignment, reports, resume.key):
                 return
-        data_dir = Path(self.plan.data_dir) if self.plan.data_dir else None
-        for epoch in train.train(config, device=self.device, data_dir=data_dir, resume=resume and resume.state):
-            reports.append(self._describe(epoch, reports))
-            last = epoch.epoch == config.optim.epochs
-            checkpoint = self._save(saver, epoch, reports, log) if self.rank == 0 and saver.due(last=last) else None
-            log.line(_line(reports[-1], config.optim.epochs))
-            if not self._report(assignment, reports[-1:], checkpoint):
+        for told in train.train(
+            config, device=self.device, data_dir=Path(self.plan.data_dir) if self.plan.data_dir else None,
+            resume=resume and resume.state,
+            save_when=lambda: self.rank == 0 and saver.due(within=True),  # any rank may ask, whatever its reason
+        ):  # fmt: skip
+            new: list[EpochReport] = []
+            due = True
+            if isinstance(told, train.Epoch):
+                new = [self._describe(told, reports)]
+                log.line(_line(new[0], config.optim.epochs))
+                last = told.epoch == config.optim.epochs
+                logits = self._put_logits(folder, told, log) if last else None
+                due = last or saver.due(within=False)  # until its row is written, nothing else holds the trial's end
+            reports += new
+            checkpoint = self._save(saver, told, reports, logits, log) if self.rank == 0 and due else None
+            if not self._report(assignment, new, checkpoint):
                 log.line("dropped: the trial was stopped, or is another gang's by now")
                 return
         if self.rank == 0:
             log.put()  # before the trial's end is known, so that who looks then finds it whole
-            ray.get(self.dispatcher.finish.remote(assignment.token))
+            ray.get(self.dispatcher.finish.remote(assignment.token, logits))
             with contextlib.suppress(OSError, MixmoError):
                 saver.clear()
 
@@ -176,12 +188,13 @@ class Gang:
                 log.line(f"checkpoint {key} is of no use: {error}")
         return None
 
-    def _patiently(self, read: Callable[[], T], log: "LogTail") -> T:
+    def _patiently(self, ask: Callable[[], T], log: "LogTail", wait_s: float = 600.0) -> T:
         """What the store has to say. A store that is away for a while is no fault of the trial."""
-        deadline = time.monotonic() + (600.0 if self.world_size == 1 else self.plan.group_timeout_s / 2)
+        limit_s = wait_s if self.world_size == 1 else min(wait_s, self.plan.group_timeout_s / 2)
+        deadline = time.monotonic() + limit_s
         while True:
             try:
-                return read()
+                return ask()
             except (UnreachableError, OSError) as error:
                 if isinstance(error, DamagedError) or time.monotonic() > deadline:
                     raise
@@ -210,12 +223,26 @@ class Gang:
             images_per_s=epoch.images / epoch.seconds,
         )
 
-    def _save(self, saver: "Saver", epoch: train.Epoch, reports: list[EpochReport], log: "LogTail") -> str | None:
+    def _put_logits(self, folder: AttemptFolder, epoch: train.Epoch, log: "LogTail") -> str | None:
+        """The key of the logits, if the store takes them: a trial is worth more than what can be made of it."""
+        if self.rank != 0 or epoch.logits is None or epoch.labels is None:
+            return None
+        logits = Logits.of(epoch.logits.numpy(), epoch.labels.numpy())
+        try:
+            return self._patiently(lambda: folder.put_logits(logits), log, wait_s=LOGITS_PATIENCE_S)
+        except (OSError, MixmoError) as error:
+            log.line(f"no logits stored: {error}")
+            return None
+
+    def _save(
+        self, saver: "Saver", told: train.Epoch | train.Moment, reports: list[EpochReport], logits: str | None,
+        log: "LogTail",
+    ) -> str | None:  # fmt: skip
         """A checkpoint, if the store takes one: a trial is worth more than its insurance."""
         try:
-            return saver.save(epoch, reports)
+            return saver.save(told, reports, logits)
         except (OSError, MixmoError) as error:
-            log.line(f"no checkpoint at epoch {epoch.epoch}: {error}")
+            log.line(f"no checkpoint at epoch {told.epoch}: {error}")
             return None
 
     def _report(self, assignment: Assignment, reports: list[EpochReport], checkpoint: str | None) -> bool:
@@ -240,6 +267,8 @@ class Saver:
     """Of the time that saving may take."""
     AT_RISK_S = 600.0
     """Work that a kill may cost, at most."""
+    WITHIN_S = 30.0
+    """Before a checkpoint in the middle of an epoch, at least: shorter epochs are saved when they are done."""
 
     def __init__(self, store: ResultStore, folder: AttemptFolder, plan: GangPlan) -> None:
         self._store, self._folder, self._plan = store, folder, plan
@@ -250,18 +279,20 @@ class Saver:
         """An earlier attempt's checkpoint is the newest so far; `others` go when there are newer ones."""
         self._keys = [*(other for other in reversed(others) if other != key), key]
 
-    def due(self, *, last: bool) -> bool:
-        if last:
-            return True  # until its row is written, nothing else holds the trial's end
-        since_s = time.monotonic() - self._saved_at
-        if self._plan.checkpoint_every_s is not None:
-            return since_s >= self._plan.checkpoint_every_s
-        return since_s >= min(self._cost_s / self.SHARE, self.AT_RISK_S)
+    def due(self, *, within: bool) -> bool:
+        """Whether to save at the end of an epoch, or `within` one."""
+        pause_s = self._plan.checkpoint_every_s
+        if pause_s is None:
+            pause_s = min(max(self._cost_s / self.SHARE, self.WITHIN_S if within else 0.0), self.AT_RISK_S)
+        return time.monotonic() - self._saved_at >= pause_s
 
-    def save(self, epoch: train.Epoch, reports: list[EpochReport]) -> str:
-        """Write the state and the rows so far; returns the checkpoint's key in the store."""
+    def save(self, told: train.Epoch | train.Moment, reports: list[EpochReport], logits: str | None) -> str:
+        """Write the state, the rows so far, and after the last epoch where its logits are; returns the checkpoint's key
+        in the store.
+        """
         began = time.monotonic()
-        state = {**epoch.state(), "rows": [dataclasses.asdict(report) for report in reports]}
+        rows = [dataclasses.asdict(report) for report in reports]
+        state = {**told.state(), "rows": rows, "logits": logits}
         try:
             with tempfile.TemporaryDirectory(prefix="mixmo-") as scratch:
                 path = train.save(state, Path(scratch))

@@ -40,9 +40,10 @@ class Ledger:
             case "lost":
                 row = row.replace(state="PENDING")
             case "ended":
+                spent = update.state == "TERMINATED" and not self.keep_checkpoint
                 row = row.replace(
                     state=update.state, stopped_early=update.stopped_early, error=update.text or None,
-                    error_cause=update.cause, checkpoint=row.checkpoint if self.keep_checkpoint else None,
+                    error_cause=update.cause, checkpoint=None if spent else row.checkpoint, logits=update.logits,
                 )  # fmt: skip
         self.rows[update.index] = row
         return row, epochs
@@ -57,6 +58,9 @@ class Ledger:
         )  # fmt: skip
 
     def _advanced(self, row: TrialRow, update: Update) -> TrialRow:
+        row = row.replace(checkpoint=update.checkpoint or row.checkpoint)
+        if not update.epochs:  # a checkpoint in the middle of one
+            return row
         best, best_epoch, metrics = row.best_top1, row.best_epoch, row.metrics
         if update.epochs[0].epoch == 1:  # an attempt tells its whole history; what was thrown back is no result
             best, best_epoch, metrics = None, None, {}
@@ -71,7 +75,7 @@ class Ledger:
         return row.replace(
             epoch=last.epoch, metrics=metrics, wall_s=last.wall_s, gpu_seconds=last.gpu_seconds,
             images_per_s=last.images_per_s, train_flops=cost.trial_flops(self.configs[row.position]) * share,
-            best_top1=best, best_epoch=best_epoch, checkpoint=update.checkpoint or row.checkpoint,
+            best_top1=best, best_epoch=best_epoch,
         )  # fmt: skip
 
     def _epoch_row(self, row: TrialRow, report: EpochReport) -> EpochRow:

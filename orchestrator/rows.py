@@ -66,6 +66,8 @@ class TrialRow:
     split: str | None = None
     checkpoint: str | None = None
     """Store path of the checkpoint that counts; its name ends with the digits of its SHA-256."""
+    logits: str | None = None
+    """Store path of what a finished trial makes of the images it is measured on; named as a checkpoint is."""
     attempt: int = 0
     fence: int = 0
     seq: int = 0

@@ -4,9 +4,11 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import numpy as np
+
 from mixmo_core.config import DataConfig, MixingConfig, ModelConfig, TrialConfig, cell_id, digest, identity
 from orchestrator.rows import METRIC_COLUMNS, EpochRow, TrialRow, config_columns
-from orchestrator.store import Process, ResultStore, SweepWriter
+from orchestrator.store import Logits, Process, ResultStore, SweepWriter
 
 NOW = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 NOTHING: dict[str, float | None] = dict.fromkeys(METRIC_COLUMNS)
@@ -63,6 +65,11 @@ def advance(writer: SweepWriter, row: TrialRow, number: int, *, seq: int = 0, at
     writer.add([epoch(row, number, seq=seq, attempt=attempt)])
     writer.put([row])
     return row
+
+
+def some_logits() -> Logits:
+    """Of 2 subnetworks, 3 images and 4 classes."""
+    return Logits.of(np.linspace(-2, 2, 24).reshape(2, 3, 4), np.array([3, 0, 3]))
 
 
 def begin(store: ResultStore, **given: Any) -> SweepWriter:

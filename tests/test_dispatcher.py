@@ -77,6 +77,37 @@ def test_a_trial_that_trains_all_its_epochs_is_terminated() -> None:
     assert [update.seq for update in told] == [1, 2, 3, 4]
 
 
+def test_a_checkpoint_in_the_middle_of_an_epoch_is_told_without_an_epoch() -> None:
+    async def scenario() -> list[Update]:
+        desk = Dispatcher([order(0)], fence=1, crash_retries=0)
+        desk.submit(0)
+        given = await desk.next(GANG, 0.0)
+        assert isinstance(given, Assignment)
+        waiting = asyncio.create_task(desk.result(0, 1))
+        await asyncio.sleep(0)
+        assert desk.report(given.token, [], "within")
+        await asyncio.sleep(0)
+        assert not waiting.done()  # Tune's proxy waits for the epoch
+        assert desk.report(given.token, [report(1)], None)
+        assert (await waiting) == report(1)
+        desk.stop(0)
+        assert not desk.report(given.token, [], "later")  # nor does a stop wait for the epoch's end
+        assert await desk.result(0, 2) is None
+        return await desk.updates(0, 0.0)
+
+    told = run(scenario())
+    assert [(update.kind, len(update.epochs), update.checkpoint) for update in told] == [
+        ("started", 0, None), ("epochs", 0, "within"), ("epochs", 1, None), ("epochs", 0, "later"), ("ended", 0, None),
+    ]  # fmt: skip
+
+
+def test_the_end_of_a_trial_names_its_logits() -> None:
+    desk = dispatcher(2)
+    assert desk.finish(take(desk).token, "logits")
+    assert desk.finish(take(desk).token)
+    assert [update.logits for update in news(desk) if update.kind == "ended"] == ["logits", None]
+
+
 def test_an_exception_ends_the_trial_with_its_traceback_and_frees_the_gang() -> None:
     desk = dispatcher(2)
     desk.fail(take(desk).token, "Traceback ...", "ValueError: no")

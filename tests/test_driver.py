@@ -4,6 +4,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,9 @@ def test_a_sweep_runs_to_its_end_and_again_runs_nothing(undisturbed: Mixmo) -> N
         assert (row.wall_s > 0, (row.images_per_s or 0) > 0, (row.train_flops or 0) > 0) == (True, True, True)
         assert (row.hosts, row.device_name, row.torch_version, row.ray_version) != (None, None, None, None)
         assert row.error is None
+        assert ResultStore.open(undisturbed.folder / "results").logits(row).logits_MNK.shape == (
+            1 if row.label == "vanilla" else 2, 360, 10
+        )  # fmt: skip
         assert row.best_top1 == max(
             each.metrics["top1"] or 0
             for each in ResultStore.open(undisturbed.folder / "results").epoch_rows("small", row.trial_id)
@@ -94,6 +98,8 @@ def test_another_sweep_takes_over_what_this_one_has_finished(undisturbed: Mixmo)
     rows = ResultStore.open(undisturbed.folder / "results").trial_rows("other")
     assert [row.cached_from for row in rows] == ["small"] * 4
     assert [row.metrics for row in rows] == [row.metrics for row in undisturbed.rows()]
+    assert [row.logits for row in rows] == [row.logits for row in undisturbed.rows()]
+    assert None not in [row.logits for row in rows]
     undisturbed("verify", "other")
 
 
@@ -204,6 +210,10 @@ def ledger(config: TrialConfig = CONFIG) -> Ledger:
     return Ledger({0: row}, {0: config}, fence=3, first_seq=10, origin={"git_commit": "c0ffee"})
 
 
+def ledger_copy(books: Ledger) -> Ledger:
+    return replace(books, rows=dict(books.rows))
+
+
 def update(seq: int, kind: Any, **told: Any) -> Update:
     return Update(seq=seq, time=NOW, kind=kind, index=0, attempt=told.pop("attempt", 1), **told)
 
@@ -236,6 +246,21 @@ def test_a_trial_in_the_ledger_from_pending_to_terminated() -> None:
         2,
         (3, 1, 14),
     )
+
+
+def test_a_checkpoint_in_the_middle_of_an_epoch_changes_nothing_else_in_the_row() -> None:
+    books = ledger()
+    books.apply(update(1, "started"))
+    row, rows = books.apply(update(2, "epochs", checkpoint="epoch-00001-step"))
+    assert (row.state, row.epoch, row.checkpoint, row.metrics, rows) == ("RUNNING", 0, "epoch-00001-step", {}, [])
+    before, _ = books.apply(update(3, "epochs", epochs=epochs(0.2, 0.6), checkpoint="epoch-00002"))
+    row, rows = books.apply(update(4, "epochs", checkpoint="epoch-00003-step"))
+    assert rows == []
+    assert row == before.replace(checkpoint="epoch-00003-step", seq=14)
+    row, _ = books.apply(update(5, "epochs"))  # the store took none
+    assert row.checkpoint == "epoch-00003-step"
+    row, _ = books.apply(update(6, "ended", state="TERMINATED", logits="logits"))
+    assert (row.checkpoint, row.logits) == ("epoch-00003-step", "logits")
 
 
 def test_a_lost_trial_waits_again_and_its_next_attempt_repeats_epochs_without_harm() -> None:
@@ -302,5 +327,7 @@ def test_a_checkpoint_that_is_not_kept_is_not_named() -> None:
     books.apply(update(1, "started"))
     row, _ = books.apply(update(2, "epochs", epochs=epochs(0.1, 0.2, 0.3, 0.4), checkpoint="key"))
     assert row.checkpoint == "key"
-    row, _ = books.apply(update(3, "ended", state="TERMINATED"))
-    assert row.checkpoint is None
+    failed, _ = ledger_copy(books).apply(update(3, "ended", state="ERROR", text="Traceback ...", cause="no"))
+    assert failed.checkpoint == "key"  # it is there, to look into or to go on from
+    row, _ = books.apply(update(3, "ended", state="TERMINATED", logits="logits"))
+    assert (row.checkpoint, row.logits) == (None, "logits")

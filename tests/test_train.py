@@ -7,8 +7,9 @@ import itertools
 import math
 import multiprocessing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, distributed
 
-from mixmo_core import augment, cost, data, mixing, networks, train
+from mixmo_core import augment, cost, data, evaluate, mixing, networks, train
 from mixmo_core.config import RECIPES, DataConfig, EvaluateConfig, TrialConfig, digest, identity, unflatten
 from mixmo_core.evaluate import CAN_BE_UNDEFINED, summarize
 from mixmo_core.metrics import BY_NAME
@@ -218,20 +219,130 @@ def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(
             assert same(resumed_state, epoch_state)
 
 
+def after(step: int, done: int = 0) -> Callable[[], bool]:
+    """A `save_when` that says True once, after this step of the trial, of which `done` are done."""
+    steps = itertools.count(done + 1)
+    return lambda: next(steps) == step
+
+
+def moment(config: TrialConfig, step: int, **options: Any) -> dict[str, Any]:
+    """The state after this step of the trial, as it comes out of a training that ends there."""
+    for told in train.train(config, save_when=after(step), **options):
+        if isinstance(told, train.Moment):
+            return copy.deepcopy(told.state())
+    raise AssertionError(f"no moment after step {step}")
+
+
+def timeless(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the one number that the clock decides."""
+    part = {name: value for name, value in state.get("part", {}).items() if name != "seconds"}
+    return {**state, "part": part}
+
+
+def interrupted(
+    config: TrialConfig, cuts: Sequence[int], folder: Path
+) -> tuple[list[tuple[train.Epoch, dict[str, Any]]], list[dict[str, Any]]]:
+    """A training that is killed after each of these steps and goes on from the file. Its epochs, and the states."""
+    epochs, states = [], []
+    state: dict[str, Any] | None = None
+    for done, cut in itertools.pairwise([0, *cuts, 0]):
+        for told in train.train(config, resume=state, save_when=after(cut, done)):
+            if isinstance(told, train.Moment):
+                state = train.load(train.save(told.state(), folder))
+                states.append(state)
+                break
+            epochs.append((told, copy.deepcopy(told.state())))
+    return epochs, states
+
+
+@given(
+    method=st.sampled_from(["sum", "linear", "cutmix"]),
+    M=st.integers(1, 2),
+    repetition=st.sampled_from([1, 2]),
+    momentum=st.sampled_from([0.0, 0.9]),
+    every=st.integers(1, 2),
+    split=st.sampled_from(["test", "validation"]),
+    data=st.data(),
+)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_training_resumed_at_any_steps_equals_an_uninterrupted_one_to_the_bit(
+    tmp_path: Path, method: str, M: int, repetition: int, momentum: float, every: int, split: str, data: st.DataObject
+) -> None:
+    """Promise P5, from up to four moments of one training, through the files."""
+    config = small(
+        mixing__method=method, model__subnetworks=M, data__repetition=repetition, optim__momentum=momentum,
+        evaluate__every=every, evaluate__split=split, optim__epochs=2,
+    )  # fmt: skip
+    steps = cost.steps_per_epoch(config)
+    first_and_last = st.sampled_from([1, steps, steps + 1, 2 * steps])
+    cuts = sorted(data.draw(st.sets(first_and_last | st.integers(1, 2 * steps), min_size=1, max_size=4)))
+    whole = run(config)
+    resumed, states = interrupted(config, cuts, tmp_path)
+    assert [(state["epoch"], state["part"]["step"]) for state in states] == [
+        (1 + (cut - 1) // steps, 1 + (cut - 1) % steps) for cut in cuts
+    ]
+    assert [epoch.epoch for epoch, _ in resumed] == [1, 2]
+    for (epoch, state), (expected, expected_state) in zip(resumed, whole, strict=True):
+        assert epoch.metrics == expected.metrics
+        assert epoch.history == expected.history
+        assert same(epoch.logits, expected.logits)
+        assert same(state, expected_state)
+    for cut, state in zip(cuts, states, strict=True):  # nor do earlier interruptions show in a later moment
+        assert same(timeless(state), timeless(moment(config, cut)))
+
+
+def test_a_training_that_is_only_saved_goes_on_as_if_nobody_had_asked() -> None:
+    config, whole, saved = small(), run(small()), []
+    for told in train.train(config, save_when=lambda: True):
+        state = copy.deepcopy(told.state())
+        if isinstance(told, train.Moment):
+            saved.append((told.epoch, told.step))
+            assert (state["epoch"], state["part"]["step"], len(state["history"])) == (*saved[-1], told.epoch - 1)
+        else:
+            assert same(state, whole[told.epoch - 1][1])
+    assert saved == [(epoch, step) for epoch in (1, 2, 3) for step in (1, 2, 3)]
+
+
+def test_the_seconds_of_an_interrupted_epoch_are_those_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that stands still but for a second a step, and an hour of whoever saves."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    state: dict[str, Any] | None = None
+    seconds = []
+
+    def asked(wanted: Callable[[], bool]) -> bool:
+        now[0] += 1
+        return wanted()
+
+    for cut in (1, 2, 5, 0):
+        done = 0 if state is None else 3 * len(state["history"]) + state["part"]["step"]
+        for told in train.train(small(), resume=state, save_when=partial(asked, after(cut, done))):
+            now[0] += 3600
+            if isinstance(told, train.Moment):
+                state = copy.deepcopy(told.state())
+                break
+            seconds.append(told.seconds)
+    assert seconds == [3.0, 3.0, 3.0]
+    for told in train.train(small(), save_when=partial(asked, lambda: True)):
+        now[0] += 3600
+        assert isinstance(told, train.Moment) or told.seconds == 3.0
+
+
 def test_resuming_does_not_write_into_the_checkpoint() -> None:
-    config = small()
-    state = run(config)[0][1]
-    before = copy.deepcopy(state)
-    run(config, resume=state)
-    assert same(state, before)
+    config = small(optim__epochs=2)
+    for state in (run(config)[0][1], moment(config, 2)):
+        before = copy.deepcopy(state)
+        run(config, resume=state)
+        assert same(state, before)
 
 
 def test_a_checkpoint_of_another_trial_is_refused() -> None:
     config = small(optim__epochs=1)
     state = run(config)[0][1]
-    for other in (small(optim__epochs=1, seed=2), small(optim__epochs=2), small(optim__epochs=1, model__width=2)):
+    others = (small(optim__epochs=1, seed=2), small(optim__epochs=2), small(optim__epochs=1, model__width=2))
+    for held, other in itertools.product((state, moment(config, 2)), others):
         with pytest.raises(train.CheckpointError, match=digest(identity(config))[:12]):
-            train.train(other, resume=state)
+            train.train(other, resume=held)
     list(train.train(config, resume=state))
 
 
@@ -242,6 +353,52 @@ def test_a_checkpoint_whose_tensors_do_not_fit_is_refused() -> None:
         state[kind]["encoders"] = torch.zeros(3, 16, 1, 3, 3)
         with pytest.raises(train.CheckpointError, match=f"the checkpoint's {kind}"):
             next(train.train(config, resume=state))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"step": 4}, "step 4 of an epoch that has 3"),
+        ({"step": 0}, "part is missing or wrong"),
+        ({"step": "1"}, "part is missing or wrong"),
+        ({"seconds": None}, "part is missing or wrong"),
+        ({"statistics_RS": [1.0]}, "part is missing or wrong"),
+        ({"colour": "red"}, "part is missing or wrong"),
+        ({"statistics_RS": torch.zeros(2, 9)}, "statistics are not those of this network"),
+    ],
+)
+def test_a_moment_that_cannot_be_of_this_trial_is_refused(change: dict[str, Any], match: str) -> None:
+    config = small(optim__epochs=1)
+    state = moment(config, 2)
+    with pytest.raises(train.CheckpointError, match=match):
+        next(train.train(config, resume={**state, "part": {**state["part"], **change}}))
+
+
+def test_a_state_that_is_no_number_is_none_to_go_on_from() -> None:
+    """The loss of a step is that of the weights before it: those after it may be beyond all numbers first."""
+    too_fast = small(optim__epochs=1, optim__lr=1e300, optim__warmup=0.0)
+    with pytest.raises(train.DivergedError, match="diverged at epoch 1, step 1: its last step made weights"):
+        next(train.train(too_fast, save_when=lambda: True))
+    one_step = small(optim__epochs=1, optim__lr=1e300, optim__warmup=0.0, data__train_images=20)
+    with pytest.raises(train.DivergedError, match="diverged at epoch 1: its last step made weights"):
+        next(train.train(one_step))
+
+
+# ------------------------------------------------------------------------------------------------------------- logits
+
+
+def test_an_evaluated_epoch_has_the_logits_behind_its_metrics() -> None:
+    config = small(evaluate__every=2, evaluate__split="validation")
+    _, held_out = data.load(config.data, split="validation")
+    epochs = [epoch for epoch, _ in run(config)]
+    assert [epoch.logits is None for epoch in epochs] == [epoch.labels is None for epoch in epochs]
+    assert [epoch.logits is None for epoch in epochs] == [True, False, False]
+    for epoch in epochs[1:]:
+        assert epoch.logits is not None
+        assert epoch.labels is not None
+        assert (epoch.logits.shape, epoch.labels.shape) == ((2, 6, 10), (6,))
+        assert torch.equal(epoch.labels, held_out.labels_N)
+        assert evaluate.summarize(epoch.logits, epoch.labels).items() <= epoch.metrics.items()
 
 
 # --------------------------------------------------------------------------------------------------------- the files
@@ -257,6 +414,8 @@ def test_a_file_is_named_after_its_content(state: dict[str, Any], tmp_path: Path
     content = hashlib.sha256(path.read_bytes()).hexdigest()
     assert path.name == f"epoch-00002-{content[:16]}.pt"
     assert [each.name for each in path.parent.iterdir()] == [path.name]
+    within = train.save(moment(small(optim__epochs=2), 5), tmp_path)
+    assert within.name == f"epoch-00002-step-000002-{hashlib.sha256(within.read_bytes()).hexdigest()[:16]}.pt"
     assert train.save(copy.deepcopy(state), path.parent) == path  # the same state, the same bytes
     assert same(train.load(path), state)
 
@@ -278,6 +437,7 @@ def test_damaged_and_renamed_files_are_refused(state: dict[str, Any], tmp_path: 
     path.write_bytes(content)
     for name, match in (
         (path.name.replace("00002", "00003"), "it holds epoch 2"),
+        (path.name.replace("00002", "00002-step-000002"), "it holds epoch 2"),
         (path.name[:-4] + ("0" if path.name[-4] != "0" else "1") + ".pt", "damaged or renamed"),
         ("model.pt", "not the name of a checkpoint"),
     ):
@@ -308,6 +468,7 @@ def _named(tmp_path: Path, content: bytes) -> Path:
         (lambda state: {**state, "format": 99}, "written by a newer mixmo"),
         (lambda state: {name: value for name, value in state.items() if name != "model"}, "model is missing"),
         (lambda state: {**state, "history": state["history"][:1]}, "history is missing or wrong"),
+        (lambda state: {**state, "part": {"step": 1}}, "part is missing or wrong"),
     ],
 )
 def test_foreign_files_are_refused(change: Any, match: str, state: dict[str, Any], tmp_path: Path) -> None:
@@ -335,6 +496,8 @@ def test_a_failed_write_leaves_nothing(state: dict[str, Any], tmp_path: Path, mo
 # ------------------------------------------------------------------------------------------------------------- workers
 
 TWO = small(optim__epochs=2, optim__weight_decay=1e-3)
+LONG = small(optim__epochs=2, data__train_images=40, data__batch_size=4)
+"""Ten steps an epoch, of which two workers stop after the 8th and the 10th to agree."""
 
 
 def _worker(rank: int, folder: Path) -> None:
@@ -345,6 +508,11 @@ def _worker(rank: int, folder: Path) -> None:
     distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=patience)
     whole = run(TWO)
     resumed = run(TWO, resume=whole[0][1])
+    long, asked = run(LONG), itertools.count(1)
+    third = lambda: rank == 1 and next(asked) == 3  # noqa: E731 - one says so, after the 8th step of the second epoch
+    told = [(type(each).__name__, copy.deepcopy(each.state())) for each in train.train(LONG, save_when=third)]
+    within = told[1][1]
+    saved = train.load(train.save(within, folder / f"{rank}"))
     try:
         train.train(small(data__batch_size=15))
         refused = ""
@@ -356,6 +524,12 @@ def _worker(rank: int, folder: Path) -> None:
             "states": [state for _, state in whole],
             "resumed": [state for _, state in resumed],
             "images": whole[0][0].images,
+            "logits": whole[0][0].logits,
+            "told": [kind for kind, _ in told],
+            "long": [state for _, state in long],
+            "within": timeless(within),
+            "saved": [told[0][1], told[2][1]],
+            "from within": [state for _, state in run(LONG, resume=saved)],
             "refused": refused,
         },
         folder / f"{rank}.pt",
@@ -413,6 +587,13 @@ def test_two_workers_train_one_trial(tmp_path: Path) -> None:
     assert same(first, second)  # every worker gets the same metrics and state
     assert same(first["resumed"], first["states"][1:])
     assert first["images"] == 60
+    assert first["logits"].shape == (2, 360, 10)
+    assert first["told"] == ["Epoch", "Moment", "Epoch"]
+    assert (first["within"]["epoch"], first["within"]["part"]["step"]) == (2, 8)
+    own, others = first["within"]["part"]["statistics_RS"]
+    assert not torch.equal(own, others)  # batch norm saw other slots
+    assert same(first["saved"], first["long"])
+    assert same(first["from within"], first["long"][1:])
     assert "15 cannot be split over 2 workers" in first["refused"]
     assert first["states"][0]["digest"] == digest(identity(TWO, workers=2))
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from made_rows import advance, epoch, reached, trial
+from made_rows import advance, epoch, reached, some_logits, trial
 
 from orchestrator.rows import EPOCHS_SCHEMA, TRIALS_SCHEMA, EpochRow, TrialRow, epoch_rows, to_table, trial_rows
 from orchestrator.store import Fault, ResultStore
@@ -21,7 +21,7 @@ CHECKPOINT = f"epoch-00003-{hashlib.sha256(CONTENT).hexdigest()[:16]}.pt"
 
 @pytest.fixture
 def store(tmp_path: Path) -> ResultStore:
-    """Two trials that finished; the first has a checkpoint."""
+    """Two trials that finished; the first has a checkpoint and logits."""
     store = ResultStore.open(tmp_path / "results", create=True)
     (tmp_path / CHECKPOINT).write_bytes(CONTENT)
     with store.writer("made", sweep_text="") as writer:
@@ -29,11 +29,16 @@ def store(tmp_path: Path) -> ResultStore:
             for number in (1, 2, 3):
                 row = advance(writer, row, number, seq=number)
             if row.position == 0:
-                key = store.attempt(row.trial_id, writer.fence, 1, "aa").put_file(tmp_path / CHECKPOINT, CHECKPOINT)
-                writer.put([row.replace(checkpoint=key)])
+                attempt = store.attempt(row.trial_id, writer.fence, 1, "aa")
+                key = attempt.put_file(tmp_path / CHECKPOINT, CHECKPOINT)
+                writer.put([row.replace(checkpoint=key, logits=attempt.put_logits(some_logits()))])
         writer.close(done=True)
     assert store.verify("made") == []
     return store
+
+
+def logits(store: ResultStore) -> str:
+    return next(row.logits for row in store.trial_rows("made") if row.logits is not None)
 
 
 def part(store: ResultStore) -> Path:
@@ -100,6 +105,8 @@ PLANTED: dict[str, tuple[Callable[[ResultStore], object], list[str], str]] = {
     "a checkpoint that is damaged": (
         lambda s: s.folder.path(s.checkpoints(trial().trial_id)[0]).write_bytes(b"x"), ["checkpoint"], "is damaged",
     ),
+    "logits that are gone": (lambda s: s.folder.delete(logits(s)), ["logits"], "is not there"),
+    "logits that are damaged": (lambda s: s.folder.put(logits(s), b"x"), ["logits"], "is damaged"),
     "a part that is gone": (lambda s: part(s).unlink(), ["missing"], "is named but not there"),
     "a live file that is gone": (lambda s: live(s).unlink(), ["missing"], "is named but not there"),
     "a part that is cut short": (

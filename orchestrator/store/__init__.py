@@ -6,7 +6,7 @@
     sweeps/<name>/epochs/live-<fence>.parquet         rows of running trials, replaced whole
     sweeps/<name>/epochs/part-<fence>-<seq>.parquet   rows that are settled; never changed
     sweeps/<name>/events.parquet           what happened, the last 1,000
-    trials/<trial_id>/<fence>-<attempt>-<token>/      checkpoints and logs of one attempt, shared by all sweeps
+    trials/<trial_id>/<fence>-<attempt>-<token>/      checkpoints, logits, logs of one attempt, shared by all sweeps
 
 The driver is the only writer of `sweeps/<name>/`; a gang writes only in the folder of its attempt. Rows go into a part
 before the trials name it, and leave the live file after; a read goes live, then trials, then the parts named there. So
@@ -27,7 +27,16 @@ import pyarrow as pa
 
 from orchestrator.errors import NotFoundError, UnreachableError, UsageError
 from orchestrator.rows import TRIALS_SCHEMA, EpochRow, TrialRow, epoch_rows, newest, trial_rows
-from orchestrator.store.attempts import ATTEMPT, LOG_BYTES, AttemptFolder, epoch_of, matches, without_secrets
+from orchestrator.store.attempts import (
+    ATTEMPT,
+    LOG_BYTES,
+    NO_LOGITS,
+    AttemptFolder,
+    Logits,
+    matches,
+    progress_of,
+    without_secrets,
+)
 from orchestrator.store.lease import Lease, LeaseLostError, Process, read_lease
 from orchestrator.store.objects import DamagedError, Folder
 from orchestrator.store.tables import Event, Header, Snapshot, SweepFiles, fit, merge, sweep_names, totals
@@ -36,7 +45,7 @@ from orchestrator.store.writer import SweepWriter
 
 __all__ = [
     "LOG_BYTES", "AttemptFolder", "DamagedError", "Event", "Fault", "Folder", "Header", "Lease", "LeaseLostError",
-    "Process", "ResultStore", "Snapshot", "SweepWriter", "merge", "totals", "without_secrets",
+    "Logits", "Process", "ResultStore", "Snapshot", "SweepWriter", "merge", "totals", "without_secrets",
 ]  # fmt: skip
 
 
@@ -166,9 +175,9 @@ class ResultStore:
         return AttemptFolder(self.folder, f"trials/{trial_id}/{fence}-{attempt}-{token}")
 
     def checkpoints(self, trial_id: str) -> list[str]:
-        """Keys of a trial's checkpoints over all attempts, the one of the latest epoch first. `fetch` checks them."""
+        """Keys of a trial's checkpoints over all attempts, the furthest first. `fetch` checks them."""
         folders = [AttemptFolder(self.folder, f"trials/{trial_id}/{name}") for name in self._attempts(trial_id)]
-        return sorted((key for folder in folders for key in folder.checkpoints()), key=epoch_of, reverse=True)
+        return sorted((key for folder in folders for key in folder.checkpoints()), key=progress_of, reverse=True)
 
     def fetch(self, key: str, local: Path) -> Path:
         """Copy a stored file to a local path. A checkpoint whose content is not what its name says is refused.
@@ -187,6 +196,24 @@ class ResultStore:
         if not key.startswith("trials/"):
             raise ValueError(f"{key} is not a file of an attempt")
         self.folder.delete(key)
+
+    def logits(self, row: TrialRow) -> Logits:
+        """What the trained network of a finished trial makes of the images it was measured on.
+
+        Raises NotFoundError where there are none, DamagedError if they are not what their name says.
+        """
+        if row.logits is None:
+            raise NotFoundError(f"no logits of trial {row.trial_id} in {self}: {_why_no_logits(row)}")
+        stored = self.folder.read(row.logits)
+        if stored is None:
+            raise NotFoundError(f"{self}/{row.logits} is not there: {NO_LOGITS}")
+        if not matches(row.logits, stored.tag):
+            text = f"{self}/{row.logits} is damaged: its SHA-256 begins with {stored.tag[:16]}; {NO_LOGITS}"
+            raise DamagedError(text)
+        try:
+            return Logits.decode(stored.data)
+        except ValueError as error:
+            raise DamagedError(f"{self}/{row.logits} was not written by mixmo: {error}; {NO_LOGITS}") from error
 
     def log(self, trial_id: str, rank: int = 0) -> str:
         """What a rank of the newest attempt printed, its last 256 KiB. Raises NotFoundError."""
@@ -220,6 +247,17 @@ class ResultStore:
         """The one writer of a sweep. Raises RefusedError while another process holds its lease."""
         files, process = SweepFiles(self.folder, sweep), process or Process.current()
         return SweepWriter(files, sweep_text=sweep_text, holder=holder, now=now, process=process)
+
+
+def _why_no_logits(row: TrialRow) -> str:
+    if row.state != "TERMINATED":
+        return f"they are stored when it finishes, and it is {row.state}. `mixmo run` runs what is left of {row.sweep}"
+    if row.stopped_early:
+        return "they are stored after the last epoch, and a scheduler stopped it before"
+    return (
+        f"it finished under a version that kept none, or the store took none (`mixmo logs {row.trial_id}` says so). "
+        f"To have them, run it again under new results (`--results`)"
+    )
 
 
 def _root(uri: str) -> Path:

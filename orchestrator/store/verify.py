@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from orchestrator.errors import NotFoundError, UnreachableError
 from orchestrator.rows import FINAL, EpochRow, TrialRow, epoch_rows, newest, trial_rows
-from orchestrator.store.attempts import matches
+from orchestrator.store.attempts import NO_LOGITS, matches
 from orchestrator.store.lease import read_lease
 from orchestrator.store.objects import DamagedError, Folder
 from orchestrator.store.tables import ChangedError, Header, SweepFiles, sweep_names
@@ -27,7 +27,7 @@ _REPORT = "keep a copy of the sweep's folder and report this: no driver writes i
 @dataclass(frozen=True, slots=True)
 class Fault:
     kind: str
-    """unfinished, rows, duplicate, metrics, checkpoint, missing, damaged or unnamed."""
+    """unfinished, rows, duplicate, metrics, checkpoint, logits, missing, damaged or unnamed."""
     trial_id: str | None
     text: str
     advice: str
@@ -52,6 +52,7 @@ def faults_of(files: SweepFiles) -> list[Fault]:
         *_doubled(held),
         *_epoch_faults(rows, newest([row for each in held.values() for row in each])),
         *_checkpoint_faults(files.folder, rows),
+        *_logits_faults(files.folder, rows),
         *_unnamed(files, header),
     ]
 
@@ -95,15 +96,30 @@ def _checkpoint_faults(folder: Folder, rows: Sequence[TrialRow]) -> list[Fault]:
     for row in rows:
         if row.checkpoint is None or row.state not in FINAL:
             continue
-        digest = folder.digest(row.checkpoint)
-        if digest is None:
-            text = f"checkpoint {row.checkpoint} is not there"
-        elif not matches(row.checkpoint, digest):
-            text = f"checkpoint {row.checkpoint} is damaged: its SHA-256 begins with {digest[:16]}"
-        else:
-            continue
-        faults.append(Fault("checkpoint", row.trial_id, text, _LOST if row.state == "TERMINATED" else _PASSED_OVER))
+        text = _unlike_its_name(folder, row.checkpoint)
+        if text:
+            advice = _LOST if row.state == "TERMINATED" else _PASSED_OVER
+            faults.append(Fault("checkpoint", row.trial_id, f"checkpoint {text}", advice))
     return faults
+
+
+def _logits_faults(folder: Folder, rows: Sequence[TrialRow]) -> list[Fault]:
+    """Of finished trials. One without logits is none: earlier versions kept none, and a store may have taken none."""
+    named = [(row.trial_id, row.logits) for row in rows if row.logits is not None and row.state == "TERMINATED"]
+    texts = [(trial_id, _unlike_its_name(folder, key)) for trial_id, key in named]
+    return [
+        Fault("logits", trial_id, text, f"its own numbers stand, ensembles with it cannot be made: {NO_LOGITS}")
+        for trial_id, text in texts
+        if text
+    ]
+
+
+def _unlike_its_name(folder: Folder, key: str) -> str | None:
+    """What is wrong with a file that is named by its content; None where nothing is."""
+    digest = folder.digest(key)
+    if digest is None:
+        return f"{key} is not there"
+    return None if matches(key, digest) else f"{key} is damaged: its SHA-256 begins with {digest[:16]}"
 
 
 def _unnamed(files: SweepFiles, header: Header) -> list[Fault]:
