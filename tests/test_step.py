@@ -29,6 +29,10 @@ def images(config: TrialConfig, count: int = 40) -> data.Images:
     return data.Images(pixels_NCHW, torch.arange(count) % 10)
 
 
+def with_data(config: TrialConfig = TINY, **changes: Any) -> TrialConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
+
+
 def batch(config: TrialConfig, seed: int = 0) -> Tensor:
     shape = (config.model.subnetworks, config.data.batch_size)
     return torch.randint(0, 40, shape, generator=torch.Generator().manual_seed(seed))
@@ -142,28 +146,31 @@ def test_a_step_depends_on_its_number_and_on_nothing_before_it() -> None:
         step = Step(TINY, net, images(TINY))
         for number in before:
             step(batch(TINY, number), number=number, p=0.5, lr=0.05)
-        stepped.append((step._gather(batch(TINY), 6)[0], step._mixture(batch(TINY), 6, 1.0).masks_MBHW))
-        assert not torch.equal(stepped[0][0], step._gather(batch(TINY), 7)[0])
-        assert not torch.equal(stepped[0][1], step._mixture(batch(TINY), 7, 1.0).masks_MBHW)
-    assert torch.equal(stepped[0][0], stepped[1][0])
-    assert torch.equal(stepped[0][1], stepped[1][1])
+        stepped.append(everything(step, 6))
+        assert not torch.equal(stepped[0][0], everything(step, 7)[0])
+        assert not torch.equal(stepped[0][1], everything(step, 7)[1])
+    assert all(torch.equal(*pair) for pair in zip(*stepped, strict=True))
 
 
-@pytest.mark.parametrize("augmentation", ["none", "standard"])
-def test_workers_share_the_batch_of_one(augmentation: Any) -> None:
-    config = dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, augmentation=augmentation))
+def everything(step: Step, number: int) -> list[Tensor]:
+    """What a step draws: images, masks, kappa, labels and, where there are two labels, their shares."""
+    indices_MB = batch(step._config)
+    masks_MBHW, kappa_MB = step._mixture(indices_MB, number, 1.0)
+    images_MBCHW, targets = step._gather(indices_MB, number, masks_MBHW)
+    return [images_MBCHW, masks_MBHW, kappa_MB, *(each for each in targets if each is not None)]
+
+
+@pytest.mark.parametrize("augmentation", ["none", "standard", "augmix"])
+@pytest.mark.parametrize("msda", ["none", "mixup", "cutmix", "resizemix"])
+def test_workers_share_the_batch_of_one(augmentation: Any, msda: Any) -> None:
+    config = with_data(augmentation=augmentation, msda=msda)
     net = networks.build(config)
-    whole = Step(config, net, images(config))
-    images_MBCHW, labels_MB = whole._gather(batch(config), 5)
-    mixture = whole._mixture(batch(config), 5, 1.0)
+    whole = everything(Step(config, net, images(config)), 5)
+    assert len(whole) == (4 if msda == "none" else 5)
     for rank in range(4):
-        own = Step(config, net, images(config), rank=rank, workers=4)
-        own_images, own_labels = own._gather(batch(config), 5)
-        own_mixture = own._mixture(batch(config), 5, 1.0)
-        assert torch.equal(own_images, images_MBCHW[:, rank::4])
-        assert torch.equal(own_labels, labels_MB[:, rank::4])
-        assert torch.equal(own_mixture.masks_MBHW, mixture.masks_MBHW[:, rank::4])
-        assert torch.equal(own_mixture.kappa_MB, mixture.kappa_MB[:, rank::4])
+        own = everything(Step(config, net, images(config), rank=rank, workers=4), 5)
+        for mine, of_all in zip(own, whole, strict=True):
+            assert torch.equal(mine, of_all[:, rank::4])
 
 
 # ------------------------------------------------------------------------------------------------------------ the step
