@@ -13,9 +13,9 @@ from test_networks import close, config_of, golden_network, keyed
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixmo_core import data, networks
+from mixmo_core import augment, data, mixing, networks
 from mixmo_core.config import DataConfig, MixingConfig, ModelConfig, OptimConfig, TrialConfig
-from mixmo_core.step import Purpose, Step, draw_seed, optimiser, weighted_loss
+from mixmo_core.step import Purpose, Step, Targets, by_kappa, draw_seed, optimiser, weighted_loss
 
 TINY = TrialConfig(
     data=DataConfig(dataset="digits", batch_size=8), model=ModelConfig(depth=10, width=1, subnetworks=2), seed=3
@@ -112,6 +112,72 @@ def test_an_image_that_is_not_there_is_not_learned_from() -> None:
     assert (logits_MBK.grad.abs().sum(dim=2) == 0).tolist() == [[True, False, False], [False, False, True]]
 
 
+@given(M=st.integers(1, 4), root=st.floats(0.5, 20), seed=st.integers(0, 2**32))
+@settings(max_examples=20, deadline=None)
+def test_two_labels_have_the_cross_entropy_of_a_soft_one(M: int, root: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits_MBK = torch.randn(M, 6, 10, generator=generator)
+    labels_MBL = torch.randint(0, 10, (M, 6, 2), generator=generator)
+    shares_MBL = torch.rand(M, 6, 2, generator=generator)
+    kappa_MB = torch.rand(M, 6, generator=generator).softmax(dim=0)
+    soft_MBK = (nn.functional.one_hot(labels_MBL, 10) * shares_MBL.unsqueeze(3)).sum(dim=2)
+    entropy_MB = -(soft_MBK * logits_MBK.log_softmax(dim=2)).sum(dim=2)
+    expected = (mixing.loss_weights(kappa_MB, root) * entropy_MB).sum(dim=0).mean()
+    loss = weighted_loss(logits_MBK, labels_MBL, kappa_MB, root, shares_MBL)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    # One label with all of the share is that label.
+    whole_MBL = torch.tensor([1.0, 0.0]).expand(M, 6, 2)
+    torch.testing.assert_close(
+        weighted_loss(logits_MBK, labels_MBL, kappa_MB, root, whole_MBL),
+        weighted_loss(logits_MBK, labels_MBL[..., 0], kappa_MB, root),
+        rtol=1e-5, atol=1e-5,
+    )  # fmt: skip
+
+
+def test_one_shared_classifier_learns_the_interpolated_label() -> None:
+    """At a root of 1 with kappa as the shares: M times the cross entropy."""
+    logits_BK, labels_MB = torch.randn(6, 10), torch.randint(0, 10, (3, 6))
+    kappa_MB = torch.rand(3, 6).softmax(dim=0)
+    soft_BK = (nn.functional.one_hot(labels_MB, 10) * kappa_MB.unsqueeze(2)).sum(dim=0)
+    loss = weighted_loss(logits_BK.expand(3, 6, 10), labels_MB, kappa_MB, root=1.0)
+    torch.testing.assert_close(loss, 3 * nn.functional.cross_entropy(logits_BK, soft_BK), rtol=1e-5, atol=1e-5)
+
+
+@given(M=st.integers(1, 5), seed=st.integers(0, 2**32))
+@settings(max_examples=20, deadline=None)
+def test_dominant_roles_order_the_targets_of_each_slot_by_kappa(M: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    kappa_MB = torch.randint(0, 4, (M, 7), generator=generator) / 4  # with ties
+    labels_MBL = torch.arange(M * 14).view(M, 7, 2)
+    ordered, falling_MB = by_kappa(Targets(labels_MBL, labels_MBL / 100), kappa_MB)
+    plain, _ = by_kappa(Targets(labels_MBL[..., 0]), kappa_MB)
+    assert ordered.shares_MBL is not None
+    for j in range(7):
+        order = sorted(range(M), key=lambda m: -float(kappa_MB[m, j]))  # stable
+        assert torch.equal(ordered.labels[:, j], labels_MBL[order, j])
+        assert torch.equal(ordered.shares_MBL[:, j], labels_MBL[order, j] / 100)
+        assert torch.equal(plain.labels[:, j], labels_MBL[order, j, 0])
+        assert torch.equal(falling_MB[:, j], kappa_MB[order, j])
+
+
+@pytest.mark.parametrize(
+    ("encoders", "roles", "ordered"), [(1, "dominant", True), (1, "input", False), ("all", "dominant", False)]
+)
+def test_roles_matter_where_the_images_have_no_order_of_their_own(encoders: Any, roles: Any, ordered: bool) -> None:
+    model = ModelConfig(depth=10, width=1, subnetworks=2, encoders=encoders, classifier_roles=roles)
+    step = Step(dataclasses.replace(TINY, model=model), networks.build(TINY), images(TINY))
+    logits_MBK = torch.randn(2, 8, 10, generator=torch.Generator().manual_seed(0))
+    labels_MB, kappa_B = torch.arange(16).view(2, 8) % 10, torch.linspace(0.1, 0.8, 8)
+    kappa_MB = torch.stack([kappa_B, 1 - kappa_B])
+    larger_B = (kappa_MB[1] > kappa_MB[0]).long()
+    slots = torch.arange(8)
+    sorted_MB = torch.stack([labels_MB[larger_B, slots], labels_MB[1 - larger_B, slots]])
+    expected = weighted_loss(logits_MBK, labels_MB, kappa_MB, 3.0)
+    if ordered:
+        expected = weighted_loss(logits_MBK, sorted_MB, kappa_MB.sort(dim=0, descending=True).values, 3.0)
+    assert torch.equal(step._loss(logits_MBK, Targets(labels_MB), kappa_MB), expected)
+
+
 # ---------------------------------------------------------------------------------------------------------- randomness
 
 
@@ -173,6 +239,71 @@ def test_workers_share_the_batch_of_one(augmentation: Any, msda: Any) -> None:
             assert torch.equal(mine, of_all[:, rank::4])
 
 
+def test_a_partner_is_from_all_of_the_training_images_and_has_its_own_crop() -> None:
+    """Image n is flat, of brightness n: the mixed pixels tell who the partner is."""
+    config = with_data(dataset="synthetic", msda="cutmix", msda_probability=1.0, batch_size=64)
+    pixels_NCHW = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 16, 16).contiguous()
+    step = Step(config, networks.build(config), data.Images(pixels_NCHW, torch.arange(200)))
+    indices_MB = torch.arange(128).view(2, 64)
+    images_MBCHW, targets = step._gather(indices_MB, 1, torch.full((2, 64, 16, 16), 0.5))
+    assert torch.equal(targets.labels[..., 0], indices_MB)
+    assert len(set(targets.labels[..., 1].flatten().tolist())) > 75  # of 200; 95 are expected, with a deviation of 4
+    level = augment.normalise(pixels_NCHW, "synthetic")[:, 0, 0, 0]
+    black = float(level[0])  # what lies outside of an image
+    borders = 0
+    for m in range(2):
+        for j in range(64):
+            own, other = (float(level[label]) for label in targets.labels[m, j].tolist())
+            found = set(images_MBCHW[m, j].flatten().tolist())
+            assert found <= {own, other, black}
+            borders += black in found
+    assert borders > 100
+
+
+def test_a_partner_has_the_operations_of_the_image_that_it_is_mixed_with() -> None:
+    """In the reference one seed serves both. All images are one flat image here, so that mixing shows nothing."""
+    flat = data.Images(torch.full((40, 3, 16, 16), 200, dtype=torch.uint8), torch.zeros(40, dtype=torch.int64))
+    seen_MBHW = torch.full((2, 8, 16, 16), 0.5)
+    centres = []
+    for msda in ("mixup", "none"):
+        config = with_data(dataset="synthetic", msda=msda, msda_probability=1.0, augmentation="augmix")
+        images_MBCHW, _ = Step(config, networks.build(config), flat)._gather(batch(config), 1, seen_MBHW)
+        centres.append(images_MBCHW[..., 6:10, 6:10])
+    torch.testing.assert_close(*centres, rtol=0, atol=1e-5)
+    assert centres[0].std() > 0.1
+
+
+@pytest.mark.parametrize("M", [1, 2])
+def test_repeats_share_augmix_inside_mixmo_only(M: int) -> None:
+    """Flat images, whose centre a crop leaves alone: what differs is AugMix."""
+    config = dataclasses.replace(with_data(dataset="synthetic", augmentation="augmix", repetition=4))
+    config = dataclasses.replace(config, model=ModelConfig(depth=10, width=1, subnetworks=M))
+    pixels_NCHW = torch.full((40, 3, 16, 16), 100, dtype=torch.uint8)
+    step = Step(config, networks.build(config), data.Images(pixels_NCHW, torch.zeros(40, dtype=torch.int64)))
+    indices_MB = torch.tensor([[1, 1, 2, 1, 2, 1, 2, 2]]).expand(M, -1)
+    images_MBCHW, _ = step._gather(indices_MB, 1, torch.full((M, 8, 16, 16), 1 / M))
+    for m in range(M):
+        for index in (1, 2):
+            centres = images_MBCHW[m, indices_MB[m] == index][:, 0, 8, 8]
+            assert (centres.std() < 1e-6) == (M > 1)
+
+
+def test_batch_augmentation_is_repetition_with_one_subnetwork() -> None:
+    """Hoffer et al., CVPR 2020: each image of a batch occurs b times, each time cropped and flipped anew."""
+    config = dataclasses.replace(
+        with_data(dataset="synthetic", batch_size=16, repetition=4), model=ModelConfig(depth=10, width=1, subnetworks=1)
+    )
+    generator = torch.Generator().manual_seed(0)
+    for indices_MB in data.batch_repetition(40, 16, 4, 1, generator=generator):
+        counts = indices_MB[0].bincount()
+        assert counts[counts > 0].tolist() == [4] * 4
+        step = Step(config, networks.build(config), images(config))
+        images_MBCHW, targets = step._gather(indices_MB, 1, torch.ones(1, 16, 16, 16))
+        assert torch.equal(targets.labels, indices_MB % 10)
+        # 25 crops, flipped or not: 16 slots are all different but for a few.
+        assert len({tuple(each.flatten().tolist()) for each in images_MBCHW[0]}) >= 14
+
+
 # ------------------------------------------------------------------------------------------------------------ the step
 
 
@@ -186,17 +317,34 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_reads_nothing_from_the_device() -> None:
+SYSTEMS = {
+    "MIMO": dataclasses.replace(TINY, mixing=MixingConfig(method="sum")),
+    "Linear-MixMo": dataclasses.replace(TINY, mixing=MixingConfig(method="linear")),
+    "Cut-MixMo": TINY,
+    "Cut-MixMo, CutMix": with_data(msda="cutmix"),
+    "Cut-MixMo, Mixup, AugMix": with_data(msda="mixup", augmentation="augmix"),
+    "Cut-MixMo, ResizeMix": with_data(msda="resizemix", augmentation="none"),
+    "Batch Augmentation, AugMix": with_data(repetition=4, augmentation="augmix"),
+    **{name: with_data(msda=name) for name in ("mixup", "cutmix", "resizemix")},
+    "synthetic": with_data(dataset="synthetic", msda="cutmix", augmentation="augmix"),
+}
+for name in ("mixup", "cutmix", "resizemix", "Batch Augmentation, AugMix"):
+    SYSTEMS[name] = dataclasses.replace(SYSTEMS[name], model=ModelConfig(depth=10, width=1, subnetworks=1))
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_step_reads_nothing_from_the_device(system: str) -> None:
+    """From positions to weights. The loss, read after it, is finite."""
     with _Reads() as control:  # type: ignore[no-untyped-call]
         torch.ones(2).sum().item()
     assert control.count == 1
-    for method in ("sum", "linear", "cutmix"):
-        config = dataclasses.replace(TINY, mixing=MixingConfig(method=method))
-        step = Step(config, networks.build(config), images(config))
-        with _Reads() as reads:  # type: ignore[no-untyped-call]
-            for number in (1, 2):
-                step(batch(config), number=number, p=0.5, lr=0.05)
-        assert reads.count == 0
+    config = SYSTEMS[system]
+    step = Step(config, networks.build(config), images(config))
+    with _Reads() as reads:  # type: ignore[no-untyped-call]
+        for number in (1, 2):
+            step(batch(config), number=number, p=0.5, lr=0.05)
+    assert reads.count == 0
+    assert 0 < float(step.total_loss) < 20 * config.model.subnetworks
 
 
 @pytest.mark.parametrize("M", [1, 2, 3])

@@ -740,7 +740,6 @@ def test_a_byte_order_mark_is_no_matter(tmp_path: Path) -> None:
     ("rest", "told"),
     [
         ("blocks: [set: {mixing.method: fmix}]\n", "trial: mixing.method: fmix"),
-        ("blocks: [set: {data.msda: cutmix}]\n", "trial: data.msda: cutmix"),
         ("search: {method: random, num_samples: 2, ranges: {optim.lr: {min: 0.1, max: 1}}}\n", "search.method: random"),
         ("scheduler: {method: asha}\n", "scheduler.method: asha"),
         ("budget: {trials: 5}\n", "budget"),
