@@ -460,9 +460,6 @@ def not_yet(config: TrialConfig) -> list[str]:
     """The settings that are understood but that no trial can be run with yet, as `field: value`."""
     built: dict[str, tuple[Any, ...]] = {
         "data.msda": ("none", "mixup", "cutmix", "resizemix"),
-        "model.arch": ("wide_resnet",),
-        "model.encoders": ("all",),
-        "model.classifiers": ("all",),
         "mixing.method": ("sum", "linear", "cutmix"),
     }
     values, silent = flatten(config), ineffective(config)
