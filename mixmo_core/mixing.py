@@ -4,8 +4,9 @@ MixMo: Ramé, Sun, Cord, "MixMo: Mixing Multiple Inputs for Multiple Outputs via
 Axes: B batch · M subnetworks · C channels · H, W height and width. Masks sum to 1 over M at every pixel.
 
 Departures from the reference implementation, none of which its recorded outputs can show: masks stay in fp32 (it
-rounds them to half precision, so its features are mixed by a kappa up to 2.4e-4 off the one its loss uses), and draws
-come from a generator that is passed in (its data loader's workers repeat each other's).
+rounds them to half precision, so its features are mixed by a kappa up to 2.4e-4 off the one its loss uses), draws come
+from a generator that is passed in (its data loader's workers repeat each other's), and PatchUp mixes every channel by
+its own mask (see `masks`). Its noise masks, which no configuration of it can use, are left out.
 """
 
 from collections.abc import Sequence
@@ -15,14 +16,21 @@ import torch
 from torch import Tensor
 
 from mixmo_core.config import MixingConfig
+from mixmo_core.masks import first_mask
 
 
 class Mixture(NamedTuple):
     """How one batch is mixed."""
 
-    masks_MBHW: Tensor
+    masks: Tensor
+    """(M, B, H, W), or (M, B, C, H, W) for the methods that treat every channel on its own. Not to be written to:
+    axes along which all is alike may share their memory."""
     kappa_MB: Tensor
-    """The mean of each mask, which clipping can leave far from what was drawn."""
+    """The mean of each mask over all that it covers, which can be far from what was drawn."""
+
+    def slots(self, which: slice) -> "Mixture":
+        """Of some slots of the batch only, such as those of one worker."""
+        return Mixture(self.masks[:, which], self.kappa_MB[:, which])
 
 
 def mix(features_MBCHW: Tensor | Sequence[Tensor], masks: Tensor) -> Tensor:
@@ -104,10 +112,11 @@ def cutmix_masks(kappa_MB: Tensor, rectangles_BHW: Tensor) -> Tensor:
     return torch.cat([rectangles_BHW.unsqueeze(0), outside_MBHW])
 
 
-def draw(
+def draw(  # noqa: PLR0917 -- the axes, in their order
     config: MixingConfig,
     M: int,
     B: int,
+    C: int,
     H: int,
     W: int,
     *,
@@ -115,27 +124,26 @@ def draw(
     generator: torch.Generator,
     device: torch.device | str,
 ) -> Mixture:
-    """Kappa and masks of a batch. Binary or linear, and who gets which role, are drawn once for the whole batch; kappa
-    and the box are drawn for each slot.
+    """Kappa and masks of a batch of encoded images, C maps of H x W each. Binary or linear, and who gets which role,
+    are drawn once for the whole batch; kappa and the mask are drawn for each slot.
 
-    `p` is the probability of binary masks in this epoch (see `probability`). Nothing here waits for the device: both
-    kinds of mask are made and one is chosen there. How many numbers are taken from the generator does not depend on
-    their values.
+    `p` is the probability of the method's own masks in this epoch (see `probability`); linear ones are used otherwise.
+    Nothing here waits for the device: both kinds of mask are made and one is chosen there. How many numbers are asked
+    of the generator depends on the shapes alone. Masks are fp32, and sum to 1 over M at every pixel.
     """
     if M == 1 or config.method == "sum":
         kappa_MB = torch.full((M, B), 1 / M, device=device)
         return Mixture(linear_masks(kappa_MB, H, W), kappa_MB)
-    if config.method not in ("linear", "cutmix"):
-        raise NotImplementedError(f"mixing.method: {config.method}")
     drawn_MB = _draw_kappa(config.alpha, M, B, generator)
-    masks_MBHW, kappa_MB = linear_masks(drawn_MB, H, W), drawn_MB.float()
-    if config.method == "cutmix":
-        cut_MBHW = cutmix_masks(drawn_MB, _draw_rectangles(drawn_MB[0], H, W, generator))
+    masks, kappa_MB = linear_masks(drawn_MB, 1, 1), drawn_MB.float()
+    if config.method != "linear":
+        cut = _draw_cut(config.method, drawn_MB, (C, H, W), generator)
         binary = torch.rand((), generator=generator, device=generator.device) < p
-        masks_MBHW = torch.where(binary, cut_MBHW, masks_MBHW)
-        kappa_MB = torch.where(binary, cut_MBHW.mean(dim=(2, 3)), kappa_MB)
+        masks = torch.where(binary, cut, masks if cut.dim() == 4 else masks.unsqueeze(2))
+        kappa_MB = torch.where(binary, cut.mean(dim=tuple(range(2, cut.dim()))), kappa_MB)
     roles = torch.rand(M, generator=generator, device=generator.device).argsort()
-    return Mixture(masks_MBHW[roles].to(device), kappa_MB[roles].to(device))
+    shape = (M, B, H, W) if masks.dim() == 4 else (M, B, C, H, W)
+    return Mixture(masks[roles].to(device).expand(shape), kappa_MB[roles].to(device))
 
 
 def _draw_kappa(alpha: float, M: int, B: int, generator: torch.Generator) -> Tensor:
@@ -144,6 +152,17 @@ def _draw_kappa(alpha: float, M: int, B: int, generator: torch.Generator) -> Ten
         return torch.full((M, B), 1 / M, dtype=torch.float64, device=generator.device)
     concentration = torch.full((B, M), alpha, dtype=torch.float64, device=generator.device)
     return torch._sample_dirichlet(concentration, generator=generator).T
+
+
+def _draw_cut(method: str, kappa_MB: Tensor, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+    """The method's own masks, role 0 first: (M, B, H, W) or (M, B, C, H, W), with 1 for axes along which all is
+    alike.
+    """
+    if method == "cutmix":
+        return cutmix_masks(kappa_MB, _draw_rectangles(kappa_MB[0], *shape[1:], generator))
+    assert len(kappa_MB) == 2, f"{method} mixes two images; the config refuses more"
+    first = first_mask(method, kappa_MB[0], shape, generator)
+    return torch.stack([first, 1 - first])
 
 
 def _draw_rectangles(lam_B: Tensor, H: int, W: int, generator: torch.Generator) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mixmo_core import augment, augmix, mixing, msda
-from mixmo_core.config import TrialConfig, map_size
+from mixmo_core.config import STEM_CHANNELS, TrialConfig, map_size
 from mixmo_core.data import Images
 
 
@@ -137,11 +137,11 @@ class Step:
 
     def __call__(self, indices_MB: Tensor, *, number: int, p: float, lr: float) -> None:
         """One step on these images. `number` counts the trial's steps from 1; `p` is the chance of binary masks."""
-        mixture = self._mixture(indices_MB, number, p)
-        images_MBCHW, targets = self._gather(indices_MB, number, mixture.masks_MBHW)
+        masks, kappa_MB = self._mixture(indices_MB, number, p)
+        images_MBCHW, targets = self._gather(indices_MB, number, masks)
         with autocast(self._config, self._device):
-            logits_MBK = self._net(images_MBCHW, mixture.masks_MBHW)
-        self.update(self._loss(logits_MBK, targets, mixture.kappa_MB), lr)
+            logits_MBK = self._net(images_MBCHW, masks)
+        self.update(self._loss(logits_MBK, targets, kappa_MB), lr)
 
     def update(self, loss: Tensor, lr: float) -> None:
         self.optimiser.param_groups[0]["lr"] = lr
@@ -199,12 +199,10 @@ class Step:
 
     def _mixture(self, indices_MB: Tensor, number: int, p: float) -> mixing.Mixture:
         M, B = indices_MB.shape
-        size = map_size(self._config)
+        C, size = STEM_CHANNELS[self._config.model.arch], map_size(self._config)
         generator = self._seeded(number, Purpose.MIXING)
-        masks_MBHW, kappa_MB = mixing.draw(
-            self._config.mixing, M, B, size, size, p=p, generator=generator, device=self._device
-        )
-        return mixing.Mixture(masks_MBHW[:, self._slots], kappa_MB[:, self._slots])
+        mixture = mixing.draw(self._config.mixing, M, B, C, size, size, p=p, generator=generator, device=self._device)
+        return mixture.slots(self._slots)
 
     def _seeded(self, number: int, purpose: Purpose) -> torch.Generator:
         return self._generator.manual_seed(draw_seed(self._config.seed, number, purpose))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from itertools import permutations
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,19 +13,30 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mixmo_core import mixing
-from mixmo_core.config import MixingConfig
+from mixmo_core.config import MixingConfig, MixingMethod
 
-Method = Literal["sum", "linear", "cutmix"]
+OF_ANY_NUMBER: tuple[MixingMethod, ...] = ("sum", "linear", "cutmix")
+METHODS: tuple[MixingMethod, ...] = get_args(MixingMethod)
+PER_CHANNEL = ("channel", "channel_split", "patchup_hard", "patchup_soft")
 
 
 def tensor(values: Any) -> Tensor:
     return torch.from_numpy(np.asarray(values))
 
 
-def draw(method: Method, M: int, B: int, size: int = 16, *, p: float = 0.5, seed: int = 0, alpha: float = 2.0) -> Any:
+def draw(
+    method: MixingMethod,
+    M: int,
+    B: int,
+    shape: tuple[int, int, int] = (3, 16, 16),
+    *,
+    p: float = 0.5,
+    seed: int = 0,
+    alpha: float = 2.0,
+) -> mixing.Mixture:
     generator = torch.Generator().manual_seed(seed)
     config = MixingConfig(method=method, alpha=alpha)
-    return mixing.draw(config, M, B, size, size, p=p, generator=generator, device="cpu")
+    return mixing.draw(config, M, B, *shape, p=p, generator=generator, device="cpu")
 
 
 # ------------------------------------------------------------------------------------------- against the reference
@@ -47,7 +58,7 @@ def test_boxes_equal_the_reference(golden: Callable[[str], Any]) -> None:
 def test_realised_kappa_is_distributed_as_the_reference(golden: Callable[[str], Any]) -> None:
     """Clipping takes Beta(2, 2) far off: the mean area of a box is 0.307, not 0.5."""
     mean, realised, std, empty, below_half, largest = golden("cutmix_kappa_distribution.npz")["summary"]
-    mixture = draw("cutmix", 2, 20_000, 32, p=1, seed=3)
+    mixture = draw("cutmix", 2, 20_000, (1, 32, 32), p=1, seed=3)
     kappa_B = mixture.kappa_MB[mixture.kappa_MB.mean(dim=1).argmin()]  # of the role that has the box
     assert float(kappa_B.mean()) == pytest.approx(realised, abs=5 * std / math.sqrt(20_000))
     assert float(kappa_B.std()) == pytest.approx(std, abs=0.005)
@@ -59,7 +70,7 @@ def test_realised_kappa_is_distributed_as_the_reference(golden: Callable[[str], 
 
 @pytest.mark.shared
 def test_mixes_of_two_equal_the_reference(golden: Callable[[str], Any]) -> None:
-    """With injected masks. The masks of the methods that are built are made here as well."""
+    """With injected masks, also those of its noise, which no trial can have."""
     recorded = golden("mixing_blocks_m2.npz")
     features_MBCHW = torch.stack([tensor(recorded["l0"]), tensor(recorded["l1"])])
     for name in recorded["names"].tolist():
@@ -68,7 +79,7 @@ def test_mixes_of_two_equal_the_reference(golden: Callable[[str], Any]) -> None:
         torch.testing.assert_close(
             mixing.mix(features_MBCHW, masks_MBCHW), tensor(recorded[f"{name}_out"]), rtol=1e-6, atol=1e-6
         )
-        if name.startswith(("mixup", "cutmix")):  # one map for all channels
+        if bool((mask == mask[:1]).all()):  # one map for all channels
             torch.testing.assert_close(
                 mixing.mix(features_MBCHW, masks_MBCHW[:, :, 0]), tensor(recorded[f"{name}_out"]), rtol=1e-6, atol=1e-6
             )
@@ -128,23 +139,25 @@ def test_probability_equals_the_reference(epochs: int, p: float, golden: Callabl
 
 
 @given(
-    method=st.sampled_from(["sum", "linear", "cutmix"]),
+    method=st.sampled_from(METHODS),
     M=st.integers(1, 5),
     B=st.integers(1, 9),
+    shape=st.tuples(st.sampled_from([1, 5, 16]), st.integers(8, 64), st.integers(8, 64)),
     p=st.sampled_from([0.0, 0.5, 1.0]),
     alpha=st.sampled_from([0.0, 0.5, 1.0, 2.0, 4.0]),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_masks_sum_to_one_and_kappa_is_their_mean(
-    method: Method, M: int, B: int, p: float, alpha: float, seed: int
+    method: MixingMethod, M: int, B: int, shape: tuple[int, int, int], p: float, alpha: float, seed: int
 ) -> None:
-    masks_MBHW, kappa_MB = draw(method, M, B, 8, p=p, seed=seed, alpha=alpha)
-    assert masks_MBHW.shape == (M, B, 8, 8)
-    assert masks_MBHW.dtype is kappa_MB.dtype is torch.float32
-    assert bool(((masks_MBHW >= 0) & (masks_MBHW <= 1)).all())
-    torch.testing.assert_close(masks_MBHW.sum(dim=0), torch.ones(B, 8, 8), rtol=0, atol=1e-6)
-    torch.testing.assert_close(masks_MBHW.mean(dim=(2, 3)), kappa_MB, rtol=0, atol=1e-6)
+    M = M if method in OF_ANY_NUMBER else min(M, 2)
+    masks, kappa_MB = draw(method, M, B, shape, p=p, seed=seed, alpha=alpha)
+    assert masks.shape == (M, B, *(shape if method in PER_CHANNEL and M > 1 else shape[1:]))
+    assert masks.dtype is kappa_MB.dtype is torch.float32
+    assert bool(((masks >= 0) & (masks <= 1)).all())
+    torch.testing.assert_close(masks.sum(dim=0), torch.ones(masks.shape[1:]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(masks.flatten(2).mean(dim=2), kappa_MB, rtol=0, atol=1e-6)
     weights_MB = mixing.loss_weights(kappa_MB, 3.0)
     torch.testing.assert_close(weights_MB.sum(dim=0), torch.full((B,), float(M)), rtol=1e-5, atol=1e-5)
     assert torch.equal(weights_MB.argmax(dim=0), kappa_MB.argmax(dim=0)) or method == "sum" or M == 1 or alpha == 0
@@ -167,7 +180,7 @@ def test_a_box_lies_in_the_map_and_never_exceeds_its_share(height: int, width: i
 
 def test_the_sum_is_a_plain_sum() -> None:
     features_MBCHW = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    masks_MBHW, kappa_MB = draw("sum", 3, 2, 8)
+    masks_MBHW, kappa_MB = draw("sum", 3, 2, (4, 8, 8))
     torch.testing.assert_close(mixing.mix(features_MBCHW, masks_MBHW), features_MBCHW.sum(dim=0))
     torch.testing.assert_close(mixing.loss_weights(kappa_MB, 3.0), torch.ones(3, 2))
 
@@ -192,47 +205,109 @@ def test_an_empty_rectangle_has_no_weight() -> None:
     assert weights_MB.flatten().tolist() == [0, 2]
 
 
-def test_the_same_generator_draws_the_same() -> None:
-    first, again, other = (draw("cutmix", 2, 8, p=1, seed=seed) for seed in (5, 5, 6))
-    assert torch.equal(first.masks_MBHW, again.masks_MBHW)
+@given(method=st.sampled_from(METHODS), B=st.integers(1, 4), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_a_mix_is_the_weighted_sum_of_the_maps(method: MixingMethod, B: int, seed: int) -> None:
+    """Whichever axes the masks have: M times the sum of mask times map, over M, at each place."""
+    features_MBCHW = torch.randn(2, B, 5, 9, 12, generator=torch.Generator().manual_seed(seed))
+    masks, _ = draw(method, 2, B, (5, 9, 12), p=1.0, seed=seed)
+    masks_MBCHW = (masks if masks.dim() == 5 else masks.unsqueeze(2)).expand_as(features_MBCHW)
+    expected_BCHW = (2 * masks_MBCHW * features_MBCHW).sum(dim=0)
+    torch.testing.assert_close(mixing.mix(features_MBCHW, masks), expected_BCHW, rtol=1e-6, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- chance
+
+
+@pytest.mark.parametrize(
+    ("method", "kappa_B"),
+    [("linear", [0.3321986, 0.4476848, 0.7651877, 0.6865904]), ("cutmix", [0.7011719, 0.609375, 0.59375, 0.7587891])],
+)
+def test_draws_are_pinned(method: MixingMethod, kappa_B: list[float]) -> None:
+    """Other values would be other trainings under the same trial ids."""
+    kappa_MB = draw(method, 2, 4, (16, 32, 32), p=1.0, seed=11).kappa_MB
+    assert kappa_MB[0].tolist() == pytest.approx(kappa_B, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS[2:])
+def test_the_same_generator_draws_the_same(method: MixingMethod) -> None:
+    first, again, other = (draw(method, 2, 8, p=1, seed=seed) for seed in (5, 5, 6))
+    assert torch.equal(first.masks, again.masks)
     assert torch.equal(first.kappa_MB, again.kappa_MB)
-    assert not torch.equal(first.masks_MBHW, other.masks_MBHW)
+    assert not torch.equal(first.masks, other.masks)
 
 
-def test_the_coin_and_the_roles_are_drawn_once_a_batch_and_kappa_for_each_slot() -> None:
-    binary = swapped = 0
+@pytest.mark.parametrize("method", METHODS[2:])
+def test_the_coin_is_drawn_once_a_batch_and_kappa_for_each_slot(method: MixingMethod) -> None:
+    """A linear mask lies strictly between 0 and 1 and is constant; those of all other methods touch 0 or 1."""
+    own = 0
+    for seed in range(200):
+        masks, kappa_MB = draw(method, 2, 6, (16, 16, 16), p=0.3, seed=seed)
+        flat_MBP = masks.flatten(2)
+        touches_B = ((flat_MBP == 0) | (flat_MBP == 1)).any(dim=2).any(dim=0)
+        if not touches_B.any():
+            torch.testing.assert_close(flat_MBP, kappa_MB.unsqueeze(2).expand_as(flat_MBP))
+        elif method == "patchup_soft":
+            assert int(touches_B.sum()) > 3  # a slot without a seed is linear
+        else:
+            assert set(flat_MBP.flatten().tolist()) <= {0.0, 1.0}
+        own += bool(touches_B.any())
+        assert len(set(kappa_MB[0].tolist())) > 2
+    # 200 coins of 0.3 have a deviation of 6.5: beyond five of them lie 6 in ten million.
+    assert abs(own - 60) < 33
+
+
+@pytest.mark.parametrize("method", ["cutmix", "patchup_soft"])
+def test_two_roles_are_swapped_every_other_batch(method: MixingMethod) -> None:
+    """The rectangles of a batch are its smaller half; the blocks of soft PatchUp belong to the role that has ones."""
+    swapped = 0
     for seed in range(400):
-        masks_MBHW, kappa_MB = draw("cutmix", 2, 6, p=0.5, seed=seed)
-        spread_B = masks_MBHW[0].amax(dim=(1, 2)) - masks_MBHW[0].amin(dim=(1, 2))
-        is_binary = bool((spread_B == 1).any())
-        # A linear mask is constant in every slot; a batch holds one kind only (a full or empty box aside).
-        assert is_binary or bool((spread_B == 0).all())
-        if is_binary:
-            assert set(masks_MBHW.unique().tolist()) <= {0.0, 1.0}
-            swapped += float(kappa_MB[0].mean()) > float(kappa_MB[1].mean())
-        binary += is_binary
-        assert len(kappa_MB[0].unique()) > 3
-    # Five standard deviations of a fair coin thrown 400 (about 200) times.
-    assert abs(binary - 200) < 50
-    assert abs(swapped - binary / 2) < 36
+        masks, kappa_MB = draw(method, 2, 24, p=1, seed=seed)
+        ones_M = (masks == 1).flatten(1).any(dim=1)
+        first = kappa_MB.mean(dim=1).argmin() if method == "cutmix" else ones_M.int().argmax()
+        assert method == "cutmix" or ones_M.tolist() != [True, True]
+        swapped += int(first)
+    # 400 fair coins have a deviation of 10: beyond five of them lie 6 in ten million.
+    assert abs(swapped - 200) < 50
 
 
+def test_each_of_three_has_the_rectangle_in_every_third_batch() -> None:
+    counts = [0, 0, 0]
+    for seed in range(600):
+        masks, _ = draw("cutmix", 3, 4, p=1, seed=seed)
+        binary_M = ((masks == 0) | (masks == 1)).flatten(1).all(dim=1)
+        assert int(binary_M.sum()) == 1
+        counts[int(binary_M.int().argmax())] += 1
+    # A deviation of 11.5 each: beyond five of them lie 6 in ten million.
+    assert all(abs(count - 200) < 58 for count in counts)
+
+
+@pytest.mark.parametrize("method", METHODS[2:])
 @pytest.mark.parametrize("p", [0.0, 1.0])
-def test_certain_probabilities_are_certain(p: float) -> None:
-    for seed in range(30):
-        masks_MBHW, _ = draw("cutmix", 2, 4, p=p, seed=seed)
-        assert bool(((masks_MBHW == 0) | (masks_MBHW == 1)).all()) == (p == 1.0)
+def test_certain_probabilities_are_certain(p: float, method: MixingMethod) -> None:
+    for seed in range(20):
+        masks, _ = draw(method, 2, 4, p=p, seed=seed)
+        assert bool(((masks == 0) | (masks == 1)).any()) == (p == 1.0)
 
 
 def test_kappa_is_dirichlet() -> None:
     """Variance of one ratio of a symmetric Dirichlet: (M - 1) / (M^2 (M alpha + 1))."""
     for M, alpha in ((2, 2.0), (3, 2.0), (2, 0.5)):
-        kappa_MB = draw("linear", M, 20_000, 1, alpha=alpha).kappa_MB
+        kappa_MB = draw("linear", M, 20_000, (1, 1, 1), alpha=alpha).kappa_MB
         assert float(kappa_MB.mean()) == pytest.approx(1 / M, abs=1e-6)
         assert float(kappa_MB[0].var()) == pytest.approx((M - 1) / (M**2 * (M * alpha + 1)), rel=0.05)
-    assert torch.equal(draw("linear", 4, 3, 1, alpha=0).kappa_MB, torch.full((4, 3), 0.25))
+    assert torch.equal(draw("linear", 4, 3, (1, 1, 1), alpha=0).kappa_MB, torch.full((4, 3), 0.25))
 
 
-def test_a_method_that_is_not_built_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match="cowmix"):
-        mixing.draw(MixingConfig(method="cowmix"), 2, 2, 8, 8, p=0.5, generator=torch.Generator(), device="cpu")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_worker_takes_every_so_many_slots(method: MixingMethod) -> None:
+    whole = draw(method, 2, 12, p=1, seed=3)
+    for rank in range(3):
+        own = whole.slots(slice(rank, None, 3))
+        assert torch.equal(own.masks, whole.masks[:, rank::3])
+        assert torch.equal(own.kappa_MB, own.masks.flatten(2).mean(dim=2)) or method in (
+            "sum",
+            "linear",
+            "patchup_soft",
+        )
+        assert torch.equal(own.kappa_MB, whole.kappa_MB[:, rank::3])

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixmo_core import augment, data, mixing, networks
-from mixmo_core.config import DataConfig, MixingConfig, ModelConfig, OptimConfig, TrialConfig
+from mixmo_core.config import DataConfig, MixingConfig, MixingMethod, ModelConfig, OptimConfig, TrialConfig, not_yet
 from mixmo_core.step import Purpose, Step, Targets, by_kappa, draw_seed, optimiser, weighted_loss
 
 TINY = TrialConfig(
@@ -205,13 +205,14 @@ def test_neighbouring_seeds_are_unlike() -> None:
     assert min(flipped) > 8
 
 
-def test_a_step_depends_on_its_number_and_on_nothing_before_it() -> None:
-    stepped = []
+@pytest.mark.parametrize(("augmentation", "msda"), [("standard", "none"), ("augmix", "cutmix"), ("none", "resizemix")])
+def test_a_step_depends_on_its_number_and_on_nothing_before_it(augmentation: Any, msda: Any) -> None:
+    config = with_data(augmentation=augmentation, msda=msda)
+    stepped: list[list[Tensor]] = []
     for before in ([], [4, 9]):
-        net = networks.build(TINY)
-        step = Step(TINY, net, images(TINY))
+        step = Step(config, networks.build(config), images(config))
         for number in before:
-            step(batch(TINY, number), number=number, p=0.5, lr=0.05)
+            step(batch(config, number), number=number, p=0.5, lr=0.05)
         stepped.append(everything(step, 6))
         assert not torch.equal(stepped[0][0], everything(step, 7)[0])
         assert not torch.equal(stepped[0][1], everything(step, 7)[1])
@@ -221,15 +222,24 @@ def test_a_step_depends_on_its_number_and_on_nothing_before_it() -> None:
 def everything(step: Step, number: int) -> list[Tensor]:
     """What a step draws: images, masks, kappa, labels and, where there are two labels, their shares."""
     indices_MB = batch(step._config)
-    masks_MBHW, kappa_MB = step._mixture(indices_MB, number, 1.0)
-    images_MBCHW, targets = step._gather(indices_MB, number, masks_MBHW)
-    return [images_MBCHW, masks_MBHW, kappa_MB, *(each for each in targets if each is not None)]
+    masks, kappa_MB = step._mixture(indices_MB, number, 1.0)
+    images_MBCHW, targets = step._gather(indices_MB, number, masks)
+    return [images_MBCHW, masks, kappa_MB, *(each for each in targets if each is not None)]
 
 
 @pytest.mark.parametrize("augmentation", ["none", "standard", "augmix"])
-@pytest.mark.parametrize("msda", ["none", "mixup", "cutmix", "resizemix"])
-def test_workers_share_the_batch_of_one(augmentation: Any, msda: Any) -> None:
-    config = with_data(augmentation=augmentation, msda=msda)
+@pytest.mark.parametrize(
+    ("msda", "method"),
+    [
+        ("none", "cutmix"),
+        ("mixup", "cutmix"),
+        ("cutmix", "cutmix"),
+        ("resizemix", "cutmix"),
+        ("cutmix", "patchup_hard"),
+    ],
+)
+def test_workers_share_the_batch_of_one(augmentation: Any, msda: Any, method: Any) -> None:
+    config = dataclasses.replace(with_data(augmentation=augmentation, msda=msda), mixing=MixingConfig(method=method))
     net = networks.build(config)
     whole = everything(Step(config, net, images(config)), 5)
     assert len(whole) == (4 if msda == "none" else 5)
@@ -345,6 +355,25 @@ def test_a_step_reads_nothing_from_the_device(system: str) -> None:
             step(batch(config), number=number, p=0.5, lr=0.05)
     assert reads.count == 0
     assert 0 < float(step.total_loss) < 20 * config.model.subnetworks
+
+
+@pytest.mark.parametrize("method", get_args(MixingMethod))
+def test_two_steps_of_every_method_learn_and_read_nothing_from_the_device(method: Any) -> None:
+    with _Reads() as control:  # type: ignore[no-untyped-call]
+        torch.ones(2).sum().item()
+    assert control.count == 1
+    config = dataclasses.replace(TINY, mixing=MixingConfig(method=method))
+    assert not not_yet(config)
+    net = networks.build(config)
+    step, before = Step(config, net, images(config)), [each.detach().clone() for each in net.parameters()]
+    with _Reads() as reads:  # type: ignore[no-untyped-call]
+        for number in (1, 2):
+            step(batch(config), number=number, p=1.0, lr=0.05)
+    assert reads.count == 0
+    assert 0 < float(step.total_loss) < 2 * 2 * 10  # two steps, two subnetworks, each about log 10
+    for old, parameter in zip(before, net.parameters(), strict=True):
+        assert bool(parameter.isfinite().all())
+        assert not torch.equal(old, parameter.detach())
 
 
 @pytest.mark.parametrize("M", [1, 2, 3])

@@ -739,7 +739,6 @@ def test_a_byte_order_mark_is_no_matter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rest", "told"),
     [
-        ("blocks: [set: {mixing.method: fmix}]\n", "trial: mixing.method: fmix"),
         ("search: {method: random, num_samples: 2, ranges: {optim.lr: {min: 0.1, max: 1}}}\n", "search.method: random"),
         ("scheduler: {method: asha}\n", "scheduler.method: asha"),
         ("budget: {trials: 5}\n", "budget"),
@@ -759,12 +758,8 @@ def test_what_a_run_cannot_honour_yet_is_refused_by_name(rest: str, told: str) -
 
 def test_all_that_cannot_be_honoured_is_listed() -> None:
     with pytest.raises(SweepError) as error:
-        check_runnable(small("budget: {trials: 5}\nblocks: [grid: {mixing.method: [fmix, cowmix, sum]}]\n"))
+        check_runnable(small("budget: {trials: 5}\nresources: {spot: false, slots: 2}\n"))
     assert len(str(error.value).splitlines()) == 3
-
-
-def test_a_method_that_has_no_effect_stops_nothing() -> None:
-    check_runnable(small("blocks: [set: {mixing.method: fmix, model.subnetworks: 1}]\n"))
 
 
 def test_ranges_are_kept() -> None:
