@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mixmo_core import augment, augmix, mixing, msda
+from mixmo_core import augment, augmix, mixing, msda, networks
 from mixmo_core.config import STEM_CHANNELS, TrialConfig, map_size
 from mixmo_core.data import Images
 
@@ -28,7 +28,7 @@ class Purpose(IntEnum):
     """Crop and flip of the images of the batch."""
     MIXING = 2
     MSDA = 3
-    """Mixed-sample augmentation, with the crop and flip of partners from outside the batch."""
+    """Mixed-sample augmentation, with the crop and flip of partners from outside the batch; Manifold Mixup."""
     AUGMIX = 4
 
 
@@ -103,6 +103,13 @@ def by_kappa(targets: Targets, kappa_MB: Tensor) -> tuple[Targets, Tensor]:
     return Targets(targets.labels[order_MB, slots_B], shares_MBL), kappa_MB[order_MB, slots_B]
 
 
+def mixed_inside(targets: Targets, hidden: networks.HiddenMix) -> Targets:
+    """What is to be predicted of images whose maps Manifold Mixup mixes: each slot's label and its partner's."""
+    labels_MBL = torch.stack([targets.labels, targets.labels[:, hidden.partner_B]], dim=2)
+    lam = hidden.lam_L.prod()  # 1 at all places but one
+    return Targets(labels_MBL, torch.stack([lam, 1 - lam]).expand(labels_MBL.shape))
+
+
 def optimiser(net: nn.Module, config: TrialConfig) -> torch.optim.SGD:
     """SGD with Nesterov momentum, with weight decay on every parameter, biases and batch norm included.
 
@@ -139,8 +146,12 @@ class Step:
         """One step on these images. `number` counts the trial's steps from 1; `p` is the chance of binary masks."""
         masks, kappa_MB = self._mixture(indices_MB, number, p)
         images_MBCHW, targets = self._gather(indices_MB, number, masks)
+        hidden = None
+        if self._config.data.msda == "manifold_mixup":
+            hidden = self._hidden(indices_MB.shape[1], number)
+            targets = mixed_inside(targets, hidden)
         with autocast(self._config, self._device):
-            logits_MBK = self._net(images_MBCHW, masks)
+            logits_MBK = self._net(images_MBCHW, masks, hidden)
         self.update(self._loss(logits_MBK, targets, kappa_MB), lr)
 
     def update(self, loss: Tensor, lr: float) -> None:
@@ -171,6 +182,17 @@ class Step:
         partners_MBCHW, others_MB = self._augmented(draws.partners, chains, generator)
         images_MBCHW, shares_MBL = msda.mix(images_MBCHW, partners_MBCHW, draws[:, self._slots], masks, data.msda)
         return images_MBCHW, Targets(torch.stack([labels_MB, others_MB], dim=2), shares_MBL)
+
+    def _hidden(self, B: int, number: int) -> networks.HiddenMix:
+        """Manifold Mixup: one ratio and one place in the network for the batch, and a random order of its slots. With
+        several workers a slot's partner is among the slots of its own worker, the only ones whose maps are there.
+        """
+        generator = self._seeded(number, Purpose.MSDA)
+        keys_B = torch.rand(B, generator=generator, device=self._device)
+        drawn = torch.randint(networks.MIXING_POINTS, (), generator=generator, device=self._device)
+        lam = msda.beta(self._config.data.msda_alpha, (), generator).float()
+        places_L = torch.arange(networks.MIXING_POINTS, device=self._device)
+        return networks.HiddenMix(keys_B[self._slots].argsort(), torch.where(places_L == drawn, lam, 1.0))
 
     def _chains(self, indices_MB: Tensor, number: int) -> augmix.Draws | None:
         """The draws of AugMix for this rank. A partner has those of the image that it is mixed with, and the repeats

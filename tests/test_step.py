@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixmo_core import augment, data, mixing, networks
 from mixmo_core.config import DataConfig, MixingConfig, MixingMethod, ModelConfig, OptimConfig, TrialConfig, not_yet
-from mixmo_core.step import Purpose, Step, Targets, by_kappa, draw_seed, optimiser, weighted_loss
+from mixmo_core.step import Purpose, Step, Targets, by_kappa, draw_seed, mixed_inside, optimiser, weighted_loss
 
 TINY = TrialConfig(
     data=DataConfig(dataset="digits", batch_size=8), model=ModelConfig(depth=10, width=1, subnetworks=2), seed=3
@@ -31,6 +31,10 @@ def images(config: TrialConfig, count: int = 40) -> data.Images:
 
 def with_data(config: TrialConfig = TINY, **changes: Any) -> TrialConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
+
+
+def single(config: TrialConfig = TINY) -> TrialConfig:
+    return dataclasses.replace(config, model=ModelConfig(depth=10, width=1, subnetworks=1))
 
 
 def batch(config: TrialConfig, seed: int = 0) -> Tensor:
@@ -286,7 +290,7 @@ def test_a_partner_has_the_operations_of_the_image_that_it_is_mixed_with() -> No
 @pytest.mark.parametrize("M", [1, 2])
 def test_repeats_share_augmix_inside_mixmo_only(M: int) -> None:
     """Flat images, whose centre a crop leaves alone: what differs is AugMix."""
-    config = dataclasses.replace(with_data(dataset="synthetic", augmentation="augmix", repetition=4))
+    config = with_data(dataset="synthetic", augmentation="augmix", repetition=4)
     config = dataclasses.replace(config, model=ModelConfig(depth=10, width=1, subnetworks=M))
     pixels_NCHW = torch.full((40, 3, 16, 16), 100, dtype=torch.uint8)
     step = Step(config, networks.build(config), data.Images(pixels_NCHW, torch.zeros(40, dtype=torch.int64)))
@@ -300,9 +304,7 @@ def test_repeats_share_augmix_inside_mixmo_only(M: int) -> None:
 
 def test_batch_augmentation_is_repetition_with_one_subnetwork() -> None:
     """Hoffer et al., CVPR 2020: each image of a batch occurs b times, each time cropped and flipped anew."""
-    config = dataclasses.replace(
-        with_data(dataset="synthetic", batch_size=16, repetition=4), model=ModelConfig(depth=10, width=1, subnetworks=1)
-    )
+    config = with_data(single(), dataset="synthetic", batch_size=16, repetition=4)
     generator = torch.Generator().manual_seed(0)
     for indices_MB in data.batch_repetition(40, 16, 4, 1, generator=generator):
         counts = indices_MB[0].bincount()
@@ -312,6 +314,62 @@ def test_batch_augmentation_is_repetition_with_one_subnetwork() -> None:
         assert torch.equal(targets.labels, indices_MB % 10)
         # 25 crops, flipped or not: 16 slots are all different but for a few.
         assert len({tuple(each.flatten().tolist()) for each in images_MBCHW[0]}) >= 14
+
+
+# ------------------------------------------------------------------------------------------------------ manifold mixup
+
+
+def test_manifold_mixup_draws_one_place_and_ratio_for_a_batch() -> None:
+    """Places uniform, ratios from Beta(alpha, alpha), partners a permutation. False alarms: five standard errors."""
+    config = with_data(single(), msda="manifold_mixup", msda_alpha=2.0)
+    step, number = Step(config, networks.build(config), images(config)), 2000
+    places, ratios, partners = [], [], torch.zeros(8, 8)
+    for each in range(number):
+        partner_B, lam_L = step._hidden(8, each)
+        assert (lam_L == 1).sum() == networks.MIXING_POINTS - 1
+        places.append(int(lam_L.argmin()))
+        ratios.append(float(lam_L.min()))
+        partners[torch.arange(8), partner_B] += 1
+    for place in range(networks.MIXING_POINTS):
+        assert places.count(place) == pytest.approx(number / 3, abs=5 * (number * 2 / 9) ** 0.5)
+    ratio = torch.tensor(ratios)
+    assert float(ratio.mean()) == pytest.approx(0.5, abs=5 * (1 / 20 / number) ** 0.5)
+    assert float(ratio.var()) == pytest.approx(1 / 20, rel=0.15)
+    assert ((partners - number / 8).abs() < 5 * (number * 7 / 64) ** 0.5).all()
+    assert torch.equal(partners.sum(dim=0), torch.full((8,), float(number)))  # each slot is a partner in every batch
+
+
+def test_workers_of_manifold_mixup_share_place_and_ratio_and_have_partners_of_their_own() -> None:
+    config = with_data(single(), msda="manifold_mixup")
+    whole = Step(config, networks.build(config), images(config))._hidden(8, 5)
+    for rank in range(2):
+        own = Step(config, networks.build(config), images(config), rank=rank, workers=2)._hidden(8, 5)
+        assert torch.equal(own.lam_L, whole.lam_L)
+        assert sorted(own.partner_B.tolist()) == [0, 1, 2, 3]
+
+
+def test_the_targets_of_manifold_mixup_are_those_of_the_maps() -> None:
+    hidden = networks.HiddenMix(torch.tensor([2, 0, 1]), torch.tensor([1.0, 0.3, 1.0]))
+    labels, shares_MBL = mixed_inside(Targets(torch.tensor([[7, 8, 9]])), hidden)
+    assert labels.tolist() == [[[7, 9], [8, 7], [9, 8]]]
+    assert shares_MBL is not None
+    torch.testing.assert_close(shares_MBL, torch.tensor([0.3, 0.7]).expand(1, 3, 2))
+
+
+def test_manifold_mixup_with_itself_is_no_mixing() -> None:
+    """Where all images are one, the step's loss is that of the step without; where they differ, it is not."""
+    losses = {}
+    for msda in ("none", "manifold_mixup"):
+        for alike in (True, False):
+            config = with_data(single(), msda=msda, augmentation="none")
+            some = images(config)
+            if alike:
+                some = data.Images(some.pixels_NCHW[:1].expand(40, -1, -1, -1), torch.full((40,), 3))
+            step = Step(config, networks.build(config), some)
+            step(batch(config), number=1, p=0.5, lr=0.05)
+            losses[msda, alike] = float(step.total_loss)
+    assert losses["none", True] == pytest.approx(losses["manifold_mixup", True], rel=1e-4)
+    assert losses["none", False] != pytest.approx(losses["manifold_mixup", False], rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------------ the step
@@ -327,6 +385,11 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
+SHARED: dict[str, Any] = {
+    "1 classifier": {"classifiers": 1},
+    "2 classifiers": {},
+    "2 classifiers by ratio": {"classifier_roles": "dominant"},
+}
 SYSTEMS = {
     "MIMO": dataclasses.replace(TINY, mixing=MixingConfig(method="sum")),
     "Linear-MixMo": dataclasses.replace(TINY, mixing=MixingConfig(method="linear")),
@@ -334,12 +397,20 @@ SYSTEMS = {
     "Cut-MixMo, CutMix": with_data(msda="cutmix"),
     "Cut-MixMo, Mixup, AugMix": with_data(msda="mixup", augmentation="augmix"),
     "Cut-MixMo, ResizeMix": with_data(msda="resizemix", augmentation="none"),
-    "Batch Augmentation, AugMix": with_data(repetition=4, augmentation="augmix"),
-    **{name: with_data(msda=name) for name in ("mixup", "cutmix", "resizemix")},
-    "synthetic": with_data(dataset="synthetic", msda="cutmix", augmentation="augmix"),
+    "Batch Augmentation, AugMix": with_data(single(), repetition=4, augmentation="augmix"),
+    **{name: with_data(single(), msda=name) for name in ("mixup", "cutmix", "resizemix", "manifold_mixup")},
+    "PreActResNet": dataclasses.replace(
+        with_data(dataset="synthetic", msda="cutmix", augmentation="augmix"),
+        model=ModelConfig(arch="preact_resnet", width=1, subnetworks=2),
+    ),
+    "channel masks": dataclasses.replace(with_data(msda="cutmix"), mixing=MixingConfig(method="channel")),
+    **{
+        f"1 encoder, {shared}": dataclasses.replace(
+            with_data(msda="cutmix"), model=ModelConfig(depth=10, width=1, encoders=1, **more)
+        )
+        for shared, more in SHARED.items()
+    },
 }
-for name in ("mixup", "cutmix", "resizemix", "Batch Augmentation, AugMix"):
-    SYSTEMS[name] = dataclasses.replace(SYSTEMS[name], model=ModelConfig(depth=10, width=1, subnetworks=1))
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
