@@ -87,7 +87,7 @@ def apply(pixels: Tensor, draws: Draws, dataset: str) -> Tensor:
     Every chain is normalised before it counts. Since the shares of an image sum to 1, that is the same as later.
     """
     *leading, C, S, _ = pixels.shape
-    chains_PCSS = pixels.unsqueeze(-4).expand(*leading, CHAINS, C, S, S).reshape(-1, C, S, S)
+    chains_PCSS = pixels.long().unsqueeze(-4).expand(*leading, CHAINS, C, S, S).reshape(-1, C, S, S)
     for operations_P in draws.operations.flatten(0, -2).unbind(-1):
         chains_PCSS = operate(chains_PCSS, operations_P)
     chains = augment.normalise(chains_PCSS.view(*leading, CHAINS, C, S, S), dataset)
@@ -97,10 +97,12 @@ def apply(pixels: Tensor, draws: Draws, dataset: str) -> Tensor:
 
 
 def operate(pixels_PCHW: Tensor, operations_P: Tensor) -> Tensor:
-    """One operation on each of the images, which are uint8 and as high as wide. `operations_P` is as in `Draws`."""
+    """One operation on each of the images, which are as high as wide, their pixels 0 to 255 in int64: pixels look up
+    colours, and indices are int64. `operations_P` is as in `Draws`.
+    """
     _, C, _, S = pixels_PCHW.shape
     device = pixels_PCHW.device
-    pixels_PCN = pixels_PCHW.flatten(2).long()
+    pixels_PCN = pixels_PCHW.flatten(2)
     equal_P11 = (operations_P % len(OPERATIONS) == _EQUALIZE)[:, None, None]
     tables_PCV = torch.where(equal_P11, _equalising(pixels_PCN), _tables(device)[operations_P].unsqueeze(1))
     coloured_PCN = tables_PCV.gather(2, pixels_PCN)
@@ -111,7 +113,7 @@ def operate(pixels_PCHW: Tensor, operations_P: Tensor) -> Tensor:
     inside_PHW = (x_PHW >= 0) & (x_PHW < S) & (y_PHW >= 0) & (y_PHW < S)
     source_P1N = (y_PHW.clamp(0, S - 1) * S + x_PHW.clamp(0, S - 1)).flatten(1).unsqueeze(1)
     moved_PCN = coloured_PCN.gather(2, source_P1N.expand(-1, C, -1))
-    return (moved_PCN * inside_PHW.flatten(1).unsqueeze(1)).to(torch.uint8).view_as(pixels_PCHW)
+    return torch.where(inside_PHW.flatten(1).unsqueeze(1), moved_PCN, 0).view_as(pixels_PCHW)
 
 
 def _equalising(pixels_PCN: Tensor) -> Tensor:
@@ -119,12 +121,13 @@ def _equalising(pixels_PCN: Tensor) -> Tensor:
     a 255th of the pixels without those of the lightest colour. Where that is no pixel, nothing changes.
     """
     counts_PCV = pixels_PCN.new_zeros((*pixels_PCN.shape[:2], 256))
-    counts_PCV.scatter_add_(2, pixels_PCN, torch.ones_like(pixels_PCN))
-    lightest_PC1 = counts_PCV.gather(2, pixels_PCN.amax(dim=2, keepdim=True))
+    counts_PCV.scatter_add_(2, pixels_PCN, pixels_PCN.new_ones(()).expand_as(pixels_PCN))
+    values_V = torch.arange(256, device=pixels_PCN.device)
+    lightest_PC1 = counts_PCV.gather(2, ((counts_PCV > 0) * values_V).argmax(dim=2, keepdim=True))
     step_PC1 = (pixels_PCN.shape[2] - lightest_PC1) // 255
     below_PCV = counts_PCV.cumsum(dim=2) - counts_PCV
     table_PCV = ((step_PC1 // 2 + below_PCV) // step_PC1.clamp(min=1)).clamp(max=255)
-    return torch.where(step_PC1 > 0, table_PCV, torch.arange(256, device=pixels_PCN.device))
+    return torch.where(step_PC1 > 0, table_PCV, values_V)
 
 
 @lru_cache(maxsize=4)

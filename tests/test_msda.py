@@ -141,10 +141,14 @@ def test_masks_that_differ_by_channel_count_by_their_mean() -> None:
 # ------------------------------------------------------------------------------------------------------- mixed pixels
 
 
+@pytest.mark.parametrize("M", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
-def test_each_image_is_mixed_as_its_own_draws_say(method: str) -> None:
-    """One image at a time in plain Python: the box of `mixing.box`, torch's `interpolate`, and the swap by share."""
-    M, B, size = 2, 40, 16
+def test_each_image_is_mixed_as_its_own_draws_say(method: str, M: int) -> None:
+    """One image at a time in plain Python: the box of `mixing.box`, torch's `interpolate`, and inside MixMo the swap.
+
+    CutMix shows the image itself in the box: for a single network, mostly the smaller part of what it reads.
+    """
+    B, size = 40, 16
     draws = drawn(method, (M, B), seed=4)
     images, partners = torch.randn(2, M, B, 3, size, size, generator=torch.Generator().manual_seed(1))
     mixed, shares_MBL = mix(images, partners, draws, even(M, B, size), method)
@@ -164,13 +168,13 @@ def test_each_image_is_mixed_as_its_own_draws_say(method: str) -> None:
                 small = functional.interpolate(partner[None], (row1 - row0, col1 - col0), mode="bilinear")[0]
                 expected[:, row0:row1, col0:col1] = small
         elif method == "mixup":
-            share = max(share, 1 - share)
+            share = max(share, 1 - share) if M > 1 else share
             expected = share * expected + (1 - share) * partner
         else:
             box = torch.zeros(size, size)
             box[row0:row1, col0:col1] = 1
-            own = box if share >= 0.5 else 1 - box
-            share = max(share, 1 - share)
+            own = box if share >= 0.5 or M == 1 else 1 - box
+            share = float(own.mean())
             expected = torch.where(own.bool(), expected, partner)
         torch.testing.assert_close(mixed[m, j], expected, rtol=0, atol=2e-5)
         assert shares_MBL[m, j].tolist() == pytest.approx([share, 1 - share], abs=1e-5)

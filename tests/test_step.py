@@ -274,6 +274,23 @@ def test_a_partner_is_from_all_of_the_training_images_and_has_its_own_crop() -> 
     assert borders > 100
 
 
+def test_labels_follow_what_the_mixing_block_leaves_of_each_image() -> None:
+    """Flat images again, uncropped: the share of the own label is that of its pixels under the image's own mask."""
+    config = with_data(dataset="synthetic", msda="cutmix", msda_probability=1.0, batch_size=32, augmentation="none")
+    pixels_NCHW = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 16, 16).contiguous()
+    step = Step(config, networks.build(config), data.Images(pixels_NCHW, torch.arange(200)))
+    masks, _ = step._mixture(batch(config), 3, 1.0)
+    assert set(masks.flatten().tolist()) == {0.0, 1.0}
+    images_MBCHW, targets = step._gather(torch.arange(64).view(2, 32), 3, masks)
+    assert targets.shares_MBL is not None
+    level = augment.normalise(pixels_NCHW, "synthetic")[:, 0, 0, 0]
+    own_MBHW = images_MBCHW[:, :, 0] == level[:64].view(2, 32, 1, 1)
+    seen_MB = (own_MBHW * masks).sum(dim=(2, 3)) / masks.sum(dim=(2, 3))
+    other_MB = targets.labels[..., 0] != targets.labels[..., 1]
+    assert other_MB.sum() > 55
+    torch.testing.assert_close(targets.shares_MBL[..., 0][other_MB], seen_MB[other_MB], rtol=0, atol=1e-5)
+
+
 def test_a_partner_has_the_operations_of_the_image_that_it_is_mixed_with() -> None:
     """In the reference one seed serves both. All images are one flat image here, so that mixing shows nothing."""
     flat = data.Images(torch.full((40, 3, 16, 16), 200, dtype=torch.uint8), torch.zeros(40, dtype=torch.int64))
