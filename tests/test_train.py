@@ -552,9 +552,9 @@ def by_hand(config: TrialConfig, workers: int) -> tuple[list[dict[str, float]], 
             p = mixing.probability(epoch, config.optim.epochs, config.mixing.probability)
             for step, net in zip(steps, nets, strict=True):
                 net.train().zero_grad()
-                images_MBCHW, labels_MB = step._gather(indices_MB, number)
-                masks_MBHW, kappa_MB = step._mixture(indices_MB, number, p)
-                loss = weighted_loss(net(images_MBCHW, masks_MBHW), labels_MB, kappa_MB, config.mixing.weight_root)
+                masks, kappa_MB = step._mixture(indices_MB, number, p)
+                images_MBCHW, targets = step._gather(indices_MB, number, masks)
+                loss = weighted_loss(net(images_MBCHW, masks), targets.labels, kappa_MB, config.mixing.weight_root)
                 torch.autograd.backward(loss)
                 losses.append(float(loss.detach()))
             for copies in zip(*(net.parameters() for net in nets), strict=True):
