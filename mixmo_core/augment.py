@@ -66,6 +66,11 @@ def draw(dataset: str, shape: int | Sequence[int], generator: torch.Generator) -
 
 def apply(pixels: Tensor, draws: Draws, dataset: str) -> Tensor:
     """Crops, flips and normalises `pixels` (..., C, H, W) uint8 -> float32. `draws` has the leading shape."""
+    return normalise(crop(pixels, draws, dataset), dataset)
+
+
+def crop(pixels: Tensor, draws: Draws, dataset: str) -> Tensor:
+    """Crops and flips `pixels` (..., C, H, W). `draws` has the leading shape."""
     spec = PREPARATION[dataset]
     *leading, C, H, W = pixels.shape
     pixels_BCHW = pixels.reshape(-1, C, H, W)
@@ -81,8 +86,7 @@ def apply(pixels: Tensor, draws: Draws, dataset: str) -> Tensor:
     from_row_BH = rows_B[:, None] + torch.arange(H, device=pixels.device)
     source_BN = (from_row_BH[:, :, None] * padded_width + from_column_BW[:, None, :]).reshape(-1, 1, H * W)
     padded_BCN = functional.pad(pixels_BCHW, (spec.pad,) * 4).flatten(2)
-    cropped_BCN = padded_BCN.gather(2, source_BN.expand(-1, C, -1))
-    return normalise(cropped_BCN.reshape(*leading, C, H, W), dataset)
+    return padded_BCN.gather(2, source_BN.expand(-1, C, -1)).reshape(*leading, C, H, W)
 
 
 def standard(pixels: Tensor, dataset: str, generator: torch.Generator) -> Tensor:

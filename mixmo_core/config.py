@@ -117,7 +117,9 @@ class DataConfig(_Section):
         0.0, "Share of the slots in which all subnetworks see the same image (MIMO).", symbol="rho",
         at_least=0, at_most=1,
     )  # fmt: skip
-    augmentation: Augmentation = _setting("standard", "Random crop and, where a mirror image makes sense, flip.")
+    augmentation: Augmentation = _setting(
+        "standard", "Random crop and, where a mirror image makes sense, flip; augmix: AugMix after these."
+    )
     msda: Msda = _setting(
         "none", "Mixed-sample augmentation before the encoders; manifold_mixup mixes hidden maps of a single network."
     )
@@ -453,11 +455,7 @@ def cell_id(config: TrialConfig, workers: int = 1) -> str:
 
 
 def not_yet(config: TrialConfig) -> list[str]:
-    """The settings that are understood but that no trial can be run with yet, as `field: value`."""
-    built: dict[str, tuple[Any, ...]] = {
-        "data.msda": ("none",),
-        "data.augmentation": ("none", "standard"),
-        "model.classifier_roles": ("input",),
-    }
+    """The settings that are understood but that no trial can be run with yet, as `field: value`. None at present."""
+    built: dict[str, tuple[Any, ...]] = {}
     values, silent = flatten(config), ineffective(config)
     return [f"{name}: {values[name]}" for name, can in built.items() if name not in silent and values[name] not in can]

@@ -1,7 +1,8 @@
 """Datasets as arrays that live on the device, and the batch-repetition sampler.
 
 `digits` and `synthetic` need no files. The others lie in a folder that the user names, in the layout in which they are
-published: `cifar-10-batches-py/`, `cifar-100-python/`, `tiny-imagenet-200/`. What is drawn here (the subset of the
+published: `cifar-10-batches-py/`, `cifar-100-python/`, `tiny-imagenet-200/`, and `CIFAR-10-C/` or `CIFAR-100-C/` for
+the corrupted test images. What is drawn here (the subset of the
 training images, the validation split, the synthetic images) comes from raw PCG64 output, whose stream NumPy promises
 never to change, and not from a generator's methods, whose streams it may.
 """
@@ -20,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mixmo_core.config import DATASETS, DataConfig
+from mixmo_core.config import DATASETS, DataConfig, TrialConfig
 
 Split = Literal["test", "validation"]
 Pixels = npt.NDArray[np.uint8]
@@ -65,26 +66,99 @@ _MD5 = {
         "cifar-100-python/test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
         "cifar-100-python/meta": "7973b15100ade9c7d40fb424638fde48",
     },
+    "cifar10_c": {
+        "CIFAR-10-C/brightness.npy": "0a81ef75e0b523c3383219c330a85d48",
+        "CIFAR-10-C/contrast.npy": "3c8262171c51307f916c30a3308235a8",
+        "CIFAR-10-C/defocus_blur.npy": "7d1322666342a0702b1957e92f6254bc",
+        "CIFAR-10-C/elastic_transform.npy": "9421657c6cd452429cf6ce96cc412b5f",
+        "CIFAR-10-C/fog.npy": "7b397314b5670f825465fbcd1f6e9ccd",
+        "CIFAR-10-C/frost.npy": "31f6ab3bce1d9934abfb0cc13656f141",
+        "CIFAR-10-C/gaussian_blur.npy": "c33370155bc9b055fb4a89113d3c559d",
+        "CIFAR-10-C/gaussian_noise.npy": "ecaf8b9a2399ffeda7680934c33405fd",
+        "CIFAR-10-C/glass_blur.npy": "7361fb4019269e02dbf6925f083e8629",
+        "CIFAR-10-C/impulse_noise.npy": "2090e01c83519ec51427e65116af6b1a",
+        "CIFAR-10-C/jpeg_compression.npy": "2b9cc4c864e0193bb64db8d7728f8187",
+        "CIFAR-10-C/labels.npy": "c439b113295ed5254878798ffe28fd54",
+        "CIFAR-10-C/motion_blur.npy": "fffa5f852ff7ad299cfe8a7643f090f4",
+        "CIFAR-10-C/pixelate.npy": "0f14f7e2db14288304e1de10df16832f",
+        "CIFAR-10-C/saturate.npy": "1cfae0964219c5102abbb883e538cc56",
+        "CIFAR-10-C/shot_noise.npy": "3a7239bb118894f013d9bf1984be7f11",
+        "CIFAR-10-C/snow.npy": "bb238de8555123da9c282dea23bd6e55",
+        "CIFAR-10-C/spatter.npy": "8a5a3903a7f8f65b59501a6093b4311e",
+        "CIFAR-10-C/speckle_noise.npy": "ef00b87611792b00df09c0b0237a1e30",
+        "CIFAR-10-C/zoom_blur.npy": "6ea8e63f1c5cdee1517533840641641b",
+    },
+    "cifar100_c": {
+        "CIFAR-100-C/brightness.npy": "f22d7195aecd6abb541e27fca230c171",
+        "CIFAR-100-C/contrast.npy": "322bb385f1d05154ee197ca16535f71e",
+        "CIFAR-100-C/defocus_blur.npy": "d923e3d9c585a27f0956e2f2ad832564",
+        "CIFAR-100-C/elastic_transform.npy": "a0792bd6581f6810878be71acedfc65a",
+        "CIFAR-100-C/fog.npy": "4efc7ebd5e82b028bdbe13048e3ea564",
+        "CIFAR-100-C/frost.npy": "3a39c6823bdfaa0bf8b12fe7004b8117",
+        "CIFAR-100-C/gaussian_blur.npy": "5204ba0d557839772ef5a4196a052c3e",
+        "CIFAR-100-C/gaussian_noise.npy": "ecc4d366eac432bdf25c024086f5e97d",
+        "CIFAR-100-C/glass_blur.npy": "0bf384f38e5ccbf8dd479d9059b913e1",
+        "CIFAR-100-C/impulse_noise.npy": "3b3c210ddfa0b5cb918ff4537a429fef",
+        "CIFAR-100-C/jpeg_compression.npy": "c851b7f1324e1d2ffddeb76920576d11",
+        "CIFAR-100-C/labels.npy": "bb4026e9ce52996b95f439544568cdb2",
+        "CIFAR-100-C/motion_blur.npy": "732a7e2e54152ff97c742d4c388c5516",
+        "CIFAR-100-C/pixelate.npy": "96c00c60f144539e14cffb02ddbd0640",
+        "CIFAR-100-C/saturate.npy": "c0697e9fdd646916a61e9c312c77bf6b",
+        "CIFAR-100-C/shot_noise.npy": "b0a1fa6e1e465a747c1b204b1914048a",
+        "CIFAR-100-C/snow.npy": "0237be164583af146b7b144e73b43465",
+        "CIFAR-100-C/spatter.npy": "12ccf41d62564d36e1f6a6ada5022728",
+        "CIFAR-100-C/speckle_noise.npy": "e3f215b1a0f9fd9fd6f0d1cf94a7ce99",
+        "CIFAR-100-C/zoom_blur.npy": "0204613400c034a81c4830d5df81cb82",
+    },
 }
-"""The published files. torchvision checks the same sums, but to import it takes seconds and torch."""
+"""The published files. torchvision checks the same sums of CIFAR, but to import it takes seconds and torch; those of
+CIFAR-C are the ones that torch-uncertainty checks.
+"""
 
-FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "tiny_imagenet": "tiny-imagenet-200"}
+FOLDERS = {
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "tiny_imagenet": "tiny-imagenet-200",
+    "cifar10_c": "CIFAR-10-C",
+    "cifar100_c": "CIFAR-100-C",
+}
 """The datasets that need files, and the folder that holds them as they are published."""
 
 ARCHIVES = {
     "cifar10": "cifar-10-python.tar.gz",
     "cifar100": "cifar-100-python.tar.gz",
     "tiny_imagenet": "tiny-imagenet-200.zip",
+    "cifar10_c": "CIFAR-10-C.tar",
+    "cifar100_c": "CIFAR-100-C.tar",
 }
-_TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-_TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+_ORIGINS = {
+    "tiny_imagenet": ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"),
+    "cifar10_c": ("https://zenodo.org/record/2535967/files/CIFAR-10-C.tar", "56bf5dcef84df0e2308c6dcbcbbd8499"),
+    "cifar100_c": ("https://zenodo.org/record/3555552/files/CIFAR-100-C.tar", "11f0ed0f1191edbf9fa23466ae6021d3"),
+}
+"""Where the authors of those that torchvision does not know publish the archive, and its MD5."""
+
+CORRUPTIONS = (
+    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
+    "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
+    "speckle_noise", "gaussian_blur", "spatter", "saturate",
+)  # fmt: skip
+"""Of CIFAR-C (Hendrycks and Dietterich, ICLR 2019): first the 15 that benchmarks count, then the 4 others."""
+STANDARD_CORRUPTIONS = 15
+_CLEAN = {"cifar10_c": "cifar10", "cifar100_c": "cifar100"}
+
+
+def needed(config: TrialConfig) -> tuple[str, ...]:
+    """The datasets that a trial reads: its own, and the corrupted test images where it measures robustness."""
+    own = config.data.dataset
+    return (own, f"{own}_c") if config.evaluate.robustness == "cifar_c" else (own,)
 
 
 def check(dataset: str, folder: Path | None) -> None:
     """Raises DatasetError unless every file of the dataset is in `folder`, whole and as it was published.
 
-    Meant to run before anything starts: it unpickles nothing. CIFAR files are held to their checksums (each file once
-    per process, as long as its size and time of change stay the same), Tiny ImageNet's to their number.
+    Meant to run before anything starts: it unpickles nothing. Files of CIFAR and CIFAR-C are held to their checksums
+    (each file once per process, as long as its size and time of change stay the same), Tiny ImageNet's to their number.
     """
     if dataset not in FOLDERS:
         return
@@ -98,10 +172,16 @@ def check(dataset: str, folder: Path | None) -> None:
 
 
 def _advice(dataset: str) -> str:
-    return (
+    advice = (
         f"Get it with `mixmo data get {dataset} DEST`, then point to it with `--data DEST` or MIXMO_DATA=DEST "
         f"(DEST holds {FOLDERS[dataset]})"
     )
+    if dataset in _CLEAN:
+        advice += (
+            f". It is the folder that holds {FOLDERS[_CLEAN[dataset]]}. Only the published files are measured: no "
+            f"well-kept library corrupts 32-pixel images at their severities. Or set evaluate.robustness to none"
+        )
+    return advice
 
 
 def _faults(dataset: str, folder: Path) -> Iterator[str]:
@@ -120,7 +200,7 @@ def _faults(dataset: str, folder: Path) -> Iterator[str]:
             yield f"{path}: damaged, or not the published file ({status.st_size} bytes, md5 {got} and not {expected})"
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=128)
 def _md5(path: Path, size: int, changed_ns: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest()
@@ -138,6 +218,8 @@ def _tiny_faults(base: Path) -> Iterator[str]:
                 yield f"{base / name}: incomplete, {present} images, should be {expected}"
     except OSError as error:
         yield f"{error.filename or base}: {error.strerror or error}"
+    except UnicodeDecodeError:
+        yield f"{base}: damaged, wnids.txt or val_annotations.txt is no text"
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
@@ -206,9 +288,36 @@ def _read(dataset: str, folder: Path | None) -> tuple[tuple[Pixels, Labels], tup
     if dataset == "synthetic":
         return _synthetic()
     assert folder is not None  # check() has seen to it
+    base, shape = folder / FOLDERS[dataset], DATASETS[dataset]
     if dataset == "tiny_imagenet":
-        return _tiny_imagenet(folder / FOLDERS[dataset])
-    return _cifar(dataset, folder, train=True), _cifar(dataset, folder, train=False)
+        train, test = _tiny_imagenet(base)
+    else:
+        train, test = _cifar(dataset, folder, train=True), _cifar(dataset, folder, train=False)
+    for part, number, (pixels, labels) in (("train", shape.train_images, train), ("test", shape.test_images, test)):
+        expected = (number, shape.channels, shape.size, shape.size)
+        if pixels.shape != expected or pixels.dtype != np.uint8:
+            raise DatasetError(
+                f"{base}: {part} images of shape {pixels.shape}, {pixels.dtype}, should be {expected}, uint8. "
+                f"{_advice(dataset)}"
+            )
+        _hold_labels(labels, number, dataset, base)
+    return train, test
+
+
+def _hold_labels(labels_N: npt.NDArray[Any], images: int, dataset: str, place: Path) -> None:
+    """Raises DatasetError unless there is a label for every image, and each is a class of the dataset."""
+    classes = DATASETS[_CLEAN.get(dataset, dataset)].classes
+    if labels_N.shape != (images,) or labels_N.dtype.kind not in "iu":
+        raise DatasetError(
+            f"{place}: labels of shape {labels_N.shape}, {labels_N.dtype}, should be {images} integers. "
+            f"{_advice(dataset)}"
+        )
+    wrong = np.flatnonzero((labels_N < 0) | (labels_N >= classes))
+    if len(wrong):
+        raise DatasetError(
+            f"{place}: label {labels_N[wrong[0]]} of image {wrong[0]} is no class of {dataset}, which has 0 to "
+            f"{classes - 1} ({len(wrong)} such labels). {_advice(dataset)}"
+        )
 
 
 def _digits() -> tuple[tuple[Pixels, Labels], tuple[Pixels, Labels]]:
@@ -240,7 +349,10 @@ def _synthetic() -> tuple[tuple[Pixels, Labels], tuple[Pixels, Labels]]:
 
 
 def _cifar(dataset: str, folder: Path, *, train: bool) -> tuple[Pixels, Labels]:
-    files = _cifar_reader(dataset)(root=str(folder), train=train, download=False)
+    try:
+        files = _cifar_reader(dataset)(root=str(folder), train=train, download=False)
+    except (OSError, RuntimeError, ValueError, LookupError) as error:  # changed since `check`, or cut short while read
+        raise DatasetError(f"{folder / FOLDERS[dataset]}: cannot be read ({error}). {_advice(dataset)}") from error
     return np.ascontiguousarray(files.data.transpose(0, 3, 1, 2)), np.asarray(files.targets, dtype=np.int64)
 
 
@@ -264,7 +376,8 @@ def _tiny_test_files(base: Path) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {name: [] for name in _tiny_classes(base)}
     present = {path.name: path for path in (base / "val" / "images").glob("*.JPEG")}
     for line in (base / "val" / "val_annotations.txt").read_text().splitlines():
-        image, name, *_ = line.split("\t")
+        image, _, rest = line.partition("\t")
+        name = rest.partition("\t")[0]
         if image in present and name in files:
             files[name].append(present[image])
     return files
@@ -295,15 +408,71 @@ def _decode_one(path: Path) -> Pixels:
     return pixels.transpose(2, 0, 1)
 
 
+# ----------------------------------------------------------------------------------------------------------- corrupted
+
+
+@dataclass(frozen=True, slots=True)
+class Corrupted:
+    """The test images under one corruption at five severities. They stay on the disk until a batch of them is read."""
+
+    pixels_NHWC: Pixels
+    labels_N: Labels
+
+    def batches(
+        self, size: int, *, device: torch.device | str = "cpu", rank: int = 0, workers: int = 1
+    ) -> Iterator[Images]:
+        """One worker's share, `size` images at a time, on the device."""
+        first, end = (len(self.labels_N) * each // workers for each in (rank, rank + 1))
+        for start in range(first, end, size):
+            part = slice(start, min(start + size, end))
+            # Not a view: torch wants memory that can be written to.
+            pixels_NCHW = np.array(self.pixels_NHWC[part].transpose(0, 3, 1, 2), order="C")
+            yield _to_device((pixels_NCHW, self.labels_N[part]), str(device))
+
+
+def corrupted(dataset: str, folder: Path | None) -> list[Corrupted]:
+    """The published corrupted test images of `cifar10` or `cifar100`, in the order of CORRUPTIONS.
+
+    Raises DatasetError as `check` does, and for arrays that are not (5 N, 32, 32, 3) uint8 or labels that are no class.
+    """
+    name = f"{dataset}_c"
+    check(name, folder)
+    assert folder is not None  # check() has seen to it
+    base, size = folder / FOLDERS[name], DATASETS[dataset].size
+    labels_N = _array(base / "labels.npy", name)
+    _hold_labels(labels_N, labels_N.size, name, base / "labels.npy")
+    labels_N = labels_N.astype(np.int64)
+    shape = (len(labels_N), size, size, 3)
+    found = []
+    for corruption in CORRUPTIONS:
+        path = base / f"{corruption}.npy"
+        pixels_NHWC = _array(path, name)
+        if pixels_NHWC.shape != shape or pixels_NHWC.dtype != np.uint8:
+            raise DatasetError(
+                f"{path}: an array of shape {pixels_NHWC.shape}, {pixels_NHWC.dtype}, should be {shape}, uint8. "
+                f"{_advice(name)}"
+            )
+        found.append(Corrupted(pixels_NHWC, labels_N))
+    return found
+
+
+def _array(path: Path, dataset: str) -> npt.NDArray[Any]:
+    try:
+        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DatasetError(f"{path}: not an array that can be read ({error}). {_advice(dataset)}") from error
+    return array
+
+
 # ------------------------------------------------------------------------------------------------- getting the files
 
 
 def fetch(name: str, destination: Path, source: Path | None = None) -> Path:
     """Puts a dataset's files into `destination` and checks them; returns the folder that holds them.
 
-    They are downloaded from their authors, or copied from `source`: a folder with the files, the folder above it, or
-    one with the published archive. Nothing is done when they are there already; half-done work is done again. Raises
-    DatasetError with what to do when it cannot be had.
+    They are downloaded from their authors, or taken from `source`: a folder with the files, the folder above it, the
+    published archive, or a folder with that. Nothing is done when they are there already; half-done work is done
+    again. Raises DatasetError with what to do when it cannot be had.
     """
     if name not in FOLDERS:
         known = ", ".join(FOLDERS)
@@ -322,7 +491,7 @@ def fetch(name: str, destination: Path, source: Path | None = None) -> Path:
     except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError for an archive with a wrong checksum
         raise DatasetError(
             f"{name} could not be put into {destination}: {error}. Where there is no internet, bring {FOLDERS[name]} "
-            f"or {ARCHIVES[name]} from elsewhere and run `mixmo data get {name} {destination} --from FOLDER`"
+            f"or {ARCHIVES[name]} from elsewhere and run `mixmo data get {name} {destination} --from ARCHIVE_OR_FOLDER`"
         ) from error
     fault = next(_faults(name, destination), None)
     if fault:
@@ -333,19 +502,21 @@ def fetch(name: str, destination: Path, source: Path | None = None) -> Path:
 def _download(name: str, destination: Path) -> None:
     from torchvision import datasets
 
-    if name == "tiny_imagenet":
+    if name in _ORIGINS:
+        url, md5 = _ORIGINS[name]
         datasets.utils.download_and_extract_archive(
-            _TINY_URL, str(destination), filename=ARCHIVES[name], md5=_TINY_MD5, remove_finished=True
+            url, str(destination), filename=ARCHIVES[name], md5=md5, remove_finished=True
         )
     else:
         _cifar_reader(name)(root=str(destination), download=True)
 
 
 def _copy(name: str, destination: Path, source: Path) -> None:
-    if (source / ARCHIVES[name]).is_file():
+    archive = source if source.is_file() else source / ARCHIVES[name]
+    if archive.is_file():
         from torchvision.datasets.utils import extract_archive
 
-        extract_archive(str(source / ARCHIVES[name]), str(destination))
+        extract_archive(str(archive), str(destination))
         return
     above = source.parent if source.name == FOLDERS[name] else source
     if not (above / FOLDERS[name]).is_dir():

@@ -8,12 +8,13 @@ step, purpose) alone, so a resumed trial draws what an uninterrupted one would.
 
 from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mixmo_core import augment, mixing
+from mixmo_core import augment, augmix, mixing, msda, networks
 from mixmo_core.config import STEM_CHANNELS, TrialConfig, map_size
 from mixmo_core.data import Images
 
@@ -24,7 +25,11 @@ class Purpose(IntEnum):
     ORDER = 0
     """Of the images, once an epoch."""
     AUGMENTATION = 1
+    """Crop and flip of the images of the batch."""
     MIXING = 2
+    MSDA = 3
+    """Mixed-sample augmentation, with the crop and flip of partners from outside the batch; Manifold Mixup."""
+    AUGMIX = 4
 
 
 def draw_seed(seed: int, number: int, purpose: Purpose) -> int:
@@ -57,17 +62,52 @@ def autocast(config: TrialConfig, device: torch.device) -> AbstractContextManage
     return torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
 
 
-def weighted_loss(logits_MBK: Tensor, labels_MB: Tensor, kappa_MB: Tensor, root: float) -> Tensor:
+class Targets(NamedTuple):
+    """What each subnetwork is to predict for each slot."""
+
+    labels: Tensor
+    """int64 (M, B); (M, B, L) where a slot has L labels."""
+    shares_MBL: Tensor | None = None
+    """How much of each label."""
+
+
+def weighted_loss(
+    logits_MBK: Tensor, labels: Tensor, kappa_MB: Tensor, root: float, shares_MBL: Tensor | None = None
+) -> Tensor:
     """Cross entropies, each times its weight (`mixing.loss_weights`), summed over subnetworks, mean over slots.
 
-    A sum over subnetworks, so M of them have M times the loss of a single network (the reference's choice, to which
-    its learning rates belong).
+    `labels` is (M, B), or (M, B, L) where each of L labels has a share of the cross entropy. A sum over subnetworks,
+    so M of them have M times the loss of a single network (the reference's choice, to which its learning rates
+    belong). Where all share one classifier their logits are equal, and this is M times the cross entropy with one
+    interpolated label: each image's share is its weight over M, so with a root of 1 it is kappa.
     """
     weights_MB = mixing.loss_weights(kappa_MB, root)
-    entropy_MB = functional.cross_entropy(logits_MBK.flatten(0, 1), labels_MB.flatten(), reduction="none").view_as(
-        labels_MB
-    )
+    if shares_MBL is not None:
+        log_MBL = functional.log_softmax(logits_MBK, dim=2).gather(2, labels)
+        entropy_MB = -(shares_MBL * log_MBL).sum(dim=2)
+    else:
+        entropy_MB = functional.cross_entropy(logits_MBK.flatten(0, 1), labels.flatten(), reduction="none").view_as(
+            labels
+        )
     return (weights_MB * entropy_MB).sum(dim=0).mean()
+
+
+def by_kappa(targets: Targets, kappa_MB: Tensor) -> tuple[Targets, Tensor]:
+    """Targets and kappas of each slot in the order of falling kappa, equal ones as they are.
+
+    For M classifiers on one encoder, whose images have no other order: classifier m predicts the m-th largest.
+    """
+    order_MB = kappa_MB.argsort(dim=0, descending=True, stable=True)
+    slots_B = torch.arange(kappa_MB.shape[1], device=kappa_MB.device)
+    shares_MBL = None if targets.shares_MBL is None else targets.shares_MBL[order_MB, slots_B]
+    return Targets(targets.labels[order_MB, slots_B], shares_MBL), kappa_MB[order_MB, slots_B]
+
+
+def mixed_inside(targets: Targets, hidden: networks.HiddenMix) -> Targets:
+    """What is to be predicted of images whose maps Manifold Mixup mixes: each slot's label and its partner's."""
+    labels_MBL = torch.stack([targets.labels, targets.labels[:, hidden.partner_B]], dim=2)
+    lam = hidden.lam_L.prod()  # 1 at all places but one
+    return Targets(labels_MBL, torch.stack([lam, 1 - lam]).expand(labels_MBL.shape))
 
 
 def optimiser(net: nn.Module, config: TrialConfig) -> torch.optim.SGD:
@@ -104,11 +144,15 @@ class Step:
 
     def __call__(self, indices_MB: Tensor, *, number: int, p: float, lr: float) -> None:
         """One step on these images. `number` counts the trial's steps from 1; `p` is the chance of binary masks."""
-        images_MBCHW, labels_MB = self._gather(indices_MB, number)
         masks, kappa_MB = self._mixture(indices_MB, number, p)
+        images_MBCHW, targets = self._gather(indices_MB, number, masks)
+        hidden = None
+        if self._config.data.msda == "manifold_mixup":
+            hidden = self._hidden(indices_MB.shape[1], number)
+            targets = mixed_inside(targets, hidden)
         with autocast(self._config, self._device):
-            logits_MBK = self._net(images_MBCHW, masks)
-        self.update(weighted_loss(logits_MBK, labels_MB, kappa_MB, self._config.mixing.weight_root), lr)
+            logits_MBK = self._net(images_MBCHW, masks, hidden)
+        self.update(self._loss(logits_MBK, targets, kappa_MB), lr)
 
     def update(self, loss: Tensor, lr: float) -> None:
         self.optimiser.param_groups[0]["lr"] = lr
@@ -117,15 +161,63 @@ class Step:
         self.optimiser.step()
         self.total_loss += loss.detach()
 
-    def _gather(self, indices_MB: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Images of this rank (M, B, C, H, W) in fp32, augmented and normalised, and their labels (M, B)."""
-        data = self._config.data
+    def _loss(self, logits_MBK: Tensor, targets: Targets, kappa_MB: Tensor) -> Tensor:
+        model = self._config.model
+        if model.classifier_roles == "dominant" and model.encoders == 1 and model.classifiers == "all":
+            targets, kappa_MB = by_kappa(targets, kappa_MB)
+        root = self._config.mixing.weight_root
+        return weighted_loss(logits_MBK, targets.labels, kappa_MB, root, targets.shares_MBL)
+
+    def _gather(self, indices_MB: Tensor, number: int, masks: Tensor) -> tuple[Tensor, Targets]:
+        """Images of this rank (M, B, C, H, W) in fp32, augmented and normalised, and what is to be predicted of them.
+        `masks` are those of the mixing block, which decide what is seen of an image with two labels.
+        """
+        data, chains = self._config.data, self._chains(indices_MB, number)
+        images_MBCHW, labels_MB = self._augmented(indices_MB, chains, self._seeded(number, Purpose.AUGMENTATION))
+        if data.msda in ("none", "manifold_mixup"):
+            return images_MBCHW, Targets(labels_MB)
+        generator = self._seeded(number, Purpose.MSDA)
+        M, B = indices_MB.shape
+        draws = msda.draw(data, len(self._images), (M, B), generator)
+        partners_MBCHW, others_MB = self._augmented(draws.partners, chains, generator)
+        images_MBCHW, shares_MBL = msda.mix(images_MBCHW, partners_MBCHW, draws[:, self._slots], masks, data.msda)
+        return images_MBCHW, Targets(torch.stack([labels_MB, others_MB], dim=2), shares_MBL)
+
+    def _hidden(self, B: int, number: int) -> networks.HiddenMix:
+        """Manifold Mixup: one ratio and one place in the network for the batch, and a random order of its slots. With
+        several workers a slot's partner is among the slots of its own worker, the only ones whose maps are there.
+        """
+        generator = self._seeded(number, Purpose.MSDA)
+        keys_B = torch.rand(B, generator=generator, device=self._device)
+        drawn = torch.randint(networks.MIXING_POINTS, (), generator=generator, device=self._device)
+        lam = msda.beta(self._config.data.msda_alpha, (), generator).float()
+        places_L = torch.arange(networks.MIXING_POINTS, device=self._device)
+        return networks.HiddenMix(keys_B[self._slots].argsort(), torch.where(places_L == drawn, lam, 1.0))
+
+    def _chains(self, indices_MB: Tensor, number: int) -> augmix.Draws | None:
+        """The draws of AugMix for this rank. A partner has those of the image that it is mixed with, and the repeats
+        of an image share theirs inside MixMo, as in the reference; those of a single network have their own.
+        """
+        if self._config.data.augmentation != "augmix":
+            return None
+        draws = augmix.draw(tuple(indices_MB.shape), self._seeded(number, Purpose.AUGMIX))
+        if len(indices_MB) > 1:
+            draws = augmix.of_repeats(draws, indices_MB)
+        return draws[:, self._slots]
+
+    def _augmented(
+        self, indices_MB: Tensor, chains: augmix.Draws | None, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """The rank's share of the images at these positions, augmented and normalised, and their labels (M, B)."""
+        dataset = self._config.data.dataset
         own_MB = indices_MB[:, self._slots]
         pixels_MBCHW, labels_MB = self._images.pixels_NCHW[own_MB], self._images.labels_N[own_MB]
-        if data.augmentation == "none":
-            return augment.normalise(pixels_MBCHW, data.dataset), labels_MB
-        draws = augment.draw(data.dataset, tuple(indices_MB.shape), self._seeded(number, Purpose.AUGMENTATION))
-        return augment.apply(pixels_MBCHW, draws[:, self._slots], data.dataset), labels_MB
+        if self._config.data.augmentation == "none":
+            return augment.normalise(pixels_MBCHW, dataset), labels_MB
+        crops = augment.draw(dataset, tuple(indices_MB.shape), generator)[:, self._slots]
+        if chains is None:
+            return augment.apply(pixels_MBCHW, crops, dataset), labels_MB
+        return augmix.apply(augment.crop(pixels_MBCHW, crops, dataset), chains, dataset), labels_MB
 
     def _mixture(self, indices_MB: Tensor, number: int, p: float) -> mixing.Mixture:
         M, B = indices_MB.shape

@@ -193,6 +193,7 @@ def _epochs(
     save_when: Callable[[], bool] | None,
 ) -> Iterator[Epoch | Moment]:
     training, held_out = data.load(config.data, split=config.evaluate.split, folder=data_dir, device=device)
+    corrupted = data.corrupted(config.data.dataset, data_dir) if config.evaluate.robustness == "cifar_c" else []
     run = _Run(config, world, training, held_out)
     history: tuple[dict[str, float], ...] = ()
     part: _Part | None = None
@@ -211,6 +212,8 @@ def _epochs(
         if epoch % config.evaluate.every == 0 or epoch == config.optim.epochs:
             evaluated, logits_MNK = run.evaluate()
             metrics |= evaluated
+        if epoch == config.optim.epochs and corrupted:
+            metrics |= run.robustness(corrupted)
         history = (*history, metrics)
         yield Epoch(
             epoch=epoch,
@@ -325,20 +328,35 @@ class _Run:
 
     @torch.inference_mode()
     def evaluate(self) -> tuple[dict[str, float], Tensor]:
-        """The metrics on the held-out images, of which each worker evaluates its share; and their logits (M, N, K)."""
+        """The metrics on the held-out images, of which each worker evaluates its share, and those of the weights; and
+        the images' logits (M, N, K), on the CPU.
+        """
         rank, workers, _ = self._world
         pixels_NCHW, labels_N = self._held_out.pixels_NCHW[rank::workers], self._held_out.labels_N
         self._net.eval()
-        with autocast(self._config, labels_N.device):
-            logits_MnK = torch.cat(
-                [
-                    self._net(augment.normalise(part_NCHW, self._config.data.dataset))
-                    for part_NCHW in torch.split(pixels_NCHW, EVALUATION_BATCH)
-                ],
-                dim=1,
-            )
-        logits_MNK = _gathered(logits_MnK, len(labels_N), workers)
-        return evaluate.summarize(logits_MNK, labels_N), logits_MNK.cpu()
+        parts = [self._logits(part_NCHW) for part_NCHW in torch.split(pixels_NCHW, EVALUATION_BATCH)]
+        logits_MNK = _gathered(torch.cat(parts, dim=1), len(labels_N), workers)
+        metrics = evaluate.summarize(logits_MNK, labels_N) | networks.filter_activity(self._net)
+        return metrics, logits_MNK.cpu()
+
+    @torch.inference_mode()
+    def robustness(self, corruptions: Sequence[data.Corrupted]) -> dict[str, float]:
+        """The metrics on the corrupted test images, of which each worker evaluates its share of every file."""
+        rank, workers, _ = self._world
+        device = self._held_out.labels_N.device
+        tallies_CT = torch.zeros((len(corruptions), evaluate.TALLY), dtype=torch.float64, device=device)
+        self._net.eval()
+        for images, tally_T in zip(corruptions, tallies_CT, strict=True):
+            for part in images.batches(EVALUATION_BATCH, device=device, rank=rank, workers=workers):
+                tally_T += evaluate.tally(self._logits(part.pixels_NCHW), part.labels_N)
+        if workers > 1:
+            distributed.all_reduce(tallies_CT)
+        return evaluate.robustness(tallies_CT, data.STANDARD_CORRUPTIONS)
+
+    def _logits(self, pixels_NCHW: Tensor) -> Tensor:
+        with autocast(self._config, pixels_NCHW.device):
+            logits_MNK: Tensor = self._net(augment.normalise(pixels_NCHW, self._config.data.dataset))
+        return logits_MNK
 
     def state(self, epoch: int, history: tuple[dict[str, float], ...], part: _Part | None = None) -> dict[str, Any]:
         model = dict(self._net.state_dict())

@@ -83,7 +83,7 @@ def check(sweep: sweeps.Sweep, data_dir: Path | None) -> None:
     sweeps.check_runnable(sweep)
     from mixmo_core import data
 
-    for name in sorted({trial.config.data.dataset for trial in sweep.trials}):
+    for name in sorted({name for trial in sweep.trials for name in data.needed(trial.config)}):
         try:
             data.check(name, data_dir)
         except data.DatasetError as error:

@@ -68,7 +68,8 @@ class Ledger:
             top1 = report.metrics.get("top1")
             if top1 is not None and (best is None or top1 > best):
                 best, best_epoch = top1, report.epoch
-            metrics = {**metrics, **report.metrics}
+            # What an evaluation leaves out is undefined: an earlier epoch's value does not stand for it.
+            metrics = dict(report.metrics) if top1 is not None else {**metrics, **report.metrics}
         last = update.epochs[-1]
         share = last.epoch / row.epochs
         return row.replace(

@@ -240,7 +240,6 @@ def test_output_that_cannot_be_written_is_one_message(results: Path, command: st
         ("train --trial 2e2fd7b --index 0", 2, "go with a sweep FILE"),
         ("train FILE --index 99", 5, "tiny has trials 0 to 3; there is no trial 99"),
         ("train FILE --device abacus", 2, "^mixmo: --device abacus: torch has none here; it has cpu"),
-        ("train FILE -S model.encoders=1 -S seeds=1", 2, "not yet"),
         ("plan nowhere.yaml", 2, "nowhere.yaml: there is no such file"),
         ("plan FILE -S optim.epoch=3", 2, "did you mean 'optim.epochs'"),
         ("run FILE -S data.dataset=cifar10 -S data.train_images=all --yes", 2, "mixmo data get cifar10 DEST"),

@@ -1,6 +1,7 @@
 """Datasets, the folders they come from, and the batch-repetition sampler."""
 
 import hashlib
+import itertools
 import os
 import runpy
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import made_cifar
 import numpy as np
 import pytest
 import torch
@@ -22,16 +24,14 @@ from torch import Tensor
 
 from mixmo_core import data
 from mixmo_core.config import DATASETS, DataConfig, EvaluateConfig, TrialConfig, training_images, validation_images
-from mixmo_core.data import DatasetError, arrange, batch_repetition, check, fetch, load, subset
+from mixmo_core.data import DatasetError, arrange, batch_repetition, check, corrupted, fetch, load, needed, subset
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "synthetic"]
 
 
 @pytest.fixture(autouse=True)
 def forget() -> None:
-    """What one test loaded, another loads again."""
-    for cached in (data._load, data._read, data._md5):
-        cached.cache_clear()
+    made_cifar.forget()
 
 
 def fingerprint(*tensors: Tensor) -> str:
@@ -228,16 +228,18 @@ def test_neither_torchvision_nor_scikit_learn_is_imported_before_it_is_needed() 
 # ---------------------------------------------------------------------------------------------------------- fetching
 
 
-@pytest.mark.parametrize("given_as", ["the folder above", "the folder", "the archive"])
+@pytest.mark.parametrize("given_as", ["the folder above", "the folder", "the archive's folder", "the archive"])
 def test_files_are_copied_from_a_folder(published: Path, tmp_path: Path, given_as: str) -> None:
     source = published
     if given_as == "the folder":
         source = published / "cifar-10-batches-py"
-    if given_as == "the archive":
+    if given_as.startswith("the archive"):
         source = tmp_path / "archives"
         source.mkdir()
         with tarfile.open(source / "cifar-10-python.tar.gz", "w:gz") as archive:
             archive.add(published / "cifar-10-batches-py", "cifar-10-batches-py")
+    if given_as == "the archive":
+        source /= "cifar-10-python.tar.gz"
     destination = tmp_path / "not" / "there" / "yet"
     assert fetch("cifar10", destination, source) == destination / "cifar-10-batches-py"
     assert {name: (destination / name).read_bytes() for name in FILES} == FILES
@@ -278,19 +280,20 @@ def test_an_empty_source_says_what_it_should_hold(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["digits", "synthetic", "imagenet"])
 def test_what_cannot_be_fetched_says_what_can(name: str, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=rf"{name}: nothing to get.*cifar10, cifar100, tiny_imagenet"):
+    with pytest.raises(DatasetError, match=rf"{name}: nothing to get.*cifar100, tiny_imagenet, cifar10_c, cifar100_c"):
         fetch(name, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "tiny_imagenet"])
+@pytest.mark.parametrize("name", list(data.FOLDERS))
 def test_without_internet_the_way_around_is_told(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.datasets import CIFAR10, CIFAR100
 
     nowhere = (tmp_path / "nowhere").as_uri()
     monkeypatch.setattr(CIFAR10, "url", nowhere)
     monkeypatch.setattr(CIFAR100, "url", nowhere)
-    monkeypatch.setattr(data, "_TINY_URL", nowhere)
-    with pytest.raises(DatasetError, match=rf"could not be put into .*bring .*data get {name} .* --from FOLDER"):
+    for each, (_, md5) in data._ORIGINS.items():
+        monkeypatch.setitem(data._ORIGINS, each, (nowhere, md5))
+    with pytest.raises(DatasetError, match=rf"could not be put into .*bring .*data get {name} .* --from ARCHIVE_OR"):
         fetch(name, tmp_path / "here")
 
 
@@ -298,6 +301,154 @@ def test_an_unwritable_destination_is_a_dataset_error(published: Path, tmp_path:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DatasetError, match="could not be put into"):
         fetch("cifar10", tmp_path / "file" / "below", published)
+
+
+# ------------------------------------------------------------------------------------------------ what is in the files
+
+
+def test_cifar_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_cifar.write_cifar10(tmp_path, monkeypatch)
+    train, test = load(DataConfig(dataset="cifar10"), folder=tmp_path)
+    assert (len(train), len(test)) == (80, 10)
+    assert test.labels_N.tolist() == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("labels", "what"),
+    [
+        ([0, 1, 2, 3, 4, 5, 6, 7, 8, 10], r"label 10 of image 9 is no class of cifar10, which has 0 to 9 \(1 such"),
+        ([-1] * 10, r"label -1 of image 0 .*\(10 such labels\)"),
+        ([0] * 9, r"labels of shape \(9,\), int64, should be 10 integers"),
+    ],
+)
+def test_labels_that_are_no_class_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: list[int], what: str
+) -> None:
+    made_cifar.write_cifar10(tmp_path, monkeypatch, labels=labels)
+    with pytest.raises(DatasetError, match=rf"cifar-10-batches-py: {what}.*Get it with `mixmo data get cifar10 DEST`"):
+        load(DataConfig(dataset="cifar10"), folder=tmp_path)
+
+
+def test_too_few_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = DATASETS["cifar10"]
+    made_cifar.write_cifar10(tmp_path, monkeypatch)
+    monkeypatch.setitem(DATASETS, "cifar10", shape)
+    with pytest.raises(DatasetError, match=r"train images of shape \(80, 3, 32, 32\), uint8, should be \(50000, 3, 32"):
+        load(DataConfig(dataset="cifar10"), folder=tmp_path)
+
+
+def test_a_file_that_breaks_after_the_check_is_a_dataset_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_cifar.write_cifar10(tmp_path, monkeypatch)
+    check("cifar10", tmp_path)
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_2"
+    status = path.stat()
+    path.write_bytes(path.read_bytes()[:-9] + b"123456789")
+    os.utime(path, ns=(status.st_mtime_ns, status.st_mtime_ns))
+    with pytest.raises(DatasetError, match=r"cifar-10-batches-py: cannot be read .*mixmo data get cifar10"):
+        load(DataConfig(dataset="cifar10"), folder=tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------- CIFAR-C
+
+
+def test_the_checksums_name_every_corruption() -> None:
+    for name in ("cifar10_c", "cifar100_c"):
+        expected = {f"{data.FOLDERS[name]}/{each}.npy" for each in (*data.CORRUPTIONS, "labels")}
+        assert set(data._MD5[name]) == expected
+        assert len({*data._MD5[name].values()}) == 20
+    assert len(set(data.CORRUPTIONS)) == 19
+    assert set(data.CORRUPTIONS[data.STANDARD_CORRUPTIONS :]) == {
+        "speckle_noise",
+        "gaussian_blur",
+        "spatter",
+        "saturate",
+    }
+
+
+def test_a_trial_needs_the_corrupted_images_only_where_it_measures_them() -> None:
+    cifar = TrialConfig(data=DataConfig(dataset="cifar10"), evaluate=EvaluateConfig(robustness="cifar_c"))
+    assert needed(cifar) == ("cifar10", "cifar10_c")
+    assert needed(TrialConfig(data=DataConfig(dataset="cifar10"))) == ("cifar10",)
+
+
+def test_corrupted_images_are_read_from_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = made_cifar.write_cifar10_c(tmp_path, monkeypatch)
+    found = corrupted("cifar10", tmp_path)
+    assert len(found) == 19
+    for name, images in zip(data.CORRUPTIONS, found, strict=True):
+        assert isinstance(images.pixels_NHWC, np.memmap)
+        parts = list(images.batches(20))
+        assert [len(part) for part in parts] == [20, 20, 10]
+        assert np.array_equal(torch.cat([part.pixels_NCHW for part in parts]), arrays[name].transpose(0, 3, 1, 2))
+        labels = torch.cat([part.labels_N for part in parts])
+        assert (labels.tolist(), labels.dtype) == (arrays["labels"].tolist(), torch.int64)
+
+
+@given(images=st.integers(1, 40), workers=st.integers(1, 5), size=st.integers(1, 9))
+def test_the_workers_share_every_file(images: int, workers: int, size: int) -> None:
+    pixels = np.arange(images, dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(3, axis=-1)
+    made = data.Corrupted(pixels, np.arange(images, dtype=np.int64))
+    parts = [list(made.batches(size, rank=rank, workers=workers)) for rank in range(workers)]
+    assert all(len(part) <= size for part in itertools.chain(*parts))
+    seen = [label for part in itertools.chain(*parts) for label in part.labels_N.tolist()]
+    assert seen == list(range(images))
+    assert seen == [int(pixel) for part in itertools.chain(*parts) for pixel in part.pixels_NCHW[:, 1, 0, 0]]
+
+
+def test_missing_corrupted_images_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DatasetError, match=r"no folder CIFAR-100-C in it, so no cifar100_c") as caught:
+        check("cifar100_c", tmp_path)
+    for advice in ("mixmo data get cifar100_c DEST", "cifar-100-python", "no well-kept library", "robustness to none"):
+        assert advice in str(caught.value)
+    made_cifar.write_cifar10_c(tmp_path, monkeypatch)
+    (tmp_path / "CIFAR-10-C" / "snow.npy").unlink()
+    with pytest.raises(DatasetError, match=r"snow\.npy: No such file"):
+        corrupted("cifar10", tmp_path)
+
+
+def test_a_damaged_corrupted_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_cifar.write_cifar10_c(tmp_path, monkeypatch)
+    path = tmp_path / "CIFAR-10-C" / "fog.npy"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DatasetError, match=r"fog\.npy: damaged, or not the published file"):
+        corrupted("cifar10", tmp_path)
+    made_cifar.resum(tmp_path, monkeypatch)  # even if such a file had been published
+    with pytest.raises(DatasetError, match=r"fog\.npy: not an array that can be read"):
+        corrupted("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("instead", "what"),
+    [
+        ({"fog": np.zeros((50, 3, 32, 32), np.uint8)}, r"fog\.npy: .* \(50, 3, 32, 32\), uint8, should be \(50,"),
+        ({"fog": np.zeros((40, 32, 32, 3), np.uint8)}, r"fog\.npy: an array of shape \(40, 32, 32, 3\)"),
+        ({"fog": np.zeros((50, 32, 32, 3))}, r"fog\.npy: .*float64, should be .*uint8"),
+        ({"fog": np.array([None, "x"])}, r"fog\.npy: not an array that can be read"),
+        ({"labels": np.full(50, 10)}, r"labels\.npy: label 10 of image 0 is no class of cifar10_c, which has 0 to 9"),
+        ({"labels": np.full(50, 0.5)}, r"labels\.npy: labels of shape \(50,\), float64, should be 50 integers"),
+        ({"labels": np.zeros((50, 1), int)}, r"labels\.npy: labels of shape \(50, 1\)"),
+    ],
+)  # fmt: skip
+def test_wrong_arrays_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instead: dict[str, Any], what: str
+) -> None:
+    made_cifar.write_cifar10_c(tmp_path, monkeypatch, **instead)
+    with pytest.raises(DatasetError, match=rf"{what}.*mixmo data get cifar10_c"):
+        corrupted("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("given_as", ["folder", "archive"])
+def test_corrupted_images_are_fetched_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given_as: str
+) -> None:
+    made_cifar.write_cifar10_c(tmp_path / "elsewhere", monkeypatch)
+    source = tmp_path / "elsewhere" / "CIFAR-10-C"
+    if given_as == "archive":
+        source = tmp_path / "CIFAR-10-C.tar"
+        with tarfile.open(source, "w") as archive:
+            archive.add(tmp_path / "elsewhere" / "CIFAR-10-C", "CIFAR-10-C")
+    assert fetch("cifar10_c", tmp_path / "here", source) == tmp_path / "here" / "CIFAR-10-C"
+    assert len(corrupted("cifar10", tmp_path / "here")) == 19
 
 
 # ----------------------------------------------------------------------------------------------------- Tiny ImageNet
@@ -345,6 +496,15 @@ def test_a_resized_image_is_named(tiny: Path) -> None:
     Image.new("RGB", (32, 48)).save(tiny / "train/n01/images/n01_0.JPEG")
     with pytest.raises(DatasetError, match=r"n01_0\.JPEG: 32x48 pixels, should be 64x64"):
         data._tiny_imagenet(tiny)
+
+
+def test_annotations_that_are_cut_short_are_missing_images(tiny: Path) -> None:
+    path = tiny / "val" / "val_annotations.txt"
+    path.write_text(path.read_text()[:-25])
+    faults = list(data._faults("tiny_imagenet", tiny.parent))
+    assert faults[-1].endswith("val: incomplete, 1 images, should be 10000")
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "is no text" in list(data._faults("tiny_imagenet", tiny.parent))[-1]
 
 
 def test_part_of_tiny_imagenet_is_refused(tiny: Path) -> None:

@@ -9,11 +9,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import made_cifar
 import pytest
 from command_line import PATIENCE_S, Mixmo, kill
 
 from mixmo_core.config import TrialConfig, unflatten
+from orchestrator import driver
+from orchestrator import sweep as sweeps
 from orchestrator.dispatcher import EpochReport, Update
+from orchestrator.errors import UsageError
 from orchestrator.ledger import Ledger
 from orchestrator.rows import TrialRow, config_columns
 from orchestrator.store import ResultStore
@@ -270,6 +274,42 @@ def test_a_lost_trial_waits_again_and_its_next_attempt_repeats_epochs_without_ha
     row, rows = books.apply(update(5, "epochs", attempt=2, epochs=epochs(0.2)))
     assert [each.order for each in rows] == [(3, 2, 15)]
     assert (row.epoch, row.best_epoch) == (1, 1)  # what was thrown back is no result
+
+
+def test_an_undefined_metric_leaves_nothing_of_an_earlier_epoch() -> None:
+    books = ledger()
+    books.apply(update(1, "started"))
+    told = ({"top1": 0.5, "tace": 0.1, "loss": 3.0}, {"top1": 0.6, "loss": 2.0}, {"loss": 1.0})
+    for number, metrics in enumerate(told, start=1):
+        report = EpochReport(epoch=number, metrics=metrics, wall_s=1.0, gpu_seconds=0.0, images_per_s=9.0)
+        row, _ = books.apply(update(1 + number, "epochs", epochs=[report]))
+    assert row.metrics == {"top1": 0.6, "loss": 1.0}  # the third epoch was not evaluated
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_row_says_on_which_split_it_is_measured(split: str) -> None:
+    row, _ = ledger(unflatten({"data.dataset": "digits", "evaluate.split": split})).apply(update(1, "started"))
+    assert row.split == split
+
+
+def test_missing_files_are_told_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_cifar.forget()
+    made_cifar.write_cifar10(tmp_path, monkeypatch)
+    text = """
+name: robust
+trial:
+  data: {dataset: cifar10, batch_size: 40}
+  model: {depth: 10, width: 1}
+  evaluate: {robustness: cifar_c}
+blocks: [{label: all}]
+"""
+    file = tmp_path / "robust.yaml"
+    file.write_text(text)
+    sweep = sweeps.load(file)
+    with pytest.raises(UsageError, match=r"no folder CIFAR-10-C in it.*mixmo data get cifar10_c DEST"):
+        driver.check(sweep, tmp_path)
+    made_cifar.write_cifar10_c(tmp_path, monkeypatch)
+    driver.check(sweep, tmp_path)
 
 
 def test_a_failed_trial_keeps_its_traceback_and_a_new_start_clears_it() -> None:

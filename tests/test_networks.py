@@ -1,5 +1,6 @@
 """The networks are those of the reference implementation, number for number."""
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Callable
@@ -14,7 +15,18 @@ from strategies import flats
 from torch import Tensor, nn
 
 from mixmo_core import networks
-from mixmo_core.config import DATASETS, STEM_CHANNELS, DataConfig, ModelConfig, TrialConfig, map_size, unflatten
+from mixmo_core.config import (
+    DATASETS,
+    STEM_CHANNELS,
+    DataConfig,
+    MixingConfig,
+    ModelConfig,
+    TrialConfig,
+    map_size,
+    unflatten,
+)
+from mixmo_core.data import Images
+from mixmo_core.step import Step
 
 
 def config_of(dataset: Any, depth: int, width: int, M: int, seed: int = 0, **model: Any) -> TrialConfig:
@@ -162,6 +174,18 @@ def test_networks_that_differ_in_subnetworks_start_from_one_core() -> None:
     configs = [config_of("digits", 10, 1, M) for M in (1, 3)] + [config_of("digits", 10, 1, 2, encoders=1)]
     one, *others = (networks.build(config).core.state_dict() for config in configs)
     assert all(torch.equal(one[name], other[name]) for other in others for name in one)
+
+
+def test_a_checkpoint_of_before_is_one_of_today() -> None:
+    """The names of a wide ResNet's tensors are those of format 1: others would strand every checkpoint."""
+    block = ["bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var", "conv1.weight"]
+    block += [name.replace("1", "2") for name in block]
+    names = {f"core.groups.{group}.0.{name}" for group in range(3) for name in block}
+    names |= {f"core.groups.{group}.0.shortcut.weight" for group in (1, 2)}
+    names |= {f"core.bn.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
+    assert set(networks.build(config_of("digits", 10, 1, 2)).state_dict()) == names | {
+        "encoders", "classifiers", "classifier_biases"
+    }  # fmt: skip
 
 
 def test_encoders_are_drawn_independently() -> None:
@@ -337,6 +361,37 @@ def test_hidden_mixing_keeps_the_type_of_the_maps() -> None:
     mixed_BCHW = hidden.at(1, maps_BCHW)
     assert mixed_BCHW.dtype is torch.bfloat16
     assert mixed_BCHW.flatten().tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        config_of("digits", 10, 1, 3, encoders=1, classifiers=1),
+        config_of("digits", 10, 1, 2, encoders=1),
+        config_of("digits", 10, 1, 2, classifiers=1),
+        preact("digits", 2, classifiers=1),
+    ],
+    ids=["one of each", "one encoder", "one classifier", "preact"],
+)
+def test_every_variant_learns(config: TrialConfig) -> None:
+    """Steps on one batch of noise lower its loss, and move every parameter."""
+    generator, M = torch.Generator().manual_seed(0), config.model.subnetworks
+    pixels_NCHW = torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    settled = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, batch_size=8, augmentation="none"),
+        mixing=MixingConfig(method="sum"),
+    )
+    net = networks.build(settled)
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    step, losses = Step(settled, net, Images(pixels_NCHW, torch.arange(8) % 10)), []
+    # All subnetworks see the same images, as one classifier cannot tell several apart.
+    for number in range(1, 16):
+        step.total_loss.zero_()
+        step(torch.arange(8).expand(M, 8), number=number, p=0.0, lr=0.02)
+        losses.append(float(step.total_loss))
+    assert losses[-1] < 0.5 * losses[0]
+    assert not any(torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------- a finished network

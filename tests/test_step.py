@@ -13,9 +13,9 @@ from test_networks import close, config_of, golden_network, keyed
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixmo_core import data, networks
+from mixmo_core import augment, data, mixing, networks
 from mixmo_core.config import DataConfig, MixingConfig, MixingMethod, ModelConfig, OptimConfig, TrialConfig, not_yet
-from mixmo_core.step import Purpose, Step, draw_seed, optimiser, weighted_loss
+from mixmo_core.step import Purpose, Step, Targets, by_kappa, draw_seed, mixed_inside, optimiser, weighted_loss
 
 TINY = TrialConfig(
     data=DataConfig(dataset="digits", batch_size=8), model=ModelConfig(depth=10, width=1, subnetworks=2), seed=3
@@ -27,6 +27,14 @@ def images(config: TrialConfig, count: int = 40) -> data.Images:
     generator, (C, S) = torch.Generator().manual_seed(0), networks.image_shape(config)
     pixels_NCHW = torch.randint(0, 256, (count, C, S, S), dtype=torch.uint8, generator=generator)
     return data.Images(pixels_NCHW, torch.arange(count) % 10)
+
+
+def with_data(config: TrialConfig = TINY, **changes: Any) -> TrialConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
+
+
+def single(config: TrialConfig = TINY) -> TrialConfig:
+    return dataclasses.replace(config, model=ModelConfig(depth=10, width=1, subnetworks=1))
 
 
 def batch(config: TrialConfig, seed: int = 0) -> Tensor:
@@ -108,6 +116,72 @@ def test_an_image_that_is_not_there_is_not_learned_from() -> None:
     assert (logits_MBK.grad.abs().sum(dim=2) == 0).tolist() == [[True, False, False], [False, False, True]]
 
 
+@given(M=st.integers(1, 4), root=st.floats(0.5, 20), seed=st.integers(0, 2**32))
+@settings(max_examples=20, deadline=None)
+def test_two_labels_have_the_cross_entropy_of_a_soft_one(M: int, root: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits_MBK = torch.randn(M, 6, 10, generator=generator)
+    labels_MBL = torch.randint(0, 10, (M, 6, 2), generator=generator)
+    shares_MBL = torch.rand(M, 6, 2, generator=generator)
+    kappa_MB = torch.rand(M, 6, generator=generator).softmax(dim=0)
+    soft_MBK = (nn.functional.one_hot(labels_MBL, 10) * shares_MBL.unsqueeze(3)).sum(dim=2)
+    entropy_MB = -(soft_MBK * logits_MBK.log_softmax(dim=2)).sum(dim=2)
+    expected = (mixing.loss_weights(kappa_MB, root) * entropy_MB).sum(dim=0).mean()
+    loss = weighted_loss(logits_MBK, labels_MBL, kappa_MB, root, shares_MBL)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    # One label with all of the share is that label.
+    whole_MBL = torch.tensor([1.0, 0.0]).expand(M, 6, 2)
+    torch.testing.assert_close(
+        weighted_loss(logits_MBK, labels_MBL, kappa_MB, root, whole_MBL),
+        weighted_loss(logits_MBK, labels_MBL[..., 0], kappa_MB, root),
+        rtol=1e-5, atol=1e-5,
+    )  # fmt: skip
+
+
+def test_one_shared_classifier_learns_the_interpolated_label() -> None:
+    """At a root of 1 with kappa as the shares: M times the cross entropy."""
+    logits_BK, labels_MB = torch.randn(6, 10), torch.randint(0, 10, (3, 6))
+    kappa_MB = torch.rand(3, 6).softmax(dim=0)
+    soft_BK = (nn.functional.one_hot(labels_MB, 10) * kappa_MB.unsqueeze(2)).sum(dim=0)
+    loss = weighted_loss(logits_BK.expand(3, 6, 10), labels_MB, kappa_MB, root=1.0)
+    torch.testing.assert_close(loss, 3 * nn.functional.cross_entropy(logits_BK, soft_BK), rtol=1e-5, atol=1e-5)
+
+
+@given(M=st.integers(1, 5), seed=st.integers(0, 2**32))
+@settings(max_examples=20, deadline=None)
+def test_dominant_roles_order_the_targets_of_each_slot_by_kappa(M: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    kappa_MB = torch.randint(0, 4, (M, 7), generator=generator) / 4  # with ties
+    labels_MBL = torch.arange(M * 14).view(M, 7, 2)
+    ordered, falling_MB = by_kappa(Targets(labels_MBL, labels_MBL / 100), kappa_MB)
+    plain, _ = by_kappa(Targets(labels_MBL[..., 0]), kappa_MB)
+    assert ordered.shares_MBL is not None
+    for j in range(7):
+        order = sorted(range(M), key=lambda m: -float(kappa_MB[m, j]))  # stable
+        assert torch.equal(ordered.labels[:, j], labels_MBL[order, j])
+        assert torch.equal(ordered.shares_MBL[:, j], labels_MBL[order, j] / 100)
+        assert torch.equal(plain.labels[:, j], labels_MBL[order, j, 0])
+        assert torch.equal(falling_MB[:, j], kappa_MB[order, j])
+
+
+@pytest.mark.parametrize(
+    ("encoders", "roles", "ordered"), [(1, "dominant", True), (1, "input", False), ("all", "dominant", False)]
+)
+def test_roles_matter_where_the_images_have_no_order_of_their_own(encoders: Any, roles: Any, ordered: bool) -> None:
+    model = ModelConfig(depth=10, width=1, subnetworks=2, encoders=encoders, classifier_roles=roles)
+    step = Step(dataclasses.replace(TINY, model=model), networks.build(TINY), images(TINY))
+    logits_MBK = torch.randn(2, 8, 10, generator=torch.Generator().manual_seed(0))
+    labels_MB, kappa_B = torch.arange(16).view(2, 8) % 10, torch.linspace(0.1, 0.8, 8)
+    kappa_MB = torch.stack([kappa_B, 1 - kappa_B])
+    larger_B = (kappa_MB[1] > kappa_MB[0]).long()
+    slots = torch.arange(8)
+    sorted_MB = torch.stack([labels_MB[larger_B, slots], labels_MB[1 - larger_B, slots]])
+    expected = weighted_loss(logits_MBK, labels_MB, kappa_MB, 3.0)
+    if ordered:
+        expected = weighted_loss(logits_MBK, sorted_MB, kappa_MB.sort(dim=0, descending=True).values, 3.0)
+    assert torch.equal(step._loss(logits_MBK, Targets(labels_MB), kappa_MB), expected)
+
+
 # ---------------------------------------------------------------------------------------------------------- randomness
 
 
@@ -135,39 +209,184 @@ def test_neighbouring_seeds_are_unlike() -> None:
     assert min(flipped) > 8
 
 
-def test_a_step_depends_on_its_number_and_on_nothing_before_it() -> None:
-    stepped = []
+@pytest.mark.parametrize(("augmentation", "msda"), [("standard", "none"), ("augmix", "cutmix"), ("none", "resizemix")])
+def test_a_step_depends_on_its_number_and_on_nothing_before_it(augmentation: Any, msda: Any) -> None:
+    config = with_data(augmentation=augmentation, msda=msda)
+    stepped: list[list[Tensor]] = []
     for before in ([], [4, 9]):
-        net = networks.build(TINY)
-        step = Step(TINY, net, images(TINY))
+        step = Step(config, networks.build(config), images(config))
         for number in before:
-            step(batch(TINY, number), number=number, p=0.5, lr=0.05)
-        stepped.append((step._gather(batch(TINY), 6)[0], step._mixture(batch(TINY), 6, 1.0).masks))
-        assert not torch.equal(stepped[0][0], step._gather(batch(TINY), 7)[0])
-        assert not torch.equal(stepped[0][1], step._mixture(batch(TINY), 7, 1.0).masks)
-    assert torch.equal(stepped[0][0], stepped[1][0])
-    assert torch.equal(stepped[0][1], stepped[1][1])
+            step(batch(config, number), number=number, p=0.5, lr=0.05)
+        stepped.append(everything(step, 6))
+        assert not torch.equal(stepped[0][0], everything(step, 7)[0])
+        assert not torch.equal(stepped[0][1], everything(step, 7)[1])
+    assert all(torch.equal(*pair) for pair in zip(*stepped, strict=True))
 
 
+def everything(step: Step, number: int) -> list[Tensor]:
+    """What a step draws: images, masks, kappa, labels and, where there are two labels, their shares."""
+    indices_MB = batch(step._config)
+    masks, kappa_MB = step._mixture(indices_MB, number, 1.0)
+    images_MBCHW, targets = step._gather(indices_MB, number, masks)
+    return [images_MBCHW, masks, kappa_MB, *(each for each in targets if each is not None)]
+
+
+@pytest.mark.parametrize("augmentation", ["none", "standard", "augmix"])
 @pytest.mark.parametrize(
-    ("augmentation", "method"), [("none", "cutmix"), ("standard", "cutmix"), ("none", "patchup_hard")]
+    ("msda", "method"),
+    [
+        ("none", "cutmix"),
+        ("mixup", "cutmix"),
+        ("cutmix", "cutmix"),
+        ("resizemix", "cutmix"),
+        ("cutmix", "patchup_hard"),
+    ],
 )
-def test_workers_share_the_batch_of_one(augmentation: Any, method: Any) -> None:
-    config = dataclasses.replace(
-        TINY, data=dataclasses.replace(TINY.data, augmentation=augmentation), mixing=MixingConfig(method=method)
-    )
+def test_workers_share_the_batch_of_one(augmentation: Any, msda: Any, method: Any) -> None:
+    config = dataclasses.replace(with_data(augmentation=augmentation, msda=msda), mixing=MixingConfig(method=method))
     net = networks.build(config)
-    whole = Step(config, net, images(config))
-    images_MBCHW, labels_MB = whole._gather(batch(config), 5)
-    mixture = whole._mixture(batch(config), 5, 1.0)
+    whole = everything(Step(config, net, images(config)), 5)
+    assert len(whole) == (4 if msda == "none" else 5)
     for rank in range(4):
-        own = Step(config, net, images(config), rank=rank, workers=4)
-        own_images, own_labels = own._gather(batch(config), 5)
-        own_mixture = own._mixture(batch(config), 5, 1.0)
-        assert torch.equal(own_images, images_MBCHW[:, rank::4])
-        assert torch.equal(own_labels, labels_MB[:, rank::4])
-        assert torch.equal(own_mixture.masks, mixture.masks[:, rank::4])
-        assert torch.equal(own_mixture.kappa_MB, mixture.kappa_MB[:, rank::4])
+        own = everything(Step(config, net, images(config), rank=rank, workers=4), 5)
+        for mine, of_all in zip(own, whole, strict=True):
+            assert torch.equal(mine, of_all[:, rank::4])
+
+
+def test_a_partner_is_from_all_of_the_training_images_and_has_its_own_crop() -> None:
+    """Image n is flat, of brightness n: the mixed pixels tell who the partner is."""
+    config = with_data(dataset="synthetic", msda="cutmix", msda_probability=1.0, batch_size=64)
+    pixels_NCHW = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 16, 16).contiguous()
+    step = Step(config, networks.build(config), data.Images(pixels_NCHW, torch.arange(200)))
+    indices_MB = torch.arange(128).view(2, 64)
+    images_MBCHW, targets = step._gather(indices_MB, 1, torch.full((2, 64, 16, 16), 0.5))
+    assert torch.equal(targets.labels[..., 0], indices_MB)
+    assert len(set(targets.labels[..., 1].flatten().tolist())) > 75  # of 200; 95 are expected, with a deviation of 4
+    level = augment.normalise(pixels_NCHW, "synthetic")[:, 0, 0, 0]
+    black = float(level[0])  # what lies outside of an image
+    borders = 0
+    for m in range(2):
+        for j in range(64):
+            own, other = (float(level[label]) for label in targets.labels[m, j].tolist())
+            found = set(images_MBCHW[m, j].flatten().tolist())
+            assert found <= {own, other, black}
+            borders += black in found
+    assert borders > 100
+
+
+def test_labels_follow_what_the_mixing_block_leaves_of_each_image() -> None:
+    """Flat images again, uncropped: the share of the own label is that of its pixels under the image's own mask."""
+    config = with_data(dataset="synthetic", msda="cutmix", msda_probability=1.0, batch_size=32, augmentation="none")
+    pixels_NCHW = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 16, 16).contiguous()
+    step = Step(config, networks.build(config), data.Images(pixels_NCHW, torch.arange(200)))
+    masks, _ = step._mixture(batch(config), 3, 1.0)
+    assert set(masks.flatten().tolist()) == {0.0, 1.0}
+    images_MBCHW, targets = step._gather(torch.arange(64).view(2, 32), 3, masks)
+    assert targets.shares_MBL is not None
+    level = augment.normalise(pixels_NCHW, "synthetic")[:, 0, 0, 0]
+    own_MBHW = images_MBCHW[:, :, 0] == level[:64].view(2, 32, 1, 1)
+    seen_MB = (own_MBHW * masks).sum(dim=(2, 3)) / masks.sum(dim=(2, 3))
+    other_MB = targets.labels[..., 0] != targets.labels[..., 1]
+    assert other_MB.sum() > 55
+    torch.testing.assert_close(targets.shares_MBL[..., 0][other_MB], seen_MB[other_MB], rtol=0, atol=1e-5)
+
+
+def test_a_partner_has_the_operations_of_the_image_that_it_is_mixed_with() -> None:
+    """In the reference one seed serves both. All images are one flat image here, so that mixing shows nothing."""
+    flat = data.Images(torch.full((40, 3, 16, 16), 200, dtype=torch.uint8), torch.zeros(40, dtype=torch.int64))
+    seen_MBHW = torch.full((2, 8, 16, 16), 0.5)
+    centres = []
+    for msda in ("mixup", "none"):
+        config = with_data(dataset="synthetic", msda=msda, msda_probability=1.0, augmentation="augmix")
+        images_MBCHW, _ = Step(config, networks.build(config), flat)._gather(batch(config), 1, seen_MBHW)
+        centres.append(images_MBCHW[..., 6:10, 6:10])
+    torch.testing.assert_close(*centres, rtol=0, atol=1e-5)
+    assert centres[0].std() > 0.1
+
+
+@pytest.mark.parametrize("M", [1, 2])
+def test_repeats_share_augmix_inside_mixmo_only(M: int) -> None:
+    """Flat images, whose centre a crop leaves alone: what differs is AugMix."""
+    config = with_data(dataset="synthetic", augmentation="augmix", repetition=4)
+    config = dataclasses.replace(config, model=ModelConfig(depth=10, width=1, subnetworks=M))
+    pixels_NCHW = torch.full((40, 3, 16, 16), 100, dtype=torch.uint8)
+    step = Step(config, networks.build(config), data.Images(pixels_NCHW, torch.zeros(40, dtype=torch.int64)))
+    indices_MB = torch.tensor([[1, 1, 2, 1, 2, 1, 2, 2]]).expand(M, -1)
+    images_MBCHW, _ = step._gather(indices_MB, 1, torch.full((M, 8, 16, 16), 1 / M))
+    for m in range(M):
+        for index in (1, 2):
+            centres = images_MBCHW[m, indices_MB[m] == index][:, 0, 8, 8]
+            assert (centres.std() < 1e-6) == (M > 1)
+
+
+def test_batch_augmentation_is_repetition_with_one_subnetwork() -> None:
+    """Hoffer et al., CVPR 2020: each image of a batch occurs b times, each time cropped and flipped anew."""
+    config = with_data(single(), dataset="synthetic", batch_size=16, repetition=4)
+    generator = torch.Generator().manual_seed(0)
+    for indices_MB in data.batch_repetition(40, 16, 4, 1, generator=generator):
+        counts = indices_MB[0].bincount()
+        assert counts[counts > 0].tolist() == [4] * 4
+        step = Step(config, networks.build(config), images(config))
+        images_MBCHW, targets = step._gather(indices_MB, 1, torch.ones(1, 16, 16, 16))
+        assert torch.equal(targets.labels, indices_MB % 10)
+        # 25 crops, flipped or not: 16 slots are all different but for a few.
+        assert len({tuple(each.flatten().tolist()) for each in images_MBCHW[0]}) >= 14
+
+
+# ------------------------------------------------------------------------------------------------------ manifold mixup
+
+
+def test_manifold_mixup_draws_one_place_and_ratio_for_a_batch() -> None:
+    """Places uniform, ratios from Beta(alpha, alpha), partners a permutation. False alarms: five standard errors."""
+    config = with_data(single(), msda="manifold_mixup", msda_alpha=2.0)
+    step, number = Step(config, networks.build(config), images(config)), 2000
+    places, ratios, partners = [], [], torch.zeros(8, 8)
+    for each in range(number):
+        partner_B, lam_L = step._hidden(8, each)
+        assert (lam_L == 1).sum() == networks.MIXING_POINTS - 1
+        places.append(int(lam_L.argmin()))
+        ratios.append(float(lam_L.min()))
+        partners[torch.arange(8), partner_B] += 1
+    for place in range(networks.MIXING_POINTS):
+        assert places.count(place) == pytest.approx(number / 3, abs=5 * (number * 2 / 9) ** 0.5)
+    ratio = torch.tensor(ratios)
+    assert float(ratio.mean()) == pytest.approx(0.5, abs=5 * (1 / 20 / number) ** 0.5)
+    assert float(ratio.var()) == pytest.approx(1 / 20, rel=0.15)
+    assert ((partners - number / 8).abs() < 5 * (number * 7 / 64) ** 0.5).all()
+    assert torch.equal(partners.sum(dim=0), torch.full((8,), float(number)))  # each slot is a partner in every batch
+
+
+def test_workers_of_manifold_mixup_share_place_and_ratio_and_have_partners_of_their_own() -> None:
+    config = with_data(single(), msda="manifold_mixup")
+    whole = Step(config, networks.build(config), images(config))._hidden(8, 5)
+    for rank in range(2):
+        own = Step(config, networks.build(config), images(config), rank=rank, workers=2)._hidden(8, 5)
+        assert torch.equal(own.lam_L, whole.lam_L)
+        assert sorted(own.partner_B.tolist()) == [0, 1, 2, 3]
+
+
+def test_the_targets_of_manifold_mixup_are_those_of_the_maps() -> None:
+    hidden = networks.HiddenMix(torch.tensor([2, 0, 1]), torch.tensor([1.0, 0.3, 1.0]))
+    labels, shares_MBL = mixed_inside(Targets(torch.tensor([[7, 8, 9]])), hidden)
+    assert labels.tolist() == [[[7, 9], [8, 7], [9, 8]]]
+    assert shares_MBL is not None
+    torch.testing.assert_close(shares_MBL, torch.tensor([0.3, 0.7]).expand(1, 3, 2))
+
+
+def test_manifold_mixup_with_itself_is_no_mixing() -> None:
+    """Where all images are one, the step's loss is that of the step without; where they differ, it is not."""
+    losses = {}
+    for msda in ("none", "manifold_mixup"):
+        for alike in (True, False):
+            config = with_data(single(), msda=msda, augmentation="none")
+            some = images(config)
+            if alike:
+                some = data.Images(some.pixels_NCHW[:1].expand(40, -1, -1, -1), torch.full((40,), 3))
+            step = Step(config, networks.build(config), some)
+            step(batch(config), number=1, p=0.5, lr=0.05)
+            losses[msda, alike] = float(step.total_loss)
+    assert losses["none", True] == pytest.approx(losses["manifold_mixup", True], rel=1e-4)
+    assert losses["none", False] != pytest.approx(losses["manifold_mixup", False], rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------------ the step
@@ -181,6 +400,49 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
         return func(*args, **(kwargs or {}))
+
+
+SHARED: dict[str, Any] = {
+    "1 classifier": {"classifiers": 1},
+    "2 classifiers": {},
+    "2 classifiers by ratio": {"classifier_roles": "dominant"},
+}
+SYSTEMS = {
+    "MIMO": dataclasses.replace(TINY, mixing=MixingConfig(method="sum")),
+    "Linear-MixMo": dataclasses.replace(TINY, mixing=MixingConfig(method="linear")),
+    "Cut-MixMo": TINY,
+    "Cut-MixMo, CutMix": with_data(msda="cutmix"),
+    "Cut-MixMo, Mixup, AugMix": with_data(msda="mixup", augmentation="augmix"),
+    "Cut-MixMo, ResizeMix": with_data(msda="resizemix", augmentation="none"),
+    "Batch Augmentation, AugMix": with_data(single(), repetition=4, augmentation="augmix"),
+    **{name: with_data(single(), msda=name) for name in ("mixup", "cutmix", "resizemix", "manifold_mixup")},
+    "PreActResNet": dataclasses.replace(
+        with_data(dataset="synthetic", msda="cutmix", augmentation="augmix"),
+        model=ModelConfig(arch="preact_resnet", width=1, subnetworks=2),
+    ),
+    "channel masks": dataclasses.replace(with_data(msda="cutmix"), mixing=MixingConfig(method="channel")),
+    **{
+        f"1 encoder, {shared}": dataclasses.replace(
+            with_data(msda="cutmix"), model=ModelConfig(depth=10, width=1, encoders=1, **more)
+        )
+        for shared, more in SHARED.items()
+    },
+}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_step_reads_nothing_from_the_device(system: str) -> None:
+    """From positions to weights. The loss, read after it, is finite."""
+    with _Reads() as control:  # type: ignore[no-untyped-call]
+        torch.ones(2).sum().item()
+    assert control.count == 1
+    config = SYSTEMS[system]
+    step = Step(config, networks.build(config), images(config))
+    with _Reads() as reads:  # type: ignore[no-untyped-call]
+        for number in (1, 2):
+            step(batch(config), number=number, p=0.5, lr=0.05)
+    assert reads.count == 0
+    assert 0 < float(step.total_loss) < 20 * config.model.subnetworks
 
 
 @pytest.mark.parametrize("method", get_args(MixingMethod))

@@ -13,16 +13,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import made_cifar
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, distributed
 
-from mixmo_core import cost, data, evaluate, mixing, networks, train
+from mixmo_core import augment, cost, data, evaluate, mixing, networks, train
 from mixmo_core.config import RECIPES, DataConfig, EvaluateConfig, TrialConfig, digest, identity, unflatten
+from mixmo_core.evaluate import CAN_BE_UNDEFINED, summarize
 from mixmo_core.metrics import BY_NAME
 from mixmo_core.step import Purpose, Step, draw_seed, weighted_loss
+
+EVALUATED = {name for name in BY_NAME if not name.startswith("cifar_c")} - CAN_BE_UNDEFINED
+"""What every evaluation of two subnetworks gives."""
 
 
 def small(**changes: Any) -> TrialConfig:
@@ -108,7 +113,7 @@ def test_an_epoch_tells_what_it_gave() -> None:
     assert [epoch.epoch for epoch in epochs] == [1, 2, 3, 4, 5]
     assert all(epoch.images == 60 for epoch in epochs)
     assert all(epoch.seconds > 0 for epoch in epochs)
-    evaluated = [set(epoch.metrics) == set(BY_NAME) for epoch in epochs]
+    evaluated = [set(epoch.metrics) - CAN_BE_UNDEFINED == EVALUATED for epoch in epochs]
     assert evaluated == [False, True, False, True, True]  # the last one always is
     assert all(set(epoch.metrics) == {"loss", "lr"} for epoch in epochs[:4:2])
     for epoch in epochs:
@@ -120,7 +125,8 @@ def test_an_epoch_tells_what_it_gave() -> None:
 
 def test_one_subnetwork_has_no_diversity() -> None:
     metrics = run(small(model__subnetworks=1, optim__epochs=1))[0][0].metrics
-    assert set(BY_NAME) - set(metrics) == {"ratio_error", "disagreement"}
+    assert EVALUATED - set(metrics) == {"ratio_error", "disagreement", "double_fault", "kl_divergence"}
+    assert not {"q_statistic", "error_correlation"} & set(metrics)
     assert metrics["subnetwork_top1_mean"] == metrics["top1"]
 
 
@@ -546,9 +552,9 @@ def by_hand(config: TrialConfig, workers: int) -> tuple[list[dict[str, float]], 
             p = mixing.probability(epoch, config.optim.epochs, config.mixing.probability)
             for step, net in zip(steps, nets, strict=True):
                 net.train().zero_grad()
-                images_MBCHW, labels_MB = step._gather(indices_MB, number)
-                masks_MBHW, kappa_MB = step._mixture(indices_MB, number, p)
-                loss = weighted_loss(net(images_MBCHW, masks_MBHW), labels_MB, kappa_MB, config.mixing.weight_root)
+                masks, kappa_MB = step._mixture(indices_MB, number, p)
+                images_MBCHW, targets = step._gather(indices_MB, number, masks)
+                loss = weighted_loss(net(images_MBCHW, masks), targets.labels, kappa_MB, config.mixing.weight_root)
                 torch.autograd.backward(loss)
                 losses.append(float(loss.detach()))
             for copies in zip(*(net.parameters() for net in nets), strict=True):
@@ -593,7 +599,7 @@ def test_two_workers_train_one_trial(tmp_path: Path) -> None:
 
     rows, net = by_hand(TWO, workers=2)
     for metrics, row in zip(first["metrics"], rows, strict=True):
-        assert set(metrics) == set(BY_NAME)
+        assert set(metrics) - CAN_BE_UNDEFINED == EVALUATED
         assert metrics["loss"] == pytest.approx(row["loss"], rel=1e-5)
     for name, tensor in net.state_dict().items():
         torch.testing.assert_close(first["states"][-1]["model"][name], tensor, rtol=1e-4, atol=1e-5)
@@ -626,3 +632,59 @@ def test_evaluation_is_on_the_split_that_was_asked_for() -> None:
     assert run(held_out)[0][0].images == 40  # 54 images in batches of 20
     top1 = run(held_out)[0][0].metrics["top1"]
     assert round(top1 * 6, 9) == round(top1 * 6)  # of six images
+
+
+# ---------------------------------------------------------------------------------------------------------- robustness
+
+
+def on_cifar(robustness: str = "cifar_c") -> TrialConfig:
+    return small(data__dataset="cifar10", data__train_images="all", evaluate__robustness=robustness, optim__epochs=2)
+
+
+def test_corrupted_images_are_measured_after_the_last_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_cifar.forget()
+    made_cifar.write_cifar10(tmp_path, monkeypatch)
+    arrays = made_cifar.write_cifar10_c(tmp_path, monkeypatch)
+    config = on_cifar()
+    (first, _), (last, state) = run(config, data_dir=tmp_path)
+    corrupted = {name for name in BY_NAME if name.startswith("cifar_c")}
+    assert not corrupted & set(first.metrics)
+    assert corrupted < set(last.metrics)
+
+    net = networks.build(config)
+    net.load_state_dict(state["model"])
+    net.eval()
+    with torch.inference_mode():
+        logits = {
+            name: net(augment.normalise(torch.from_numpy(arrays[name].transpose(0, 3, 1, 2)), "cifar10"))
+            for name in data.CORRUPTIONS
+        }
+    labels = torch.from_numpy(arrays["labels"].astype("int64"))
+    for count, names in ((19, {"cifar_c_top1": "top1", "cifar_c_nll": "nll", "cifar_c_ece": "ece"}),
+                         (15, {"cifar_c15_top1": "top1"})):  # fmt: skip
+        by_hand = summarize(torch.cat([logits[name] for name in data.CORRUPTIONS[:count]], dim=1), labels.repeat(count))
+        for ours, name in names.items():
+            assert last.metrics[ours] == pytest.approx(by_hand[name], rel=1e-5), ours
+
+    plain = run(on_cifar("none"), data_dir=tmp_path)  # nothing else comes out differently
+    same_metrics = {name: value for name, value in last.metrics.items() if name not in corrupted}
+    assert plain[-1][0].metrics == pytest.approx(same_metrics, nan_ok=True)
+    assert same(plain[-1][1]["model"], state["model"])
+
+
+def test_missing_corrupted_images_are_told_before_the_first_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_cifar.forget()
+    made_cifar.write_cifar10(tmp_path, monkeypatch)
+    with pytest.raises(data.DatasetError, match=r"no folder CIFAR-10-C in it.*mixmo data get cifar10_c DEST"):
+        next(train.train(on_cifar(), data_dir=tmp_path))
+
+
+def test_filter_activity_is_that_of_the_weights() -> None:
+    epoch, state = run(small(optim__epochs=1))[0]
+    net = networks.build(small())
+    net.load_state_dict(state["model"])
+    activity = networks.filter_activity(net)
+    assert len(activity) == 4
+    assert {name: epoch.metrics[name] for name in activity} == activity

@@ -39,15 +39,18 @@ def data_program() -> None:
 
 @data_app.command("get", cls=Command)
 def data_get(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="cifar10, cifar100 or tiny_imagenet.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="cifar10, cifar100, tiny_imagenet, cifar10_c or cifar100_c.")
+    ],
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="The folder to put it in, for --data or MIXMO_DATA.")],
     source: Annotated[
-        Path | None, typer.Option("--from", metavar="FOLDER", help="Copy from this folder instead of downloading.")
+        Path | None,
+        typer.Option("--from", metavar="PATH", help="Take it from this folder or archive instead of downloading."),
     ] = None,
 ) -> None:
-    """Download a dataset, or copy it from a folder, and check its files.
+    """Download a dataset, or take it from a folder or an archive, and check its files.
 
-    digits and synthetic need no files.
+    digits and synthetic need no files. cifar10_c and cifar100_c are the corrupted test images of robustness: cifar_c.
     """
     from mixmo_core import data
 

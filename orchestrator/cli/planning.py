@@ -214,7 +214,8 @@ def _train(config: TrialConfig, device: str, threads: int, folder: Path | None) 
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     place = _device(chosen)
     try:
-        data.check(config.data.dataset, folder)
+        for name in data.needed(config):
+            data.check(name, folder)
         streams.say(f"trial {trial_id(config)} on {chosen}; nothing is written")
         for epoch in train.train(config, device=place, data_dir=folder):
             print(_epoch_line(epoch, config), flush=True)
