@@ -33,7 +33,7 @@ blocks:
   - {label: cut, set: {mixing.method: cutmix}}
 seeds: 2
 resources: {gpus_per_worker: 0}
-checkpoints: {every_s: 0.001}
+checkpoints: {every_s: 0.2}
 """
 
 
@@ -156,7 +156,7 @@ def test_one_driver_at_a_time_and_ctrl_c_lets_running_trials_finish(tmp_path: Pa
 @pytest.mark.ray
 @pytest.mark.slow
 def test_sigterm_ends_at_once_with_all_that_had_arrived(tmp_path: Path) -> None:
-    mixmo = Mixmo(tmp_path, SWEEP.replace("epochs: 6", "epochs: 300").replace("every_s: 0.001", "keep: none"))
+    mixmo = Mixmo(tmp_path, SWEEP.replace("epochs: 6", "epochs: 300").replace("every_s: 0.2", "keep: none"))
     running = mixmo.start("run", "sweep.yaml")
     mixmo.until(running, reached(3))
     running.terminate()
@@ -165,7 +165,7 @@ def test_sigterm_ends_at_once_with_all_that_had_arrived(tmp_path: Path) -> None:
     assert {row.state for row in mixmo.rows()} == {"PENDING"}
     lease = ResultStore.open(tmp_path / "results").lease("small")
     assert lease is None or lease.released
-    (tmp_path / "sweep.yaml").write_text(SWEEP.replace("every_s: 0.001", "keep: none"))
+    (tmp_path / "sweep.yaml").write_text(SWEEP.replace("every_s: 0.2", "keep: none"))
     mixmo("run", "sweep.yaml")
     assert {row.state for row in mixmo.rows() if row.epochs == 6} == {"TERMINATED"}
     store = ResultStore.open(tmp_path / "results")
