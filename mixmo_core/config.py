@@ -449,13 +449,3 @@ def cell_id(config: TrialConfig, workers: int = 1) -> str:
     decides = identity(config, workers)
     del decides["seed"]
     return digest(decides)[:12]
-
-
-# --------------------------------------------------------------------------------------------- what is not built yet
-
-
-def not_yet(config: TrialConfig) -> list[str]:
-    """The settings that are understood but that no trial can be run with yet, as `field: value`. None at present."""
-    built: dict[str, tuple[Any, ...]] = {}
-    values, silent = flatten(config), ineffective(config)
-    return [f"{name}: {values[name]}" for name, can in built.items() if name not in silent and values[name] not in can]

@@ -19,6 +19,7 @@ from mixmo_core.metrics import BY_NAME
 from orchestrator.errors import UsageError
 from orchestrator.rows import CONFIG_COLUMNS, METRIC_COLUMNS, TrialRow, trial_rows
 from orchestrator.store import ResultStore
+from orchestrator.sweep import Published
 
 At = Literal["last", "best"]
 Key = tuple[Any, ...]
@@ -122,6 +123,8 @@ class ResultTable:
     """Settings that vary inside a cell besides the seed: its mean runs over them too."""
     counted: str = "trials"
     """What a cell's number counts."""
+    published: tuple[tuple[str, float, str], ...] = ()
+    """Name, value and source of what papers report of this metric."""
 
     def to_markdown(self) -> str:
         """A pipe table. Fractions are shown in percent, as mean ± standard deviation."""
@@ -164,6 +167,7 @@ class ResultTable:
             "row_fields": self.row_fields,
             "col_fields": self.col_fields,
             "averaged": self.averaged,
+            "published": [dict(zip(("name", "value", "source"), each, strict=True)) for each in self.published],
             "cells": [{name: _finite(value) for name, value in each.items()} for each in self.records()],
         }
         return json.dumps(document, indent=1, allow_nan=False)
@@ -242,7 +246,9 @@ class ResultTable:
 
     def notes(self) -> list[str]:
         """What a reader must know to read the numbers right."""
-        notes = []
+        notes = [
+            f"Published: {name} {self._with_spread(value, None)} ({source})" for name, value, source in self.published
+        ]
         if self.averaged:
             notes.append(f"Averaged over {', '.join(map(short, self.averaged))} too: --rows or --cols sets them apart.")
         if any(cell.n + cell.undefined != cell.planned for cell in self.cells.values()):
@@ -289,6 +295,7 @@ def table(
     metric: str = "top1",
     at: At = "last",
     baseline: str | None = None,
+    published: Sequence[Published] = (),
 ) -> ResultTable:
     """Mean, standard deviation and count of a metric for each combination of the fields.
 
@@ -324,6 +331,7 @@ def table(
         col_keys=_sorted({col for _, col in groups}, cols, listed),
         cells=cells,
         averaged=tuple(dict.fromkeys(inside)),
+        published=tuple((each.name, each.metrics[metric], each.source) for each in published if metric in each.metrics),
         counted="trials or ensembles" if combined else "trials",
     )
 

@@ -204,7 +204,7 @@ def plan(summary: Mapping[str, Any], names: Mapping[str, str], width: int) -> Te
         f"  {plural(summary['trials'], 'trial')} in {plural(summary['cells'], 'cell')}, {spoken}", style="not bold"
     )
     lines = [head, _verdict(summary)]
-    columns = (Column("", 0), Column("weights", 9, "right", 2), Column("FLOPs a trial", 13, "right", 1),
+    columns = (Column("", 0), Column("weights", 11, "right", 2), Column("FLOPs a trial", 13, "right", 1),
                Column("trials", 6, "right", 4), Column("to run", 6, "right"), Column("", 18, spare=3))  # fmt: skip
     cells: list[list[str | Text]] = [
         [

@@ -18,6 +18,7 @@ from orchestrator.analysis import Cell, ResultTable, table, varied
 from orchestrator.errors import UsageError
 from orchestrator.rows import TrialRow
 from orchestrator.store import ResultStore
+from orchestrator.sweep import Published
 
 VALUES = {
     (2, "linear", 2): [0.70, 0.72, 0.71], (2, "cutmix", 2): [0.74, 0.75, 0.76],
@@ -296,3 +297,19 @@ def test_sweeps_are_loaded_one_below_the_other(stored: Path) -> None:
     assert list(frame.groupby("sweep").size()) == [9, 12]
     assert loaded.epochs().num_rows == 0
     assert analysis.load(stored / "nothing").rows == []
+
+
+def test_published_numbers_stand_below_ours() -> None:
+    published = [
+        Published(label="Puzzle-Mix", where={}, metrics={"top1": 0.8431, "top5": 0.9646}, source="Table 1, quoted"),
+        Published(label=None, where={"model.width": 10}, metrics={"top5": 0.9722}, source="Table 1"),
+    ]
+    made = table(rows(), published=published)
+    assert made.notes()[0] == "Published: Puzzle-Mix 84.31 (Table 1, quoted)"
+    assert "Published: Puzzle-Mix 84.31 (Table 1, quoted)" in made.to_markdown()
+    assert json.loads(made.to_json())["published"] == [
+        {"name": "Puzzle-Mix", "value": 0.8431, "source": "Table 1, quoted"}
+    ]
+    both = table(rows(), metric="top5", published=published).notes()
+    assert both[:2] == ["Published: Puzzle-Mix 96.46 (Table 1, quoted)", "Published: model.width 10 97.22 (Table 1)"]
+    assert not table(rows(), metric="nll", published=published).notes()

@@ -628,6 +628,10 @@ BAD: dict[str, tuple[str, str]] = {
         add("published: [{where: {model.width: 1}, top1: 85.4, source: T}]"),
         "published[1].top1: must be a number, at least 0 and at most 1 (got 85.4)",
     ),
+    "published numbers of nothing": (
+        add("published: [{top1: 0.854, source: T}]"),
+        "published[1]: `label` or `where`, `source`, and at least one",
+    ),
     "an unknown published metric": (
         add("published: [{where: {model.width: 1}, top2: 0.5, source: T}]"),
         "published[1].top2: no such key",

@@ -205,11 +205,8 @@ def _train(config: TrialConfig, device: str, threads: int, folder: Path | None) 
     import torch
 
     from mixmo_core import data, train
-    from mixmo_core.config import not_yet, trial_id
+    from mixmo_core.config import trial_id
 
-    missing = not_yet(config)
-    if missing:
-        raise UsageError(f"not yet: {', '.join(missing)} cannot be trained by this version")
     torch.set_num_threads(threads)
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     place = _device(chosen)

@@ -131,7 +131,8 @@ def table(
     """Mean, deviation and number of seeds of every cell.
 
     Only finished trials count; a cell that lacks some is marked. Without --rows, the lines are the labels and the
-    settings that vary. Ensembles that the sweep file names stand below, made from the trials' stored logits.
+    settings that vary. Ensembles that the sweep file names stand below, made from the trials' stored logits; and the
+    published numbers that it gives.
     """
     light()
     from orchestrator import analysis
@@ -140,7 +141,7 @@ def table(
     sweep = list(dict.fromkeys(sweep))
     loaded = analysis.load(results, *sweep)
     fields = [[each.strip() for each in names.split(",") if each.strip()] for names in (rows, cols)]
-    asked = {} if baseline and no_ensembles else {name: shown(loaded.store.sweep_file(name), name) for name in sweep}
+    asked = {name: shown(loaded.store.sweep_file(name), name) for name in sweep}
     trials = loaded.rows
     ensembles = any(each.ensembles for each in asked.values()) and not no_ensembles
     made = analysis.table(
@@ -150,6 +151,7 @@ def table(
         metric=metric,
         at=at,
         baseline=baseline or _baseline({name: each.baseline for name, each in asked.items()}, trials),
+        published=[each for one in asked.values() for each in one.published],
     )
     shapes = {"terminal": made.to_text, "markdown": made.to_markdown, "csv": made.to_csv, "json": made.to_json}
     print(shapes["json" if as_json else format]().rstrip("\n"))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixmo_core.config import RECIPES, not_yet
+from mixmo_core.config import RECIPES
 from orchestrator.errors import SweepError
 from orchestrator.sweep.blocks import Block, Expansion, Rule, Trial, read_block, read_rule
 from orchestrator.sweep.document import Faults, Node, nearest, read, read_value, show
@@ -113,6 +113,7 @@ class Shown:
 
     baseline: str | None = None
     ensembles: tuple[Ensemble, ...] = ()
+    published: tuple[Published, ...] = ()
 
 
 def shown(text: str, source: str) -> Shown:
@@ -122,9 +123,11 @@ def shown(text: str, source: str) -> Shown:
     if root is None or not isinstance(root.value, dict) or faults.lines:
         return Shown()
     baseline = root.value.get("baseline")
-    ensembles = read_ensembles(root.value.get("ensembles"), None, Reader(faults))
+    reader = Reader(faults)
+    ensembles = read_ensembles(root.value.get("ensembles"), None, reader)
+    published = read_published(root.value.get("published"), reader)
     named = str(baseline.value) if baseline and baseline.value is not None else None
-    return Shown(named, () if faults.lines else ensembles)
+    return Shown(named) if faults.lines else Shown(named, ensembles, published)
 
 
 @dataclass(slots=True)
@@ -350,8 +353,6 @@ def check_runnable(sweep: Sweep) -> None:
 
 def not_runnable(sweep: Sweep) -> list[str]:
     """What the sweep asks for and a run cannot honour yet, a line for each."""
-    asked = dict.fromkeys(what for trial in sweep.trials for what in not_yet(trial.config))
-    lines = [f"trial: {what}" for what in asked]
     wanted = {
         f"search.method: {sweep.search.method}": sweep.search.method != "grid",
         f"scheduler.method: {sweep.scheduler.method}": sweep.scheduler.method != "none",
@@ -361,5 +362,4 @@ def not_runnable(sweep: Sweep) -> list[str]:
         "resources.spot: false": not sweep.resources.spot,
         "retry.oom, retry.preempted": (sweep.retry.oom, sweep.retry.preempted) != (Retry().oom, Retry().preempted),
     }
-    lines += [what for what, is_wanted in wanted.items() if is_wanted]
-    return [f"{line}: understood, but not yet possible in a run" for line in lines]
+    return [f"{what}: understood, but not yet possible in a run" for what, is_wanted in wanted.items() if is_wanted]

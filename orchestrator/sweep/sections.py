@@ -131,11 +131,18 @@ class Ensemble:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
-    """A number from a paper, told beside ours."""
+    """Numbers from a paper, told beside ours."""
 
+    label: str | None
+    """What the paper calls it: of a method that no setting stands for, all that there is to say of it."""
     where: Mapping[str, Any]
+    """The settings that it was trained with, by dotted name; empty for a method that cannot be trained here."""
     metrics: Mapping[str, float]
     source: str
+
+    @property
+    def name(self) -> str:
+        return self.label or ", ".join(f"{name} {value}" for name, value in self.where.items())
 
 
 SECTIONS: dict[str, Any] = {
@@ -238,18 +245,18 @@ def read_published(node: Node | None, reader: Reader) -> tuple[Published, ...]:
     found = []
     for index, each in enumerate(reader.elements(node, "published") if node else (), start=1):
         path = f"published[{index}]"
-        entries = reader.entries(each, path, ("where", "source", *BY_NAME))
+        entries = reader.entries(each, path, ("label", "where", "source", *BY_NAME))
         given = {key: child for key, child in entries.items() if key in BY_NAME}
-        if not {"where", "source"} <= entries.keys() or not given:
-            reader.faults.add(
-                each.place, path, "`where`, `source` and at least one metric, such as top1, must be given"
-            )
+        if not {"label", "where"} & entries.keys() or "source" not in entries or not given:
+            told = "`label` or `where`, `source`, and at least one metric, such as top1, must be given"
+            reader.faults.add(each.place, path, told)
             continue
-        where = reader.given(entries["where"], f"{path}.where")
+        where = reader.given(entries["where"], f"{path}.where") if "where" in entries else {}
+        label = reader.text(entries["label"], f"{path}.label") if "label" in entries else None
         metrics = {name: reader.typed(_metric(name), child, f"{path}.{name}") for name, child in given.items()}
         source = reader.text(entries["source"], f"{path}.source")
         values = {name: setting.value for name, setting in where.items()}
-        found.append(Published(where=values, metrics=metrics, source=source or ""))
+        found.append(Published(label=label, where=values, metrics=metrics, source=source or ""))
     return tuple(found)
 
 
