@@ -3,6 +3,7 @@
     MixmoError
     ├── UsageError         2  a bad command line, sweep file or dataset folder
     │   └── SweepError     2  a sweep file that says something it may not
+    ├── FailedError        3  a trial that failed
     ├── NotFoundError      5  no such sweep or trial
     ├── RefusedError       6  a budget, a guard, or another driver holds the sweep
     └── UnreachableError   7  the store or the cluster cannot be read or written
@@ -38,6 +39,12 @@ class UsageError(MixmoError):
 
 class SweepError(UsageError):
     """A sweep file that cannot be taken as it is. Each line of the message is one fault."""
+
+
+class FailedError(MixmoError):
+    """A trial that failed by its own settings."""
+
+    exit_code = ExitCode.FAULTS
 
 
 class NotFoundError(MixmoError):

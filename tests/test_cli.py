@@ -239,6 +239,7 @@ def test_output_that_cannot_be_written_is_one_message(results: Path, command: st
         ("train --trial 2e2fd7b --quick", 2, "go with a sweep FILE"),
         ("train --trial 2e2fd7b --index 0", 2, "go with a sweep FILE"),
         ("train FILE --index 99", 5, "tiny has trials 0 to 3; there is no trial 99"),
+        ("train FILE -S optim.lr=1e9", 3, "^trial .*mixmo: diverged at epoch 1: .*Try a smaller optim.lr"),
         ("train FILE --device abacus", 2, "^mixmo: --device abacus: torch has none here; it has cpu"),
         ("plan nowhere.yaml", 2, "nowhere.yaml: there is no such file"),
         ("plan FILE -S optim.epoch=3", 2, "did you mean 'optim.epochs'"),
@@ -257,7 +258,7 @@ def test_what_is_refused_is_one_clear_message(
         words += ["--results", str(tmp_path / "none" if words[0] == "run" else results)]
     ended = mixmo(*words)
     assert ended.code == code, ended.err
-    assert re.search(message, ended.err), ended.err
+    assert re.search(message, ended.err, re.DOTALL), ended.err
     assert "Traceback" not in ended.err
     assert ended.out == ""
     assert not (tmp_path / "none").exists()

@@ -23,7 +23,7 @@ from orchestrator.cli.program import (
     light,
     with_results,
 )
-from orchestrator.errors import ExitCode, NotFoundError, UsageError
+from orchestrator.errors import ExitCode, FailedError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from mixmo_core.config import TrialConfig
@@ -218,6 +218,8 @@ def _train(config: TrialConfig, device: str, threads: int, folder: Path | None) 
             print(_epoch_line(epoch, config), flush=True)
     except data.DatasetError as error:
         raise UsageError(str(error)) from error
+    except train.DivergedError as error:
+        raise FailedError(str(error)) from error
 
 
 def _device(name: str) -> Any:
