@@ -198,7 +198,7 @@ class Step:
 
     def _chains(self, indices_MB: Tensor, number: int) -> augmix.Draws | None:
         """The draws of AugMix for this rank. Inside MixMo the repeats of an image share theirs, and a partner has those
-        of the image that it is mixed with, as in the reference; of a single network repeats and partners have their own.
+        of the image that it is mixed with, as in the reference; a single network's repeats and partners have their own.
         """
         if self._config.data.augmentation != "augmix":
             return None
