@@ -195,8 +195,8 @@ class MixingConfig(_Section):
         at_least=0, symbol="alpha",
     )  # fmt: skip
     weight_root: float = _setting(
-        3.0, "Loss weights are proportional to kappa^(1/r); large r weighs all inputs alike.", symbol="r", above=0
-    )
+        3.0, "Loss weights are proportional to kappa^(1/r); large r weighs all inputs alike.", symbol="r", at_least=0.1
+    )  # below, kappa^(1/r) may be 0 of all inputs in fp32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

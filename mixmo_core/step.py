@@ -179,6 +179,8 @@ class Step:
         generator = self._seeded(number, Purpose.MSDA)
         M, B = indices_MB.shape
         draws = msda.draw(data, len(self._images), (M, B), generator)
+        if chains is not None and M == 1:
+            chains = augmix.draw((M, B), generator)[:, self._slots]
         partners_MBCHW, others_MB = self._augmented(draws.partners, chains, generator)
         images_MBCHW, shares_MBL = msda.mix(images_MBCHW, partners_MBCHW, draws[:, self._slots], masks, data.msda)
         return images_MBCHW, Targets(torch.stack([labels_MB, others_MB], dim=2), shares_MBL)
@@ -195,8 +197,8 @@ class Step:
         return networks.HiddenMix(keys_B[self._slots].argsort(), torch.where(places_L == drawn, lam, 1.0))
 
     def _chains(self, indices_MB: Tensor, number: int) -> augmix.Draws | None:
-        """The draws of AugMix for this rank. A partner has those of the image that it is mixed with, and the repeats
-        of an image share theirs inside MixMo, as in the reference; those of a single network have their own.
+        """The draws of AugMix for this rank. Inside MixMo the repeats of an image share theirs, and a partner has those
+        of the image that it is mixed with, as in the reference; a single network's repeats and partners have their own.
         """
         if self._config.data.augmentation != "augmix":
             return None

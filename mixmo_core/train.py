@@ -23,7 +23,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mixmo_core import augment, cost, data, evaluate, mixing, networks
-from mixmo_core.config import TrialConfig, digest, identity, training_images
+from mixmo_core.config import TrialConfig, digest, identity, map_size, training_images
 from mixmo_core.step import Purpose, Step, autocast, draw_seed
 
 FORMAT = 1
@@ -147,10 +147,7 @@ def train(
     epoch or moment whose loss or weights are not finite, so that no state is one to go on from in vain.
     """
     rank, workers = _world()
-    if config.data.batch_size % workers:
-        raise ValueError(
-            f"batch_size {config.data.batch_size} cannot be split over {workers} workers: it must be a multiple of them"
-        )
+    _check_split(config, workers)
     trial = digest(identity(config, workers))
     if resume is not None:
         _check(resume)
@@ -162,6 +159,22 @@ def _world() -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
+
+
+def _check_split(config: TrialConfig, workers: int) -> None:
+    """Raises ValueError unless the slots of a batch can be shared out, and batch norm has values enough of each."""
+    slots, rest = divmod(config.data.batch_size, workers)
+    if rest:
+        raise ValueError(
+            f"batch_size {config.data.batch_size} cannot be split over {workers} workers: it must be a multiple of them"
+        )
+    halvings = 3 if config.model.arch == "preact_resnet" else 2
+    if slots == 1 and map_size(config) <= 2**halvings:
+        raise ValueError(
+            f"batch_size {config.data.batch_size} leaves one slot to each of {workers} workers, and batch norm needs "
+            f"two, since the last maps of a {config.model.arch} on {config.data.dataset} are 1x1: use fewer workers or "
+            f"a larger batch"
+        )
 
 
 class _World(NamedTuple):

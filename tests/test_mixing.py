@@ -200,6 +200,16 @@ def test_the_root_runs_from_proportional_to_equal(root: float, first: float) -> 
     assert float(weights_MB[0, 0]) == pytest.approx(first, rel=1e-6)
 
 
+@pytest.mark.parametrize("M", [2, 5])
+def test_the_least_root_has_weights(M: int) -> None:
+    """A smaller one is refused: at a root of 0.005 the powers of two equal kappas would both be 0 in fp32."""
+    weights_MB = mixing.loss_weights(torch.full((M, 1), 1 / M), MixingConfig(weight_root=0.1).weight_root)
+    torch.testing.assert_close(weights_MB, torch.ones(M, 1))
+    for root in (0.09, 0.0, -1.0):
+        with pytest.raises(ValueError, match=r"weight_root must be at least 0\.1"):
+            MixingConfig(weight_root=root)
+
+
 def test_an_empty_rectangle_has_no_weight() -> None:
     weights_MB = mixing.loss_weights(torch.tensor([[0.0], [1.0]]), 3.0)
     assert weights_MB.flatten().tolist() == [0, 2]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, distributed
 
 from mixmo_core import augment, cost, data, evaluate, mixing, networks, train
-from mixmo_core.config import RECIPES, DataConfig, EvaluateConfig, TrialConfig, digest, identity, unflatten
+from mixmo_core.config import RECIPES, DataConfig, EvaluateConfig, ModelConfig, TrialConfig, digest, identity, unflatten
 from mixmo_core.evaluate import CAN_BE_UNDEFINED, summarize
 from mixmo_core.metrics import BY_NAME
 from mixmo_core.step import Purpose, Step, draw_seed, weighted_loss
@@ -607,6 +607,38 @@ def test_two_workers_train_one_trial(tmp_path: Path) -> None:
     assert alone[-1][0].metrics["loss"] != first["metrics"][-1]["loss"]  # batch norm saw other slots
     with pytest.raises(train.CheckpointError, match="number of workers"):
         train.train(TWO, resume=first["states"][0])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "arch", "batch", "match"),
+    [
+        ("digits", "wide_resnet", 3, "3 cannot be split over 2 workers"),
+        ("digits", "wide_resnet", 2, None),
+        ("digits", "preact_resnet", 2, "batch norm needs two"),
+        ("synthetic", "preact_resnet", 2, "batch norm needs two"),
+        ("cifar10", "preact_resnet", 2, None),
+        ("digits", "preact_resnet", 4, None),
+    ],
+)
+def test_every_worker_has_slots_enough(dataset: Any, arch: Any, batch: int, match: str | None) -> None:
+    """What is refused is what the network could not train on, and nothing else."""
+    config = TrialConfig(
+        data=DataConfig(dataset=dataset, batch_size=batch),
+        model=ModelConfig(arch=arch, depth=10, width=1, subnetworks=1),
+    )
+    if match:
+        with pytest.raises(ValueError, match=match):
+            train._check_split(config, 2)
+    else:
+        train._check_split(config, 2)
+    if batch % 2 == 0:
+        net, (C, S) = networks.build(config), networks.image_shape(config)
+        images_MBCHW = torch.rand(1, batch // 2, C, S, S)
+        if match:
+            with pytest.raises(ValueError, match="more than 1 value per channel"):
+                net(images_MBCHW)
+        else:
+            assert net(images_MBCHW).isfinite().all()
 
 
 def test_logits_of_all_workers_are_put_in_order() -> None:
