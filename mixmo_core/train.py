@@ -339,37 +339,12 @@ class _Run:
             generator=torch.Generator().manual_seed(draw_seed(config.seed, epoch, Purpose.ORDER)),
         )
 
-    @torch.inference_mode()
     def evaluate(self) -> tuple[dict[str, float], Tensor]:
-        """The metrics on the held-out images, of which each worker evaluates its share, and those of the weights; and
-        the images' logits (M, N, K), on the CPU.
-        """
-        rank, workers, _ = self._world
-        pixels_NCHW, labels_N = self._held_out.pixels_NCHW[rank::workers], self._held_out.labels_N
-        self._net.eval()
-        parts = [self._logits(part_NCHW) for part_NCHW in torch.split(pixels_NCHW, EVALUATION_BATCH)]
-        logits_MNK = _gathered(torch.cat(parts, dim=1), len(labels_N), workers)
-        metrics = evaluate.summarize(logits_MNK, labels_N) | networks.filter_activity(self._net)
-        return metrics, logits_MNK.cpu()
+        return _evaluated(self._net, self._config, self._held_out, self._world)
 
-    @torch.inference_mode()
     def robustness(self, corruptions: Sequence[data.Corrupted]) -> dict[str, float]:
-        """The metrics on the corrupted test images, of which each worker evaluates its share of every file."""
-        rank, workers, _ = self._world
         device = self._held_out.labels_N.device
-        tallies_CT = torch.zeros((len(corruptions), evaluate.TALLY), dtype=torch.float64, device=device)
-        self._net.eval()
-        for images, tally_T in zip(corruptions, tallies_CT, strict=True):
-            for part in images.batches(EVALUATION_BATCH, device=device, rank=rank, workers=workers):
-                tally_T += evaluate.tally(self._logits(part.pixels_NCHW), part.labels_N)
-        if workers > 1:
-            distributed.all_reduce(tallies_CT)
-        return evaluate.robustness(tallies_CT, data.STANDARD_CORRUPTIONS)
-
-    def _logits(self, pixels_NCHW: Tensor) -> Tensor:
-        with autocast(self._config, pixels_NCHW.device):
-            logits_MNK: Tensor = self._net(augment.normalise(pixels_NCHW, self._config.data.dataset))
-        return logits_MNK
+        return _robustness(self._net, self._config, corruptions, device, self._world)
 
     def state(self, epoch: int, history: tuple[dict[str, float], ...], part: _Part | None = None) -> dict[str, Any]:
         model = dict(self._net.state_dict())
@@ -453,6 +428,70 @@ def _gathered(own_MnK: Tensor, count: int, workers: int) -> Tensor:
     parts = [torch.empty_like(padded_MnK) for _ in range(workers)]
     distributed.all_gather(parts, padded_MnK)
     return torch.stack(parts, dim=2).flatten(1, 2)[:, :count]
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+def measure(
+    net: networks.MixMoNet,
+    config: TrialConfig,
+    *,
+    device: torch.device | str = "cpu",
+    data_dir: Path | str | None = None,
+) -> dict[str, float]:
+    """The metrics of any network on the images that `config` holds out, as those of a trained one: of a published
+    checkpoint, say, that `networks.load_reference` has put into it. Leaves `net` on the device, in evaluation mode.
+
+    Raises data.DatasetError where the images are not there.
+    """
+    folder = None if data_dir is None else Path(data_dir)
+    _, held_out = data.load(config.data, split=config.evaluate.split, folder=folder, device=device)
+    alone = _World(0, 1, "")
+    metrics, _ = _evaluated(net.to(device), config, held_out, alone)
+    if config.evaluate.robustness == "cifar_c":
+        corruptions = data.corrupted(config.data.dataset, folder)
+        metrics |= _robustness(net, config, corruptions, held_out.labels_N.device, alone)
+    return metrics
+
+
+@torch.inference_mode()
+def _evaluated(
+    net: networks.MixMoNet, config: TrialConfig, held_out: data.Images, world: _World
+) -> tuple[dict[str, float], Tensor]:
+    """The metrics on the held-out images, of which each worker evaluates its share, and those of the weights; and the
+    images' logits (M, N, K), on the CPU.
+    """
+    pixels_NCHW, labels_N = held_out.pixels_NCHW[world.rank :: world.workers], held_out.labels_N
+    net.eval()
+    parts = [_logits(net, config, part_NCHW) for part_NCHW in torch.split(pixels_NCHW, EVALUATION_BATCH)]
+    logits_MNK = _gathered(torch.cat(parts, dim=1), len(labels_N), world.workers)
+    return evaluate.summarize(logits_MNK, labels_N) | networks.filter_activity(net), logits_MNK.cpu()
+
+
+@torch.inference_mode()
+def _robustness(
+    net: networks.MixMoNet,
+    config: TrialConfig,
+    corruptions: Sequence[data.Corrupted],
+    device: torch.device,
+    world: _World,
+) -> dict[str, float]:
+    """The metrics on the corrupted test images, of which each worker evaluates its share of every file."""
+    tallies_CT = torch.zeros((len(corruptions), evaluate.TALLY), dtype=torch.float64, device=device)
+    net.eval()
+    for images, tally_T in zip(corruptions, tallies_CT, strict=True):
+        for part in images.batches(EVALUATION_BATCH, device=device, rank=world.rank, workers=world.workers):
+            tally_T += evaluate.tally(_logits(net, config, part.pixels_NCHW), part.labels_N)
+    if world.workers > 1:
+        distributed.all_reduce(tallies_CT)
+    return evaluate.robustness(tallies_CT, data.STANDARD_CORRUPTIONS)
+
+
+def _logits(net: networks.MixMoNet, config: TrialConfig, pixels_NCHW: Tensor) -> Tensor:
+    with autocast(config, pixels_NCHW.device):
+        logits_MNK: Tensor = net(augment.normalise(pixels_NCHW, config.data.dataset))
+    return logits_MNK
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

@@ -11,7 +11,7 @@ import pytest
 import torch
 from command_line import Mixmo
 
-from mixmo_core import augment, train
+from mixmo_core import augment, networks, train
 from orchestrator import trained
 from orchestrator.cli import folding
 from orchestrator.plan import initial_row
@@ -242,3 +242,24 @@ def test_the_command_knows_what_can_be_written() -> None:
     from mixmo_core import export
 
     assert tuple(export._WRITERS) == folding.SUFFIXES
+
+
+def test_a_checkpoint_with_the_authors_names_is_measured_as_the_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *_, last = train.train(TRIALS[0].config)
+    own = networks.build(TRIALS[0].config)
+    own.load_state_dict(last.state()["model"])
+    monkeypatch.chdir(tmp_path)
+    torch.save({"epoch": 2, "classifier_state_dict": networks.reference_tensors(own)}, "checkpoint.ckpt")
+    page = (Path(__file__).parent.parent / "docs" / "results.md").read_text()
+    (block,) = [each.partition("```")[0] for each in page.split("```python\n") if "load_reference" in each]
+    settings = (
+        '{"data.dataset": "digits", "data.train_images": 64, "data.batch_size": 32, "model.depth": 10, '
+        '"model.width": 1, "mixing.method": "linear"}'
+    )
+    given = re.sub(r"\{.*\}", settings, block).replace('data_dir="data"', "data_dir=None")
+    names: dict[str, Any] = {}
+    exec(compile(given, "docs/results.md", "exec"), names)
+    expected = {name: value for name, value in last.metrics.items() if name not in ("loss", "lr")}
+    assert names["metrics"] == expected
