@@ -8,7 +8,7 @@ from typing import Any
 import duckdb
 import pandas as pd
 import pytest
-from made_rows import advance, epoch, trial
+from made_rows import advance, content, epoch, trial
 
 from mixmo_core.config import leaves
 from mixmo_core.metrics import METRICS
@@ -65,7 +65,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ResultStore:
         for number in (1, 2):
             advance(writer, trial(2), number, seq=number)
         writer.put([trial(3)])
-    left = store.folder.path("sweeps/quickstart/epochs/live-1.parquet").read_bytes()
+    left = content(store, "sweeps/quickstart/epochs/live-1.parquet")
     with store.writer("quickstart", sweep_text="") as writer:
         advance(writer, trial(2), 1, seq=9, attempt=2)
     store.folder.put("sweeps/quickstart/epochs/live-1.parquet", left)
