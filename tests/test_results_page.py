@@ -124,11 +124,20 @@ def test_the_polars_block(results: ResultStore) -> None:
     assert sorted(frame.select("trial_id", "epoch", "fence", "top1").rows()) == expected(results)
 
 
+def test_the_block_of_a_bucket(bucket: str) -> None:
+    with ResultStore.open(bucket, create=True).writer("quickstart", sweep_text="") as writer:
+        writer.put([trial(0), trial(1)])
+    block = next(code for _, code in BLOCKS if "s3://bucket" in code)
+    trials = run(block.replace("s3://bucket/prefix", bucket))["trials"]
+    assert list(trials.trial_id) == [trial(0).trial_id, trial(1).trial_id]
+
+
 def test_no_block_is_left_out() -> None:
     assert [language for language, _ in BLOCKS[:5]] == ["python", "python", "sql", "sql", "python"]
     elsewhere = [
         "ensembles.rows(",
         "torch.export.load(",
         "trained.network(",
-    ]  # in test_ensembles.py and test_trained.py
+        "s3://bucket",
+    ]  # in test_ensembles.py, test_trained.py, and above
     assert [any(word in code for _, code in BLOCKS[5:]) for word in elsewhere] == [True] * len(BLOCKS[5:])
