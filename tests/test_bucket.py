@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 from botocore import exceptions as faults
-from made_rows import finished, keys
+from made_rows import DEAD, advance, begin, finished, keys, trial
 
 from orchestrator import doctor
 from orchestrator.errors import ExitCode, UnreachableError, UsageError
-from orchestrator.store import ResultStore
+from orchestrator.rows import TrialRow
+from orchestrator.store import LeaseLostError, ResultStore, SweepWriter
 from orchestrator.store import bucket as buckets
 from orchestrator.store.bucket import Address, Bucket
 
@@ -329,7 +330,7 @@ class Unconditional:
 
     def __init__(self, client: Any, *, forgets: tuple[str, ...] = (), refuses: tuple[str, ...] = ()) -> None:
         self._client, self._forgets, self._refuses = client, forgets, refuses
-        self.before: Callable[[], None] = lambda: None
+        self.before: Callable[[str], None] = lambda key: None
         self.after: Callable[[], None] = lambda: None
 
     def __getattr__(self, name: str) -> Any:
@@ -338,6 +339,7 @@ class Unconditional:
     def put_object(self, **given: Any) -> Any:
         if set(given) & set(self._refuses):
             raise refusal(501, "NotImplemented")
+        self.before(given["Key"])
         answer = self._client.put_object(**{name: each for name, each in given.items() if name not in self._forgets})
         self.after()
         return answer
@@ -391,6 +393,36 @@ def test_who_was_overwritten_at_the_same_moment_sees_it(bucket: str) -> None:
     stored = made.read("a")
     assert stored is not None
     assert stored.data == b"another"
+
+
+def test_of_two_drivers_that_a_server_without_conditions_let_in_one_is_told(bucket: str) -> None:
+    """The first looks, is held up while the second takes the sweep and writes, and then takes it as well."""
+    made, other = Bucket.open(bucket), Bucket.open(bucket)
+    client = made._client = Unconditional(made._client, forgets=BOTH)
+    other._client = Unconditional(other._client, forgets=BOTH)
+    seconds: list[SweepWriter] = []
+
+    def meanwhile(key: str) -> None:
+        if key.endswith("lease.json") and not seconds:
+            seconds.append(begin(ResultStore(other)))
+            finish(seconds[0], trial(0))
+
+    client.before = meanwhile
+    first = begin(ResultStore(made), process=DEAD)
+    with pytest.raises(LeaseLostError):
+        seconds[0].renew()
+    with pytest.raises(LeaseLostError):  # its part would have the name of one that is there: nothing is overwritten
+        finish(first, trial(1))
+    with begin(ResultStore(made)) as third:
+        assert third.fence == 2
+        assert [(row.trial_id, row.state) for row in third.rows] == [(trial(0).trial_id, "TERMINATED")]
+    assert [number for _, number in keys(ResultStore(made))] == [1, 2, 3]
+
+
+def finish(writer: SweepWriter, row: TrialRow) -> None:
+    for number in (1, 2, 3):
+        row = advance(writer, row, number, seq=number)
+    writer.flush(force=True)
 
 
 def test_a_file_that_cannot_be_read_is_told(bucket: str, tmp_path: Path) -> None:

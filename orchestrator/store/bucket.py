@@ -133,7 +133,7 @@ class _Conditions:
     create: bool
     """If-None-Match: * keeps what is there."""
     swap: str | None
-    """How If-Match wants the tag (`{}` or `"{}"`), None where it does not keep what has changed."""
+    """How If-Match wants the tag (`{}` or `"{}"`); None where it does not keep what has changed."""
 
 
 class Bucket(Objects):
@@ -183,14 +183,14 @@ class Bucket(Objects):
         self._ask("write", key, lambda: self._send(key, body))
 
     def create(self, key: str, data: bytes) -> bool:
-        return self._place(key, _Body.of(data), None) is not None
+        return self._make(key, _Body.of(data))
 
     def upload(self, key: str, source: Path) -> bool:
         try:
             body = _Body.of(source)
         except OSError as error:
             raise UnreachableError(f"cannot read {source}: {error.strerror}") from error
-        return self._place(key, body, None) is not None
+        return self._make(key, body)
 
     def download(self, key: str, local: Path, accept: Callable[[str], bool]) -> str | None:
         temporary = local.with_name(f".{local.name}.{secrets.token_hex(6)}.tmp")
@@ -212,7 +212,11 @@ class Bucket(Objects):
         return found.digest if found else None
 
     def swap(self, key: str, data: bytes, tag: str | None) -> str | None:
-        return self._place(key, _Body.of(data), tag)
+        body, swaps = _Body.of(data), self._conditions().swap
+        if swaps is None:  # then it may not be held to If-None-Match either when several write at once, as Swift is not
+            return self._place_watching(key, body, tag)
+        condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": swaps.format(tag)}
+        return self._send_if(key, body, **condition)
 
     def delete(self, key: str) -> None:
         self._ask("delete", key, lambda: self._client.delete_object(**self._named(key)))
@@ -303,17 +307,13 @@ class Bucket(Objects):
 
     # ---- writing under a condition
 
-    def _place(self, key: str, body: _Body, tag: str | None) -> str | None:
-        """Write where the object still has this tag, or is not there yet. The new tag; None where that is not so."""
-        honoured = self._conditions()
-        if tag is None and honoured.create:
-            return self._send_if(key, body, IfNoneMatch="*")
-        if tag is not None and honoured.swap:
-            return self._send_if(key, body, IfMatch=honoured.swap.format(tag))
-        return self._place_watching(key, body, tag)
+    def _make(self, key: str, body: _Body) -> bool:
+        if self._conditions().create:
+            return self._send_if(key, body, IfNoneMatch="*") is not None
+        return self._place_watching(key, body, None) is not None
 
     def _send_if(self, key: str, body: _Body, **condition: str) -> str | None:
-        """Write under a condition that the server honours."""
+        """Write under a condition that the server honours. The new tag; None where the condition does not hold."""
         doubtful = False  # whether an earlier try may have been carried out
 
         def request() -> str | None:
@@ -334,8 +334,8 @@ class Bucket(Objects):
     def _place_watching(self, key: str, body: _Body, tag: str | None) -> str | None:
         """As `_send_if`, for a server without such conditions: look, write, and look whether it stayed.
 
-        Of two who write at one moment the later one wins, and the earlier sees it. One who is held up between looking
-        and writing may still overwrite: the store's fence makes that harmless, and its holder is told by its next swap.
+        Of two who write at one moment the later one wins, and the earlier sees it. One who is held up for longer than
+        SETTLE_S between looking and writing overwrites all the same; who was overwritten is told by its next swap.
         """
         head = self._ask("read", key, lambda: self._head(key))
         if (_bare(head["ETag"]) if head else None) != tag:
