@@ -9,9 +9,11 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from botocore import exceptions as faults
@@ -260,6 +262,63 @@ def test_a_lost_answer_is_no_licence_to_overwrite(faulty: Callable[..., Bucket],
     assert stored.data == b"another"
 
 
+class Rude(BaseHTTPRequestHandler):
+    """Hangs up before it answers, cuts its first answers short, and then behaves."""
+
+    calls: ClassVar[list[str]] = []
+
+    def do_PUT(self) -> None:
+        self.calls.append("PUT")
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if self.calls.count("PUT") < 3:
+            self.close_connection = True
+            return
+        self.answer(b"")
+
+    def do_GET(self) -> None:
+        self.calls.append("GET")
+        self.answer(b"12" if self.calls.count("GET") < 3 else b"12345")
+
+    def answer(self, content: bytes) -> None:
+        self.send_response(200)
+        self.send_header("ETag", '"tag"')
+        self.send_header("Content-Length", "5" if content else "0")
+        self.end_headers()
+        self.wfile.write(content)
+        self.close_connection = True
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+def test_connections_that_break_are_made_anew(bucket: str) -> None:
+    """Real ones: what boto3 makes of them is no assumption of ours."""
+    Rude.calls.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Rude) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            made = Bucket.open(f"s3://bucket/a?endpoint_override=127.0.0.1:{server.server_port}&scheme=http")
+            made.put("a", b"12345")
+            stored = made.read("a")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert stored is not None
+    assert (stored.data, stored.tag) == (b"12345", "tag")
+    assert Rude.calls == ["PUT"] * 3 + ["GET"] * 3
+
+
+def test_a_store_that_hangs_is_not_waited_for_eight_times(
+    faulty: Callable[..., Bucket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buckets, "PATIENCE_S", -1.0)
+    made = faulty(*[RESET] * buckets.TRIES)
+    with pytest.raises(UnreachableError):
+        made.read("a")
+    assert made._client.calls == 3
+
+
 @pytest.mark.parametrize(
     ("error", "advice", "tries"),
     [
@@ -267,6 +326,7 @@ def test_a_lost_answer_is_no_licence_to_overwrite(faulty: Callable[..., Bucket],
         (refusal(403, "RequestTimeTooSkewed"), "clocks", 1),
         (refusal(404, "NoSuchBucket"), "Make the bucket", 1),
         (faults.NoCredentialsError(), "AWS_PROFILE", 1),
+        (faults.CredentialRetrievalError(provider="role", error_msg="over"), "AWS_PROFILE", 1),
         (refusal(503, "SlowDown"), "Run the same command again", buckets.TRIES),
         (RESET, "Run the same command again", buckets.TRIES),
     ],

@@ -31,6 +31,8 @@ from orchestrator.store.objects import Objects, Stored
 
 TRIES = 8
 """How often a request is made before the store counts as away."""
+PATIENCE_S = 40.0
+"""Where tries take long, a request is not made again after this; but three times in any case."""
 FIRST_WAIT_S = 0.1
 """The longest wait before the second try. It doubles from try to try, up to LONGEST_WAIT_S."""
 LONGEST_WAIT_S = 5.0
@@ -52,6 +54,10 @@ ADVICE: Mapping[str, str] = {
     ),
     "away": "Run the same command again when the store answers",
 }
+_NO_CREDENTIALS = (
+    faults.NoCredentialsError, faults.PartialCredentialsError, faults.CredentialRetrievalError,
+    faults.TokenRetrievalError, faults.SSOError,
+)  # fmt: skip
 _T = TypeVar("_T")
 
 
@@ -187,10 +193,9 @@ class Bucket(Objects):
 
     def upload(self, key: str, source: Path) -> bool:
         try:
-            body = _Body.of(source)
+            return self._make(key, _Body.of(source))
         except OSError as error:
             raise UnreachableError(f"cannot read {source}: {error.strerror}") from error
-        return self._make(key, body)
 
     def download(self, key: str, local: Path, accept: Callable[[str], bool]) -> str | None:
         temporary = local.with_name(f".{local.name}.{secrets.token_hex(6)}.tmp")
@@ -296,14 +301,16 @@ class Bucket(Objects):
 
     def _ask(self, verb: str, key: str, request: Callable[[], _T]) -> _T:
         """What the request gives, which may be made several times: its failures that pass are waited out."""
-        for left in range(TRIES - 1, -1, -1):
+        began, tried = time.monotonic(), 0
+        while True:
             try:
                 return request()
             except (faults.BotoCoreError, faults.ClientError) as error:
-                if not left or not _passes(error):
+                tried += 1
+                enough = tried >= TRIES or (tried >= 3 and time.monotonic() - began > PATIENCE_S)
+                if enough or not _passes(error):
                     raise self._explained(verb, key, error) from None  # its chain may hold what a message must not
-            time.sleep(random.uniform(0.5, 1.0) * min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (TRIES - 1 - left)))
-        raise AssertionError("the last try returns or raises")
+            time.sleep(random.uniform(0.5, 1.0) * min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (tried - 1)))
 
     # ---- writing under a condition
 
@@ -385,8 +392,7 @@ class Bucket(Objects):
             what = f"{code}: {error.response.get('Error', {}).get('Message') or f'status {status}'}"
             advice = ADVICE.get(code) or ADVICE["refused" if status in (401, 403) else "away"]
         else:
-            lacking = isinstance(error, (faults.NoCredentialsError, faults.PartialCredentialsError))
-            what, advice = str(error), ADVICE["credentials" if lacking else "away"]
+            what, advice = str(error), ADVICE["credentials" if isinstance(error, _NO_CREDENTIALS) else "away"]
         text = f"cannot {verb} {self}/{key}: {what.rstrip('.')}. What was stored before is unharmed. {advice}."
         for secret in self._secrets_of():
             text = text.replace(secret, "***")
@@ -408,8 +414,8 @@ def _client(session: Any, endpoint: str | None, addressing: str = "auto") -> Any
     """Checksums only where they are a must: some servers take no others, and Content-MD5 guards what we write."""
     config = Config(
         retries={"total_max_attempts": 1, "mode": "standard"},
-        connect_timeout=10,
-        read_timeout=60,
+        connect_timeout=5,
+        read_timeout=20,
         signature_version="s3v4",
         s3={"addressing_style": addressing},
         request_checksum_calculation="when_required",
@@ -420,10 +426,13 @@ def _client(session: Any, endpoint: str | None, addressing: str = "auto") -> Any
 
 
 def _secrets_of(session: Any) -> list[str]:
-    credentials = session.get_credentials()
-    if credentials is None:
+    try:
+        credentials = session.get_credentials()
+        held = credentials.get_frozen_credentials() if credentials else None
+    except faults.BotoCoreError:  # those of a role or a login that are over and do not come anew
+        held = None
+    if held is None:
         return []
-    held = credentials.get_frozen_credentials()
     return [each for each in (held.secret_key, held.token) if each]
 
 
