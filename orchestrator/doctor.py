@@ -1,4 +1,4 @@
-"""Whether this machine can run a sweep: versions, processors, the results folder, datasets, space on disk."""
+"""Whether this machine can run a sweep: versions, processors, the place of the results, datasets, space on disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.errors import ExitCode
+from orchestrator.errors import ExitCode, MixmoError
 
 PYTHON = (3, 11)
 PACKAGES: dict[str, tuple[str, str | None]] = {
@@ -44,15 +44,19 @@ class Check:
     """What the command ends with when this is bad."""
 
 
-def examine(results: Path, data: Path | None) -> Iterator[Check]:
+def examine(results: str, data: Path | None) -> Iterator[Check]:
     """All checks, each when it is done. Nothing is left behind."""
     yield _python(sys.version_info[:3])
     for name, (least, below) in PACKAGES.items():
         yield package(name, least, below, metadata.version)
     yield _threads(os.cpu_count() or 1, dict(os.environ))
     yield from _accelerators()
-    yield results_folder(results)
-    yield _space(shutil.disk_usage(_existing(results)).free, results)
+    if results.lower().startswith("s3://"):
+        yield results_bucket(results)
+    else:
+        folder = Path(results)
+        yield results_folder(folder)
+        yield _space(shutil.disk_usage(_existing(folder)).free, folder)
     yield from datasets(data)
 
 
@@ -118,6 +122,19 @@ def results_folder(results: Path) -> Check:
         advice = "name another place with --results or MIXMO_RESULTS"
         return Check("results", "bad", f"{place} cannot be written: {error.strerror}", advice, ExitCode.UNREACHABLE)
     return Check("results", "good", f"{results}" if place == results else f"{results}, which a run will make")
+
+
+def results_bucket(uri: str) -> Check:
+    """Whether results can be listed, written and deleted in a bucket."""
+    from orchestrator.store import ResultStore
+
+    try:
+        store = ResultStore.open(uri, create=True)
+    except MixmoError as error:
+        return Check(
+            "results", "bad", str(error), "name another place with --results or MIXMO_RESULTS", error.exit_code
+        )
+    return Check("results", "good", f"{store}")
 
 
 def _existing(folder: Path) -> Path:

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import hypothesis
 import numpy as np
 import pytest
+from made_bucket import make_bucket, serve
+
+from orchestrator.store import ResultStore
 
 # An example's wall time depends on who else uses the machine.
 hypothesis.settings.register_profile("mixmo", deadline=None)
@@ -48,6 +51,37 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test depends on the settings of the shell that started it."""
     for name in ("MIXMO_RESULTS", "MIXMO_DATA", "NO_COLOR", "FORCE_COLOR", "RAY_ADDRESS", "COLUMNS", "LINES"):
         monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # nothing connects to anything but this machine
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, os.devnull)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """host:port of a server that speaks S3 and forgets everything when the tests end."""
+    with serve() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a prefix in an empty bucket, with the credentials for it in the environment."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testkey")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush-testsecret")
+    return f"s3://{make_bucket(s3_server)}/some/results?endpoint_override={s3_server}&scheme=http"
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty place for a store: what holds for one kind holds for the other."""
+    return str(tmp_path / "results") if request.param == "folder" else str(request.getfixturevalue("bucket"))
+
+
+@pytest.fixture
+def store(place: str) -> ResultStore:
+    return ResultStore.open(place, create=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

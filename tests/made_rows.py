@@ -2,13 +2,15 @@
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from mixmo_core.config import DataConfig, MixingConfig, ModelConfig, TrialConfig, cell_id, digest, identity
 from orchestrator.rows import METRIC_COLUMNS, EpochRow, TrialRow, config_columns
-from orchestrator.store import Logits, Process, ResultStore, SweepWriter
+from orchestrator.store import Folder, Logits, Process, ResultStore, SweepWriter
 
 NOW = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 NOTHING: dict[str, float | None] = dict.fromkeys(METRIC_COLUMNS)
@@ -17,6 +19,9 @@ NOTHING: dict[str, float | None] = dict.fromkeys(METRIC_COLUMNS)
 DEAD = replace(Process.current(), pid=2**22 + 1, started="1")
 """A process of this machine that is no more."""
 ELSEWHERE = replace(Process.current(), boot="another machine")
+
+in_a_folder = pytest.mark.parametrize("place", ["folder"], indirect=True)
+"""Marks a test that looks at the files of a store, or changes them behind its back."""
 
 
 def trial(seed: int = 0, *, width: int = 2, subnetworks: int = 2, method: str = "cutmix", **columns: Any) -> TrialRow:
@@ -86,6 +91,18 @@ def finished(store: ResultStore, trials: int = 2) -> list[TrialRow]:
             writer.flush(force=True)
         writer.close(done=True)
     return rows
+
+
+def at(store: ResultStore, key: str) -> Path:
+    """The file of an object of a store that lies in a folder."""
+    assert isinstance(store.folder, Folder)
+    return store.folder.path(key)
+
+
+def content(store: ResultStore, key: str) -> bytes:
+    stored = store.folder.read(key)
+    assert stored is not None
+    return stored.data
 
 
 def keys(store: ResultStore) -> list[tuple[str, int]]:

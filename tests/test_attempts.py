@@ -10,18 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made_rows import reached, some_logits, trial
+from made_rows import at, content, in_a_folder, reached, some_logits, trial
 
 from orchestrator.errors import NotFoundError
 from orchestrator.rows import TrialRow
 from orchestrator.store import LOG_BYTES, AttemptFolder, DamagedError, Logits, ResultStore, without_secrets
 
 ID = "0123456789ab"
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> ResultStore:
-    return ResultStore.open(tmp_path / "results", create=True)
 
 
 def checkpoint(folder: Path, epoch: int, content: bytes, step: int | None = None) -> Path:
@@ -73,7 +68,7 @@ def test_a_checkpoint_comes_back_whole_or_not_at_all(store: ResultStore, tmp_pat
     key = put(store.attempt(ID, 1, 1, "aa"), checkpoint(tmp_path, 3, content))
     assert store.fetch(key, tmp_path / "back" / "it.pt").read_bytes() == content
     for damage in (content[:-1], content + b"x", b""):
-        store.folder.path(key).write_bytes(damage)
+        store.folder.put(key, damage)
         with pytest.raises(DamagedError, match="is damaged"):
             store.fetch(key, tmp_path / "other.pt")
     assert {path.name for path in tmp_path.glob("*.pt")} == {Path(key).name}
@@ -112,20 +107,20 @@ def test_logits_beyond_half_precision_are_at_its_end(store: ResultStore) -> None
 def test_logits_are_a_file_of_numpy(store: ResultStore) -> None:
     row = row_with(store, some_logits())
     name = str(row.logits).rpartition("/")[2]
-    path = store.folder.path(str(row.logits))
-    assert name == f"logits-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.npz"
-    with np.load(path, allow_pickle=False) as file:
+    data = content(store, str(row.logits))
+    assert name == f"logits-{hashlib.sha256(data).hexdigest()[:16]}.npz"
+    with np.load(io.BytesIO(data), allow_pickle=False) as file:
         assert sorted(file) == ["labels_N", "logits_MNK"]
     assert store.checkpoints(ID) == []
 
 
 def test_logits_that_are_lost_are_told_with_what_to_do(store: ResultStore) -> None:
     row = row_with(store, some_logits())
-    path = store.folder.path(str(row.logits))
-    path.write_bytes(path.read_bytes()[:-1])
+    key = str(row.logits)
+    store.folder.put(key, content(store, key)[:-1])
     with pytest.raises(DamagedError, match=r"is damaged.*put the file back from a copy"):
         store.logits(row)
-    path.unlink()
+    store.folder.delete(key)
     with pytest.raises(NotFoundError, match="is not there: put the file back from a copy"):
         store.logits(row)
 
@@ -185,7 +180,7 @@ def test_files_of_an_attempt_are_never_changed(store: ResultStore, tmp_path: Pat
     local.write_bytes(b"two")
     with pytest.raises(ValueError, match="never changed"):
         put(attempt, local)
-    assert store.folder.path(key).read_bytes() == b"one"
+    assert content(store, key) == b"one"
 
 
 def test_a_file_that_is_not_what_its_name_says_is_not_stored(store: ResultStore, tmp_path: Path) -> None:
@@ -210,11 +205,12 @@ def test_attempts_stay_in_theirs(store: ResultStore, trial_id: str, token: str) 
         store.discard("sweeps/made/trials.parquet")
 
 
+@in_a_folder
 def test_the_log_is_that_of_the_newest_attempt(store: ResultStore) -> None:
     with pytest.raises(NotFoundError, match="has not begun"):
         store.log(ID)
     old = store.attempt(ID, 9, 1, "aa").put_log(0, "old\n")
-    os.utime(store.folder.path(old), (1, 1))
+    os.utime(at(store, old), (1, 1))
     new = store.attempt(ID, 1, 2, "bb")  # of another sweep: fences of two sweeps do not compare
     new.put_log(0, "new\n")
     new.put_log(0, "newer\n")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from made_rows import DEAD, ELSEWHERE, begin, trial
+from made_rows import DEAD, ELSEWHERE, at, begin, in_a_folder, trial
 
 from orchestrator.errors import RefusedError
 from orchestrator.store import (
@@ -19,11 +19,7 @@ from orchestrator.store import (
 )
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> ResultStore:
-    return ResultStore.open(tmp_path / "results", create=True)
-
-
+@in_a_folder
 def test_a_second_driver_is_refused_and_told_who_holds_the_sweep(store: ResultStore) -> None:
     with begin(store, holder="ada@lab") as writer:
         with pytest.raises(
@@ -33,7 +29,7 @@ def test_a_second_driver_is_refused_and_told_who_holds_the_sweep(store: ResultSt
         lease = store.lease("made")
         assert lease is not None
         assert (lease.fence, lease.expired) == (writer.fence, False)
-        os.utime(store.folder.path("sweeps/made/lease.json"), (0, 0))
+        os.utime(at(store, "sweeps/made/lease.json"), (0, 0))
         with pytest.raises(RefusedError):  # not renewed for years, but this host sees the process alive
             begin(store)
     assert store.lease("made") is None
@@ -41,11 +37,12 @@ def test_a_second_driver_is_refused_and_told_who_holds_the_sweep(store: ResultSt
         assert writer.fence == 2
 
 
+@in_a_folder
 def test_a_driver_on_another_host_is_believed_until_its_lease_is_over(store: ResultStore) -> None:
     old = begin(store, process=ELSEWHERE)
     with pytest.raises(RefusedError, match=r"run this again in (60|59) s"):
         begin(store)
-    path = store.folder.path("sweeps/made/lease.json")
+    path = at(store, "sweeps/made/lease.json")
     os.utime(path, (time.time() - 59, time.time() - 59))
     with pytest.raises(RefusedError):
         begin(store)

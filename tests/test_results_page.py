@@ -8,7 +8,7 @@ from typing import Any
 import duckdb
 import pandas as pd
 import pytest
-from made_rows import advance, epoch, trial
+from made_rows import advance, content, epoch, trial
 
 from mixmo_core.config import leaves
 from mixmo_core.metrics import METRICS
@@ -65,7 +65,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ResultStore:
         for number in (1, 2):
             advance(writer, trial(2), number, seq=number)
         writer.put([trial(3)])
-    left = store.folder.path("sweeps/quickstart/epochs/live-1.parquet").read_bytes()
+    left = content(store, "sweeps/quickstart/epochs/live-1.parquet")
     with store.writer("quickstart", sweep_text="") as writer:
         advance(writer, trial(2), 1, seq=9, attempt=2)
     store.folder.put("sweeps/quickstart/epochs/live-1.parquet", left)
@@ -124,6 +124,14 @@ def test_the_polars_block(results: ResultStore) -> None:
     assert sorted(frame.select("trial_id", "epoch", "fence", "top1").rows()) == expected(results)
 
 
+def test_the_block_of_a_bucket(bucket: str) -> None:
+    with ResultStore.open(bucket, create=True).writer("quickstart", sweep_text="") as writer:
+        writer.put([trial(0), trial(1)])
+    block = next(code for _, code in BLOCKS if "s3://bucket" in code)
+    trials = run(block.replace("s3://bucket/prefix", bucket))["trials"]
+    assert list(trials.trial_id) == [trial(0).trial_id, trial(1).trial_id]
+
+
 def test_no_block_is_left_out() -> None:
     assert [language for language, _ in BLOCKS[:5]] == ["python", "python", "sql", "sql", "python"]
     elsewhere = [
@@ -131,5 +139,6 @@ def test_no_block_is_left_out() -> None:
         "torch.export.load(",
         "trained.network(",
         "networks.load_reference(",
-    ]  # in test_ensembles.py and test_trained.py
+        "s3://bucket",
+    ]  # in test_ensembles.py, test_trained.py, and above
     assert [any(word in code for _, code in BLOCKS[5:]) for word in elsewhere] == [True] * len(BLOCKS[5:])

@@ -100,12 +100,12 @@ def test_a_checkpoint_that_is_of_no_use_is_told_and_the_one_before_it_taken(tmp_
     with store.writer("tiny", sweep_text=FILE) as writer:
         writer.put([initial_row(TRIALS[0], parse(FILE, source="sweep.yaml")).replace(state="TERMINATED")])
     keys = saved(store, TRIALS[0], tmp_path / "scratch")
-    store.folder.path(keys[1]).write_bytes(b"junk")
+    store.folder.put(keys[1], b"junk")
     told: list[str] = []
     assert trained.network(store, TRIALS[0].trial_id, told.append).epoch == 1
     assert len(told) == 1
     assert "is of no use" in told[0]
-    store.folder.path(keys[0]).write_bytes(b"junk")
+    store.folder.put(keys[0], b"junk")
     with pytest.raises(DamagedError, match=r"no checkpoint of trial .* is whole"):
         trained.network(store, TRIALS[0].trial_id, told.append)
 

@@ -1,7 +1,6 @@
 """Every kind of fault, planted."""
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from made_rows import advance, epoch, reached, some_logits, trial
+from made_rows import advance, content, epoch, reached, some_logits, trial
 
 from orchestrator.rows import EPOCHS_SCHEMA, TRIALS_SCHEMA, EpochRow, TrialRow, epoch_rows, to_table, trial_rows
 from orchestrator.store import Fault, ResultStore
@@ -20,9 +19,9 @@ CHECKPOINT = f"epoch-00003-{hashlib.sha256(CONTENT).hexdigest()[:16]}.pt"
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> ResultStore:
+def store(place: str, tmp_path: Path) -> ResultStore:
     """Two trials that finished; the first has a checkpoint and logits."""
-    store = ResultStore.open(tmp_path / "results", create=True)
+    store = ResultStore.open(place, create=True)
     (tmp_path / CHECKPOINT).write_bytes(CONTENT)
     with store.writer("made", sweep_text="") as writer:
         for row in (trial(), trial(1)):
@@ -41,26 +40,39 @@ def logits(store: ResultStore) -> str:
     return next(row.logits for row in store.trial_rows("made") if row.logits is not None)
 
 
-def part(store: ResultStore) -> Path:
-    return store.folder.path(f"sweeps/made/epochs/{next(iter(store.snapshot('made').header.parts))}")
+LIVE, TRIALS, EVENTS = (f"sweeps/made/{name}.parquet" for name in ("epochs/live-1", "trials", "events"))
 
 
-def live(store: ResultStore) -> Path:
-    return store.folder.path("sweeps/made/epochs/live-1.parquet")
+def part(store: ResultStore) -> str:
+    """The key of the one part."""
+    return f"sweeps/made/epochs/{next(iter(store.snapshot('made').header.parts))}"
+
+
+def table_at(store: ResultStore, key: str) -> pa.Table:
+    return pq.ParquetFile(pa.BufferReader(content(store, key))).read()
+
+
+def put_table(store: ResultStore, key: str, table: pa.Table) -> None:
+    data = pa.BufferOutputStream()
+    pq.write_table(table, data)
+    store.folder.put(key, data.getvalue().to_pybytes())
+
+
+def cut(store: ResultStore, key: str) -> None:
+    store.folder.put(key, content(store, key)[:-9])
 
 
 def change_trials(store: ResultStore, change: Callable[[list[TrialRow]], list[TrialRow]]) -> None:
-    path = store.folder.path("sweeps/made/trials.parquet")
-    table = pq.ParquetFile(path).read()
+    table = table_at(store, TRIALS)
     changed = to_table(change(trial_rows(table)), TRIALS_SCHEMA)
-    pq.write_table(changed.replace_schema_metadata(table.schema.metadata), path)
+    put_table(store, TRIALS, changed.replace_schema_metadata(table.schema.metadata))
 
 
 def change_epochs(store: ResultStore, change: Callable[[list[EpochRow]], list[EpochRow]]) -> None:
     """In the part, and nowhere else."""
-    pq.write_table(EPOCHS_SCHEMA.empty_table(), live(store))
-    table = to_table(change(epoch_rows(pq.ParquetFile(part(store)).read())), EPOCHS_SCHEMA)
-    pq.write_table(table, part(store))
+    put_table(store, LIVE, EPOCHS_SCHEMA.empty_table())
+    rows = change(epoch_rows(table_at(store, part(store))))
+    put_table(store, part(store), to_table(rows, EPOCHS_SCHEMA))
 
 
 def first(rows: list[Any], **changes: Any) -> list[Any]:
@@ -87,8 +99,8 @@ PLANTED: dict[str, tuple[Callable[[ResultStore], object], list[str], str]] = {
         lambda s: change_epochs(s, lambda rows: [*rows, rows[0]]), ["duplicate"], "2 rows of epoch 1",
     ),
     "two contents with one order": (
-        lambda s: pq.write_table(
-            to_table([replace(epoch_rows(pq.ParquetFile(part(s)).read())[0], wall_s=-1.0)], EPOCHS_SCHEMA), live(s)
+        lambda s: put_table(
+            s, LIVE, to_table([replace(epoch_rows(table_at(s, part(s)))[0], wall_s=-1.0)], EPOCHS_SCHEMA)
         ), ["duplicate"], "have one order",
     ),
     "a metric that its epoch contradicts": (
@@ -103,33 +115,33 @@ PLANTED: dict[str, tuple[Callable[[ResultStore], object], list[str], str]] = {
         lambda s: s.discard(s.checkpoints(trial().trial_id)[0]), ["checkpoint"], "is not there",
     ),
     "a checkpoint that is damaged": (
-        lambda s: s.folder.path(s.checkpoints(trial().trial_id)[0]).write_bytes(b"x"), ["checkpoint"], "is damaged",
+        lambda s: s.folder.put(s.checkpoints(trial().trial_id)[0], b"x"), ["checkpoint"], "is damaged",
     ),
     "logits that are gone": (lambda s: s.folder.delete(logits(s)), ["logits"], "is not there"),
     "logits that are damaged": (lambda s: s.folder.put(logits(s), b"x"), ["logits"], "is damaged"),
-    "a part that is gone": (lambda s: part(s).unlink(), ["missing"], "is named but not there"),
-    "a live file that is gone": (lambda s: live(s).unlink(), ["missing"], "is named but not there"),
+    "a part that is gone": (lambda s: s.folder.delete(part(s)), ["missing"], "is named but not there"),
+    "a live file that is gone": (lambda s: s.folder.delete(LIVE), ["missing"], "is named but not there"),
     "a part that is cut short": (
-        lambda s: part(s).write_bytes(part(s).read_bytes()[:-9]), ["damaged"], "is no Parquet file",
+        lambda s: cut(s, part(s)), ["damaged"], "is no Parquet file",
     ),
     "trials that are cut short": (
-        lambda s: os.truncate(s.folder.path("sweeps/made/trials.parquet"), 99), ["damaged"], "is no Parquet file",
+        lambda s: cut(s, TRIALS), ["damaged"], "is no Parquet file",
     ),
     "a part of another kind": (
-        lambda s: pq.write_table(pa.table({"a": [1]}), part(s)), ["damaged"], "was not written by mixmo",
+        lambda s: put_table(s, part(s), pa.table({"a": [1]})), ["damaged"], "was not written by mixmo",
     ),
     "a lease that is none": (
         lambda s: s.folder.put("sweeps/made/lease.json", b"[]"), ["damaged"], "is no lease",
     ),
     "events that are none": (
-        lambda s: pq.write_table(pa.table({"a": [1]}), s.folder.path("sweeps/made/events.parquet")),
+        lambda s: put_table(s, EVENTS, pa.table({"a": [1]})),
         ["damaged"], "events.parquet was not written by mixmo",
     ),
     "a sweep file that is gone": (
         lambda s: s.folder.delete("sweeps/made/sweep.yaml"), ["missing"], "sweep.yaml is not there",
     ),
     "a part that nothing names": (
-        lambda s: s.folder.put("sweeps/made/epochs/part-1-000007.parquet", part(s).read_bytes()),
+        lambda s: s.folder.put("sweeps/made/epochs/part-1-000007.parquet", content(s, part(s))),
         ["unnamed"], "part-1-000007.parquet is named by nothing",
     ),
     "a trial that no sweep has": (
@@ -184,7 +196,7 @@ def test_a_lost_checkpoint_is_a_fault_only_where_it_was_the_last_word(store: Res
 
 def test_a_driver_at_work_is_not_faulted_for_what_it_has_yet_to_name(store: ResultStore) -> None:
     with store.writer("made", sweep_text="") as writer:
-        store.folder.put(f"sweeps/made/epochs/part-{writer.fence}-000009.parquet", part(store).read_bytes())
+        store.folder.put(f"sweeps/made/epochs/part-{writer.fence}-000009.parquet", content(store, part(store)))
         assert store.verify("made") == []
     assert [fault.kind for fault in store.verify("made")] == ["unnamed"]
     with store.writer("made", sweep_text=""):
@@ -193,6 +205,6 @@ def test_a_driver_at_work_is_not_faulted_for_what_it_has_yet_to_name(store: Resu
 
 
 def test_a_table_of_a_later_version_is_no_fault(store: ResultStore) -> None:
-    table = pq.ParquetFile(part(store)).read()
-    pq.write_table(table.append_column("colour", pa.array(["red"] * len(table))), part(store))
+    table = table_at(store, part(store))
+    put_table(store, part(store), table.append_column("colour", pa.array(["red"] * len(table))))
     assert store.verify("made") == []

@@ -16,14 +16,14 @@ from orchestrator.errors import ExitCode, UsageError
 def doctor(data: Data = None, results: Results = "results", as_json: Json = False) -> ExitCode:
     """Whether this machine can run a sweep.
 
-    Looks at versions, processors, GPUs, the results folder, datasets and free disk. Ends with 2 if a version or
+    Looks at versions, processors, GPUs, the place of the results, datasets and free disk. Ends with 2 if a version or
     a dataset is wrong, with 7 if results cannot be written.
     """
     from orchestrator import doctor as examination
     from orchestrator import pages
 
     console, done = streams.console(), []
-    for check in examination.examine(Path(results), data):
+    for check in examination.examine(results, data):
         done.append(check)
         if not as_json:
             console.print(pages.checks([check]), soft_wrap=True)

@@ -47,7 +47,13 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="A sweep file, such a
 SweepName = Annotated[str, typer.Argument(metavar="SWEEP", help="The name in the sweep file; `mixmo ls` lists them.")]
 TrialId = Annotated[str, typer.Argument(metavar="TRIAL", help="A trial id, or as many of its first digits as tell it.")]
 Results = Annotated[
-    str, typer.Option("--results", envvar="MIXMO_RESULTS", metavar="FOLDER", help="Where the results lie.")
+    str,
+    typer.Option(
+        "--results",
+        envvar="MIXMO_RESULTS",
+        metavar="PLACE",
+        help="Where the results lie: a folder, or s3://bucket/prefix.",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,

@@ -1,4 +1,6 @@
-"""Where results live, and how rows get in and out. Nobody else knows a path, and readers need no server.
+"""Where results live, and how rows get in and out. Nobody else knows a path, and readers need no server of ours.
+
+A store is a folder, or a prefix of a bucket (`s3://bucket/prefix`); either has these objects:
 
     sweeps/<name>/sweep.yaml               the sweep file as it was given
     sweeps/<name>/lease.json               which driver may write here, and its fence
@@ -38,33 +40,31 @@ from orchestrator.store.attempts import (
     without_secrets,
 )
 from orchestrator.store.lease import Lease, LeaseLostError, Process, read_lease
-from orchestrator.store.objects import DamagedError, Folder
+from orchestrator.store.objects import DamagedError, Folder, Objects
 from orchestrator.store.tables import Event, Header, Snapshot, SweepFiles, fit, merge, only, sweep_names, totals
 from orchestrator.store.verify import Fault, faults_of
 from orchestrator.store.writer import SweepWriter
 
 __all__ = [
     "LOG_BYTES", "AttemptFolder", "DamagedError", "Event", "Fault", "Folder", "Header", "Lease", "LeaseLostError",
-    "Logits", "Process", "ResultStore", "Snapshot", "SweepWriter", "merge", "totals", "without_secrets",
+    "Logits", "Objects", "Process", "ResultStore", "Snapshot", "SweepWriter", "merge", "totals", "without_secrets",
 ]  # fmt: skip
 
 
 class ResultStore:
-    """Every result of every sweep under one folder. Readers see a consistent state whatever writers do or die of."""
+    """Every result of every sweep in one place. Readers see a consistent state whatever writers do or die of."""
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Objects) -> None:
         self.folder = folder
 
     @classmethod
     def open(cls, uri: str | Path, *, create: bool = False) -> Self:
-        """The store at a folder or a `file://` URI; a folder that is not there is an empty store.
+        """The store at a folder, a `file://` URI, or `s3://bucket/prefix`; a place that is not there is an empty store.
 
-        `create` makes the folder and proves that it can be written. Raises UnreachableError if it cannot be read
-        (or written), UsageError for a URI that this version does not know.
+        `create` makes the folder (never a bucket) and proves that it can be written. Raises UnreachableError if the
+        place cannot be read (or written), UsageError for a URI that this version does not know.
         """
-        folder = Folder(_root(str(uri)))
-        if folder.is_file():
-            raise UnreachableError(f"{folder} is a file; --results (or MIXMO_RESULTS) names a folder")
+        folder = _place(str(uri))
         if create:
             folder.probe()
         else:
@@ -73,7 +73,8 @@ class ResultStore:
 
     @property
     def uri(self) -> str:
-        return str(self.folder)
+        """Opens the same store from another machine."""
+        return self.folder.uri
 
     # ---- sweeps
 
@@ -165,7 +166,7 @@ class ResultStore:
         return damaged
 
     def __str__(self) -> str:
-        return self.uri
+        return str(self.folder)
 
     # ---- attempts
 
@@ -185,11 +186,11 @@ class ResultStore:
 
         Raises NotFoundError if it is not there, DamagedError if its content does not match its name.
         """
-        tag = self.folder.download(key, local, lambda tag: matches(key, tag))
-        if tag is None:
+        digest = self.folder.download(key, local, lambda digest: matches(key, digest))
+        if digest is None:
             raise NotFoundError(f"{self}/{key} is not there")
-        if not matches(key, tag):
-            raise DamagedError(f"{self}/{key} is damaged: its SHA-256 begins with {tag[:16]}; use an older one")
+        if not matches(key, digest):
+            raise DamagedError(f"{self}/{key} is damaged: its SHA-256 begins with {digest[:16]}; use an older one")
         return local
 
     def discard(self, key: str) -> None:
@@ -208,8 +209,8 @@ class ResultStore:
         stored = self.folder.read(row.logits)
         if stored is None:
             raise NotFoundError(f"{self}/{row.logits} is not there: {NO_LOGITS}")
-        if not matches(row.logits, stored.tag):
-            text = f"{self}/{row.logits} is damaged: its SHA-256 begins with {stored.tag[:16]}; {NO_LOGITS}"
+        if not matches(row.logits, stored.digest):
+            text = f"{self}/{row.logits} is damaged: its SHA-256 begins with {stored.digest[:16]}; {NO_LOGITS}"
             raise DamagedError(text)
         try:
             return Logits.decode(stored.data)
@@ -261,14 +262,23 @@ def _why_no_logits(row: TrialRow) -> str:
     )
 
 
-def _root(uri: str) -> Path:
-    if uri.startswith("s3://"):
-        raise UsageError(f"{uri}: buckets are not built yet; name a folder that all machines share")
-    if uri.startswith("file://"):
-        return Path(unquote(urlsplit(uri).path))
-    if re.match(r"[a-z][a-z0-9+.-]*://", uri):
-        raise UsageError(f"{uri}: results lie in a folder (or, later, at s3://bucket/prefix)")
+def _place(uri: str) -> Objects:
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
+    if scheme and scheme[1].lower() == "s3":
+        from orchestrator.store.bucket import Bucket
+
+        return Bucket.open(uri)
+    if scheme and scheme[1].lower() != "file":
+        known = "results lie in a folder, or in a bucket at s3://bucket/prefix"
+        raise UsageError(f"{scheme[0]}...: {known}")
+    folder = Folder(Path(unquote(urlsplit(uri).path)) if scheme else _absolute(uri))
+    if folder.is_file():
+        raise UnreachableError(f"{folder} is a file; --results (or MIXMO_RESULTS) names a folder")
+    return folder
+
+
+def _absolute(path: str) -> Path:
     try:
-        return Path(uri).expanduser().absolute()
+        return Path(path).expanduser().absolute()
     except (OSError, RuntimeError) as error:  # the working directory is gone; no such user
-        raise UnreachableError(f"{uri}: {error}; --results (or MIXMO_RESULTS) names a folder") from error
+        raise UnreachableError(f"{path}: {error}; --results (or MIXMO_RESULTS) names a folder") from error

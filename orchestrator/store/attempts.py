@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # numpy is loaded by those who read or write logits, and by n
     import numpy as np
     from numpy.typing import NDArray
 
-from orchestrator.store.objects import DamagedError, Folder, tag_of
+from orchestrator.store.objects import DamagedError, Objects, digest_of
 
 LOG_BYTES = 1 << 18
 
@@ -76,7 +76,7 @@ class Logits:
 class AttemptFolder:
     """The files of one attempt at one trial. Only the gang that runs the attempt writes here."""
 
-    def __init__(self, folder: Folder, key: str) -> None:
+    def __init__(self, folder: Objects, key: str) -> None:
         self._folder = folder
         self.key = key
 
@@ -92,7 +92,7 @@ class AttemptFolder:
         A checkpoint is named by its content (`epoch-00012-<16 hex of its SHA-256>.pt` after an epoch, and in one
         `epoch-00012-step-000345-<16 hex>.pt`) and held to that name.
         """
-        key, digest = self.path_of(name), tag_of(local)
+        key, digest = self.path_of(name), digest_of(local)
         if not matches(key, digest):
             raise DamagedError(f"{local} is not what the name {name} says: its SHA-256 begins with {digest[:16]}")
         if not self._folder.upload(key, local) and self._folder.digest(key) != digest:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from orchestrator.errors import MixmoError, RefusedError, UnreachableError
-from orchestrator.store.objects import DamagedError, Folder
+from orchestrator.store.objects import DamagedError, Objects
 
 LEASE_S = 60.0
 """A lease that nobody has renewed for this long may be taken over from anywhere."""
@@ -110,7 +110,7 @@ class Lease:
         return cls(**record, age_s=age_s)
 
 
-def read_lease(folder: Folder, key: str, clock: Callable[[], float] = time.time) -> Lease | None:
+def read_lease(folder: Objects, key: str, clock: Callable[[], float] = time.time) -> Lease | None:
     """The lease as it stands; None where there never was one. `clock` is the store's, or nearly so."""
     modified, stored = folder.modified(key), folder.read(key)
     if stored is None:
@@ -127,7 +127,7 @@ class HeldLease:
 
     def __init__(
         self,
-        folder: Folder,
+        folder: Objects,
         key: str,
         *,
         sweep: str,

@@ -1,5 +1,6 @@
-"""Objects by key under a folder: the few operations that a bucket has too, and no more."""
+"""Objects by key: what the store asks of a place, and a folder as one. A bucket is another (`bucket.py`)."""
 
+import abc
 import contextlib
 import errno
 import fcntl
@@ -36,18 +37,89 @@ class DamagedError(UnreachableError):
 class Stored:
     data: bytes
     tag: str
-    """Tells one content from another, as an ETag does."""
+    """Tells one content from another. `swap` takes it; to nobody else it says anything."""
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the content, in hex."""
+        return hashlib.sha256(self.data).hexdigest()
 
 
-class Folder:
-    """Objects by key (`a/b/c`).
+class Objects(abc.ABC):
+    """Objects by key (`a/b/c`) in one place, which `str` names in messages.
 
-    An object is replaced whole: a reader sees the old one or the new one, also after a crash. Every OSError but
-    "not there" becomes UnreachableError, leaves what was there as it was, and may be retried.
+    An object is replaced whole: a reader sees the old one or the new one, also after a crash. Every failure but "not
+    there" is UnreachableError, leaves the old object or the new one, and may be retried. What was written is seen by
+    every read and listing that begins after it.
     """
+
+    @property
+    @abc.abstractmethod
+    def uri(self) -> str:
+        """What `ResultStore.open` takes to find the same place from another machine. No secrets are in it."""
+
+    @abc.abstractmethod
+    def read(self, key: str) -> Stored | None:
+        """The object, or None where there is none."""
+
+    @abc.abstractmethod
+    def put(self, key: str, data: bytes) -> None:
+        """Make or replace an object."""
+
+    @abc.abstractmethod
+    def create(self, key: str, data: bytes) -> bool:
+        """Make an object; False, and no change, where there is one."""
+
+    @abc.abstractmethod
+    def upload(self, key: str, source: Path) -> bool:
+        """As `create`, from a file of any size."""
+
+    @abc.abstractmethod
+    def download(self, key: str, local: Path, accept: Callable[[str], bool]) -> str | None:
+        """Copy an object of any size to a local file if its digest is acceptable. The digest; None where none is."""
+
+    @abc.abstractmethod
+    def digest(self, key: str) -> str | None:
+        """The SHA-256, in hex, of an object of any size; None where there is none."""
+
+    @abc.abstractmethod
+    def swap(self, key: str, data: bytes, tag: str | None) -> str | None:
+        """Replace the object whose tag this is (None: there is none yet). The new tag; None where it has changed."""
+
+    @abc.abstractmethod
+    def delete(self, key: str) -> None:
+        """Delete an object; nothing where there is none."""
+
+    @abc.abstractmethod
+    def names(self, prefix: str, *, folders: bool = False) -> list[str]:
+        """Sorted names of the objects (or the folders) right under a prefix; names that begin with a dot are ours."""
+
+    @abc.abstractmethod
+    def modified(self, key: str) -> float:
+        """When the object was written, in seconds by the place's own clock; 0 where there is none."""
+
+    @abc.abstractmethod
+    def clock(self, key: str) -> float:
+        """The time by the clock that `modified` uses, which may not be this machine's. `key` is one to be written."""
+
+    @abc.abstractmethod
+    def tidy(self, prefix: str) -> None:
+        """Delete what writers that were killed more than an hour ago had not finished under a prefix."""
+
+    @abc.abstractmethod
+    def probe(self) -> None:
+        """Raise UnreachableError if nothing can be written here."""
+
+
+class Folder(Objects):
+    """Objects as files under a folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
+
+    @property
+    def uri(self) -> str:
+        return str(self.root)
 
     def __str__(self) -> str:
         return str(self.root)
@@ -56,7 +128,6 @@ class Folder:
         return self.root / key
 
     def read(self, key: str) -> Stored | None:
-        """The object, or None where there is none."""
         with self._explained("read", key):
             try:
                 data = self.path(key).read_bytes()
@@ -65,43 +136,37 @@ class Folder:
         return Stored(data, _tag(data))
 
     def put(self, key: str, data: bytes) -> None:
-        """Make or replace an object."""
         with self._explained("write", key), self._staged(key, data) as temporary:
             os.replace(temporary, self.path(key))
 
     def create(self, key: str, data: bytes) -> bool:
-        """Make an object; False, and no change, where there is one."""
         with self._explained("write", key), self._staged(key, data) as temporary:
             return _link(temporary, self.path(key))
 
     def upload(self, key: str, source: Path) -> bool:
-        """As `create`, from a file of any size."""
         with self._explained("write", key), source.open("rb") as data, self._staged(key, data) as temporary:
             return _link(temporary, self.path(key))
 
     def download(self, key: str, local: Path, accept: Callable[[str], bool]) -> str | None:
-        """Copy an object of any size to a local file if its tag is acceptable. The tag; None where there is none."""
         with self._explained("read", key):
             try:
                 source = self.path(key).open("rb")
             except (FileNotFoundError, NotADirectoryError):
                 return None
             with source, Folder(local.parent)._staged(local.name, source) as temporary:
-                tag = tag_of(temporary)
-                if accept(tag):
+                digest = digest_of(temporary)
+                if accept(digest):
                     os.replace(temporary, local)
-        return tag
+        return digest
 
     def digest(self, key: str) -> str | None:
-        """The tag of an object of any size; None where there is none."""
         with self._explained("read", key):
             try:
-                return tag_of(self.path(key))
+                return digest_of(self.path(key))
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
     def swap(self, key: str, data: bytes, tag: str | None) -> str | None:
-        """Replace the object whose tag this is (None: there is none yet). The new tag; None where it has changed."""
         with self._explained("write", key):
             self.path(key).parent.mkdir(parents=True, exist_ok=True)
             with _locked(self.path(key).with_name(".lock")):
@@ -121,7 +186,6 @@ class Folder:
             return self.root.exists() and not self.root.is_dir()
 
     def names(self, prefix: str, *, folders: bool = False) -> list[str]:
-        """Sorted names of the objects (or the folders) right under a prefix; names that begin with a dot are ours."""
         with self._explained("list", prefix):
             try:
                 with os.scandir(self.path(prefix)) as entries:
@@ -131,7 +195,6 @@ class Folder:
         return sorted(name for name in found if not name.startswith("."))
 
     def modified(self, key: str) -> float:
-        """When the object was written, in seconds by the store's own clock; 0 where there is none."""
         with self._explained("read", key):
             try:
                 return self.path(key).stat().st_mtime
@@ -139,19 +202,16 @@ class Folder:
                 return 0.0
 
     def clock(self, key: str) -> float:
-        """The time by the clock that `modified` uses, which on a network folder is not this machine's."""
         with self._explained("write", key), self._staged(key, b"") as temporary:
             return temporary.stat().st_mtime
 
     def tidy(self, prefix: str) -> None:
-        """Delete what writers that were killed more than an hour ago had not finished under a prefix."""
         with self._explained("tidy", prefix), contextlib.suppress(FileNotFoundError):
             for each in self.path(prefix).glob(".*.tmp"):
                 if time.time() - each.stat().st_mtime > UNFINISHED_S:
                     each.unlink(missing_ok=True)
 
     def probe(self) -> None:
-        """Raise UnreachableError if nothing can be written here."""
         with self._explained("write", "."):
             self.root.mkdir(parents=True, exist_ok=True)
             with self._staged("probe", b"mixmo"):
@@ -192,8 +252,8 @@ def _tag(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def tag_of(path: Path) -> str:
-    """The tag that this file has as an object: the SHA-256 of its content, in hex."""
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

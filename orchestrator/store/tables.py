@@ -27,7 +27,7 @@ from orchestrator.rows import (
     TrialRow,
     records,
 )
-from orchestrator.store.objects import DamagedError, Folder, Stored
+from orchestrator.store.objects import DamagedError, Objects, Stored
 
 NAME = re.compile(r"[a-z0-9_-]{1,128}")
 EPOCHS_FILE = re.compile(r"(live|part)-(\d+)(?:-(\d+))?\.parquet")
@@ -219,7 +219,7 @@ class ChangedError(DamagedError):
 class SweepFiles:
     """The objects of one sweep, for reading."""
 
-    def __init__(self, folder: Folder, sweep: str) -> None:
+    def __init__(self, folder: Objects, sweep: str) -> None:
         if not NAME.fullmatch(sweep):
             raise NotFoundError(f"{sweep!r} is no name of a sweep: those have small letters, digits, _ and - only")
         self.folder, self.sweep, self.key = folder, sweep, f"sweeps/{sweep}"
@@ -306,13 +306,13 @@ class SweepFiles:
         )
 
 
-def sweep_names(folder: Folder) -> list[str]:
+def sweep_names(folder: Objects) -> list[str]:
     """The sweeps that have begun, sorted. A folder that has another name than a sweep can have is none of ours."""
     names = folder.names("sweeps", folders=True)
     return [name for name in names if NAME.fullmatch(name) and _begun(folder, name)]
 
 
-def _begun(folder: Folder, name: str) -> bool:
+def _begun(folder: Objects, name: str) -> bool:
     try:
         return "trials.parquet" in folder.names(f"sweeps/{name}")
     except UnreachableError:  # whoever reads it is told why it cannot be

@@ -11,7 +11,7 @@ from orchestrator.errors import NotFoundError, UnreachableError
 from orchestrator.rows import FINAL, EpochRow, TrialRow, epoch_rows, newest, trial_rows
 from orchestrator.store.attempts import NO_LOGITS, matches
 from orchestrator.store.lease import read_lease
-from orchestrator.store.objects import DamagedError, Folder
+from orchestrator.store.objects import DamagedError, Objects
 from orchestrator.store.tables import ChangedError, Header, SweepFiles, sweep_names
 
 _ROWS_LOST = "its rows are lost to this table: put the file back from a copy, or run those trials under a new store"
@@ -90,7 +90,7 @@ def _other_damage(files: SweepFiles) -> list[Fault]:
     return faults
 
 
-def _checkpoint_faults(folder: Folder, rows: Sequence[TrialRow]) -> list[Fault]:
+def _checkpoint_faults(folder: Objects, rows: Sequence[TrialRow]) -> list[Fault]:
     """Of trials that ended: any other goes on from the newest whole checkpoint that is there, whatever its row says."""
     faults = []
     for row in rows:
@@ -103,7 +103,7 @@ def _checkpoint_faults(folder: Folder, rows: Sequence[TrialRow]) -> list[Fault]:
     return faults
 
 
-def _logits_faults(folder: Folder, rows: Sequence[TrialRow]) -> list[Fault]:
+def _logits_faults(folder: Objects, rows: Sequence[TrialRow]) -> list[Fault]:
     """Of finished trials. One without logits is none: earlier versions kept none, and a store may have taken none."""
     named = [(row.trial_id, row.logits) for row in rows if row.logits is not None and row.state == "TERMINATED"]
     texts = [(trial_id, _unlike_its_name(folder, key)) for trial_id, key in named]
@@ -114,7 +114,7 @@ def _logits_faults(folder: Folder, rows: Sequence[TrialRow]) -> list[Fault]:
     ]
 
 
-def _unlike_its_name(folder: Folder, key: str) -> str | None:
+def _unlike_its_name(folder: Objects, key: str) -> str | None:
     """What is wrong with a file that is named by its content; None where nothing is."""
     digest = folder.digest(key)
     if digest is None:

@@ -263,7 +263,8 @@ class SweepWriter:
         name, table = f"part-{self.fence}-{self._seq:06d}.parquet", merge(tables)
         self._seq += 1
         self._loose.append(name)
-        self._folder.create(f"{self._key}/epochs/{name}", encode(table))
+        if not self._folder.create(f"{self._key}/epochs/{name}", encode(table)):  # two drivers have one fence
+            raise self._lease.lost()
         return {name: len(table)}
 
     def _write_trials(self, rows: Sequence[TrialRow], parts: Mapping[str, int], merged: Iterable[str]) -> None:

@@ -1,0 +1,459 @@
+"""Objects in a bucket of S3 or of a server that speaks its protocol. Loads boto3: only a store in a bucket does.
+
+Every request is tried again here and not in botocore, because only who counts the tries knows that "it exists already"
+may be the answer to an earlier try of its own, whose answer was lost. Then the object itself tells.
+"""
+
+import base64
+import contextlib
+import functools
+import hashlib
+import io
+import os
+import random
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Self, TypeVar
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import boto3
+import botocore.exceptions as faults
+from botocore.config import Config
+
+from orchestrator.errors import UnreachableError, UsageError
+from orchestrator.store.attempts import without_secrets
+from orchestrator.store.objects import Objects, Stored
+
+TRIES = 8
+"""How often a request is made before the store counts as away."""
+PATIENCE_S = 40.0
+"""Where tries take long, a request is not made again after this; but three times in any case."""
+FIRST_WAIT_S = 0.1
+"""The longest wait before the second try. It doubles from try to try, up to LONGEST_WAIT_S."""
+LONGEST_WAIT_S = 5.0
+SETTLE_S = 0.5
+"""How long one waits to see whether another wrote at the same moment, on a server that cannot rule it out."""
+
+PASSING = frozenset({
+    "BadDigest", "ConditionalRequestConflict", "OperationAborted", "RequestTimeout", "SlowDown", "Throttling",
+    "ThrottlingException", "TooManyRequestsException",
+})  # fmt: skip
+"""Refusals that are worth another try, besides all with a status of 500 or above but 501."""
+ADVICE: Mapping[str, str] = {
+    "NoSuchBucket": "Make the bucket, or name another one with --results or MIXMO_RESULTS",
+    "RequestTimeTooSkewed": "The clocks of this machine and of the store differ by minutes: set this machine's",
+    "credentials": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run where a role gives them",
+    "refused": (
+        "The credentials (of the environment, of the profile, or of the machine's role) must be the right ones, and "
+        "allow to list the bucket and to get, put and delete its objects"
+    ),
+    "away": "Run the same command again when the store answers",
+}
+_NO_CREDENTIALS = (
+    faults.NoCredentialsError, faults.PartialCredentialsError, faults.CredentialRetrievalError,
+    faults.TokenRetrievalError, faults.SSOError,
+)  # fmt: skip
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A bucket, and what of it a URI may say: `s3://bucket/prefix?endpoint_override=host:port&scheme=http&region=...`.
+
+    What the URI leaves out, the environment and the profile say (AWS_ENDPOINT_URL and its like).
+    """
+
+    bucket: str
+    prefix: str
+    endpoint: str | None = None
+    """With its scheme. None is Amazon's, or the environment's."""
+    region: str | None = None
+
+    @classmethod
+    def parse(cls, uri: str) -> Self:
+        """Raises UsageError, with nothing in it of what may be a secret."""
+        if "@" in uri:
+            raise UsageError(
+                "the address of the results has a user name or a password in it (or an @ elsewhere). Leave it out: "
+                + ADVICE["credentials"]
+            )
+        parts = urlsplit(uri)
+        given = dict(parse_qsl(parts.query, keep_blank_values=True))
+        unknown = sorted(given.keys() - {"endpoint_override", "scheme", "region"})
+        if unknown or parts.fragment:
+            raise UsageError(f"s3://...: {' '.join(unknown) or 'what follows #'} means nothing here. {_FORM}")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]", parts.netloc):
+            raise UsageError(f"s3://...: what follows is no name of a bucket. {_FORM}")
+        scheme, host = given.get("scheme", "https"), given.get("endpoint_override")
+        if scheme not in ("http", "https") or (
+            host is not None and not re.fullmatch(r"[\w.-]+(:\d+)?|\[[\da-f:]+\](:\d+)?", host)
+        ):
+            raise UsageError(f"s3://{parts.netloc}: endpoint_override is host:port, scheme is http or https. {_FORM}")
+        return cls(parts.netloc, parts.path.strip("/"), f"{scheme}://{host}" if host else None, given.get("region"))
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+
+    @property
+    def uri(self) -> str:
+        where = urlsplit(self.endpoint) if self.endpoint else None
+        said = {"endpoint_override": where.netloc, "scheme": where.scheme} if where else {}
+        query = urlencode(said | ({"region": self.region} if self.region else {}), safe=":[]")
+        return f"{self}?{query}" if query else str(self)
+
+
+_FORM = "An address reads s3://bucket/prefix?endpoint_override=host:port&scheme=http&region=name"
+
+
+@dataclass(frozen=True, slots=True)
+class _Body:
+    """What a request sends, from memory or from a file of any size; it may be sent again."""
+
+    source: bytes | Path
+    md5: str
+    sha256: str
+
+    @classmethod
+    def of(cls, source: bytes | Path) -> Self:
+        md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
+        with _opened(source) as file:
+            while chunk := file.read(1 << 20):
+                md5.update(chunk)
+                sha256.update(chunk)
+        return cls(source, base64.b64encode(md5.digest()).decode(), sha256.hexdigest())
+
+
+def _opened(source: bytes | Path) -> BinaryIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+
+
+@dataclass(frozen=True, slots=True)
+class _Conditions:
+    """Which conditions of a write this server honours, as far as one who is alone can find out."""
+
+    create: bool
+    """If-None-Match: * keeps what is there."""
+    swap: str | None
+    """How If-Match wants the tag (`{}` or `"{}"`); None where it does not keep what has changed."""
+
+
+class Bucket(Objects):
+    """Objects under a prefix of a bucket. Threads may share it."""
+
+    def __init__(self, address: Address, client: Any, secrets_of: Callable[[], list[str]]) -> None:
+        self.address, self._client, self._secrets_of = address, client, secrets_of
+        self._root = f"{address.prefix}/" if address.prefix else ""
+        self._found: _Conditions | None = None
+        self._finding = threading.Lock()
+
+    @classmethod
+    def open(cls, uri: str) -> Self:
+        """Of a URI and the environment, which is read here and nowhere else. Raises UsageError, UnreachableError."""
+        address = Address.parse(uri)
+        try:
+            session = boto3.Session(region_name=address.region)
+            client = _client(session, address.endpoint)
+        except (faults.BotoCoreError, ValueError) as error:  # no such profile, a file that cannot be parsed, no URL
+            text = without_secrets(str(error), os.environ)
+            raise UsageError(f"{address}: the settings of AWS cannot be used: {text}") from None
+        endpoint = str(client.meta.endpoint_url)
+        if not re.search(r"\.amazonaws\.com(\.cn)?$", endpoint):
+            if "@" in endpoint:
+                raise UsageError("AWS_ENDPOINT_URL has a user name or a password in it. " + ADVICE["credentials"])
+            client = _client(session, endpoint, addressing="path")
+            address = replace(address, endpoint=endpoint)
+        return cls(replace(address, region=session.region_name), client, lambda: _secrets_of(session))
+
+    def __str__(self) -> str:
+        return str(self.address)
+
+    @property
+    def uri(self) -> str:
+        """With the endpoint and the region that were found, so that a worker elsewhere finds the same."""
+        return self.address.uri
+
+    # ---- the contract
+
+    def read(self, key: str) -> Stored | None:
+        file = io.BytesIO()
+        found = self._ask("read", key, lambda: self._copy(key, file))
+        return Stored(file.getvalue(), found.tag) if found else None
+
+    def put(self, key: str, data: bytes) -> None:
+        body = _Body.of(data)
+        self._ask("write", key, lambda: self._send(key, body))
+
+    def create(self, key: str, data: bytes) -> bool:
+        return self._make(key, _Body.of(data))
+
+    def upload(self, key: str, source: Path) -> bool:
+        try:
+            return self._make(key, _Body.of(source))
+        except OSError as error:
+            raise UnreachableError(f"cannot read {source}: {error.strerror}") from error
+
+    def download(self, key: str, local: Path, accept: Callable[[str], bool]) -> str | None:
+        temporary = local.with_name(f".{local.name}.{secrets.token_hex(6)}.tmp")
+        try:
+            local.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("w+b") as file:
+                found = self._ask("read", key, lambda: self._copy(key, file))
+            if found and accept(found.digest):
+                os.replace(temporary, local)
+        except OSError as error:
+            raise UnreachableError(f"cannot write {local}: {error.strerror}. Make room there and try again") from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        return found.digest if found else None
+
+    def digest(self, key: str) -> str | None:
+        found = self._ask("read", key, lambda: self._copy(key, None))
+        return found.digest if found else None
+
+    def swap(self, key: str, data: bytes, tag: str | None) -> str | None:
+        body, swaps = _Body.of(data), self._conditions().swap
+        if swaps is None:  # then it may not be held to If-None-Match either when several write at once, as Swift is not
+            return self._place_watching(key, body, tag)
+        condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": swaps.format(tag)}
+        return self._send_if(key, body, **condition)
+
+    def delete(self, key: str) -> None:
+        self._ask("delete", key, lambda: self._client.delete_object(**self._named(key)))
+
+    def names(self, prefix: str, *, folders: bool = False) -> list[str]:
+        start = f"{self._root}{prefix}/" if prefix else self._root
+        listing: dict[str, Any] = {"Bucket": self.address.bucket, "Prefix": start, "Delimiter": "/"}
+        found: list[str] = []
+        while True:
+            page = self._ask("list", prefix, functools.partial(self._client.list_objects_v2, **listing))
+            if folders:
+                found += [each["Prefix"].removeprefix(start).rstrip("/") for each in page.get("CommonPrefixes", ())]
+            else:
+                found += [each["Key"].removeprefix(start) for each in page.get("Contents", ())]
+            if not page.get("IsTruncated"):
+                return sorted(name for name in found if name and not name.startswith("."))
+            listing["ContinuationToken"] = page["NextContinuationToken"]
+
+    def modified(self, key: str) -> float:
+        head = self._ask("read", key, lambda: self._head(key))
+        return float(head["LastModified"].timestamp()) if head else 0.0
+
+    def clock(self, key: str) -> float:
+        """Of a small object beside the key, since not every server dates its answers."""
+        beside = f"{key.rpartition('/')[0]}/.clock-{secrets.token_hex(6)}".lstrip("/")
+        self.put(beside, b"")
+        try:
+            return self.modified(beside)
+        finally:
+            self.delete(beside)
+
+    def tidy(self, prefix: str) -> None:
+        """Nothing to do: an object that was not written whole is not there."""
+
+    def probe(self) -> None:
+        key = f".probe-{secrets.token_hex(6)}"
+        self.put(key, b"mixmo")
+        self.delete(key)
+
+    # ---- requests
+
+    def _named(self, key: str) -> dict[str, str]:
+        return {"Bucket": self.address.bucket, "Key": self._root + key}
+
+    def _send(self, key: str, body: _Body, **condition: str) -> str:
+        """One request. The tag of what was written."""
+        with _opened(body.source) as file:
+            answer = self._client.put_object(**self._named(key), Body=file, ContentMD5=body.md5, **condition)
+        return _bare(answer["ETag"])
+
+    def _copy(self, key: str, file: BinaryIO | None) -> "_Copied | None":
+        """One request: the content, into a file from its start if there is one to fill."""
+        try:
+            answer = self._client.get_object(**self._named(key))
+        except faults.ClientError as error:
+            if _code(error) in ("NoSuchKey", "404"):
+                return None
+            raise
+        sha256 = hashlib.sha256()
+        if file is not None:
+            file.seek(0)
+            file.truncate()
+        with contextlib.closing(answer["Body"]) as content:
+            while chunk := content.read(1 << 20):
+                sha256.update(chunk)
+                if file is not None:
+                    file.write(chunk)
+        return _Copied(sha256.hexdigest(), _bare(answer["ETag"]))
+
+    def _head(self, key: str) -> Any:
+        try:
+            return self._client.head_object(**self._named(key))
+        except faults.ClientError as error:
+            if _status(error) == 404:
+                return None
+            raise
+
+    def _ask(self, verb: str, key: str, request: Callable[[], _T]) -> _T:
+        """What the request gives, which may be made several times: its failures that pass are waited out."""
+        began, tried = time.monotonic(), 0
+        while True:
+            try:
+                return request()
+            except (faults.BotoCoreError, faults.ClientError) as error:
+                tried += 1
+                enough = tried >= TRIES or (tried >= 3 and time.monotonic() - began > PATIENCE_S)
+                if enough or not _passes(error):
+                    raise self._explained(verb, key, error) from None  # its chain may hold what a message must not
+            time.sleep(random.uniform(0.5, 1.0) * min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (tried - 1)))
+
+    # ---- writing under a condition
+
+    def _make(self, key: str, body: _Body) -> bool:
+        if self._conditions().create:
+            return self._send_if(key, body, IfNoneMatch="*") is not None
+        return self._place_watching(key, body, None) is not None
+
+    def _send_if(self, key: str, body: _Body, **condition: str) -> str | None:
+        """Write under a condition that the server honours. The new tag; None where the condition does not hold."""
+        doubtful = False  # whether an earlier try may have been carried out
+
+        def request() -> str | None:
+            nonlocal doubtful
+            try:
+                return self._send(key, body, **condition)
+            except faults.ClientError as error:
+                if _status(error) == 412 or _code(error) == "NoSuchKey":
+                    return self._own(key, body) if doubtful else None
+                doubtful = doubtful or _status(error) >= 500
+                raise
+            except faults.BotoCoreError:
+                doubtful = True
+                raise
+
+        return self._ask("write", key, request)
+
+    def _place_watching(self, key: str, body: _Body, tag: str | None) -> str | None:
+        """As `_send_if`, for a server without such conditions: look, write, and look whether it stayed.
+
+        Of two who write at one moment the later one wins, and the earlier sees it. One who is held up for longer than
+        SETTLE_S between looking and writing overwrites all the same; who was overwritten is told by its next swap.
+        """
+        head = self._ask("read", key, lambda: self._head(key))
+        if (_bare(head["ETag"]) if head else None) != tag:
+            return None
+        self._ask("write", key, lambda: self._send(key, body))
+        time.sleep(SETTLE_S)
+        return self._ask("read", key, lambda: self._own(key, body))
+
+    def _own(self, key: str, body: _Body) -> str | None:
+        """The tag of the object if it has this content."""
+        there = self._copy(key, None)
+        return there.tag if there and there.digest == body.sha256 else None
+
+    def _conditions(self) -> _Conditions:
+        with self._finding:
+            if self._found is None:
+                key = f".probe-{secrets.token_hex(6)}"
+                self.put(key, b"mixmo")
+                try:
+                    self._found = self._try_conditions(key, _Body.of(b"mixmo"))
+                finally:
+                    self.delete(key)
+            return self._found
+
+    def _try_conditions(self, key: str, body: _Body) -> _Conditions:
+        """On an object of ours, which has this content. Some servers refuse a condition, others forget it silently."""
+
+        def holds(**condition: str) -> bool | None:
+            """None where the server knows no such condition."""
+            try:
+                return self._send_if(key, body, **condition) is not None
+            except _UnknownError:
+                return None
+
+        create = holds(IfNoneMatch="*") is False
+        if holds(IfMatch='"0123456789abcdef0123456789abcdef"') is not False:
+            return _Conditions(create, None)
+        tag = self._ask("read", key, lambda: self._own(key, body))
+        forms = ['"{}"', "{}"]  # as the standard has it, and as Ceph 16 wants it
+        return _Conditions(create, next((form for form in forms if tag and holds(IfMatch=form.format(tag))), None))
+
+    # ---- failures
+
+    def _explained(self, verb: str, key: str, error: Exception) -> UnreachableError:
+        if isinstance(error, faults.ClientError):
+            status, code = _status(error), _code(error)
+            what = f"{code}: {error.response.get('Error', {}).get('Message') or f'status {status}'}"
+            advice = ADVICE.get(code) or ADVICE["refused" if status in (401, 403) else "away"]
+        else:
+            what, advice = str(error), ADVICE["credentials" if isinstance(error, _NO_CREDENTIALS) else "away"]
+        text = f"cannot {verb} {self}/{key}: {what.rstrip('.')}. What was stored before is unharmed. {advice}."
+        for secret in self._secrets_of():
+            text = text.replace(secret, "***")
+        unknown = _code(error) in ("NotImplemented", "InvalidArgument")
+        return (_UnknownError if unknown else UnreachableError)(without_secrets(text, os.environ))
+
+
+@dataclass(frozen=True, slots=True)
+class _Copied:
+    digest: str
+    tag: str
+
+
+class _UnknownError(UnreachableError):
+    """The server does not know what was asked of it."""
+
+
+def _client(session: Any, endpoint: str | None, addressing: str = "auto") -> Any:
+    """Checksums only where they are a must: some servers take no others, and Content-MD5 guards what we write."""
+    config = Config(
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        connect_timeout=5,
+        read_timeout=20,
+        signature_version="s3v4",
+        s3={"addressing_style": addressing},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    region = session.region_name or "us-east-1"
+    return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
+
+
+def _secrets_of(session: Any) -> list[str]:
+    try:
+        credentials = session.get_credentials()
+        held = credentials.get_frozen_credentials() if credentials else None
+    except faults.BotoCoreError:  # those of a role or a login that are over and do not come anew
+        held = None
+    if held is None:
+        return []
+    return [each for each in (held.secret_key, held.token) if each]
+
+
+def _status(error: Exception) -> int:
+    return int((getattr(error, "response", None) or {}).get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
+
+
+def _code(error: Exception) -> str:
+    return str((getattr(error, "response", None) or {}).get("Error", {}).get("Code") or "")
+
+
+def _bare(etag: str) -> str:
+    """An ETag without the quotation marks, which some requests must not have."""
+    return etag.strip('"')
+
+
+def _passes(error: Exception) -> bool:
+    """Whether the same request may succeed in a moment."""
+    if isinstance(error, faults.ClientError):
+        return _code(error) in PASSING or (_status(error) >= 500 and _status(error) != 501) or _status(error) == 429
+    return isinstance(
+        error,
+        (faults.HTTPClientError, faults.IncompleteReadError, faults.ResponseStreamingError, faults.ReadTimeoutError),
+    )

@@ -1,0 +1,65 @@
+"""A server that speaks S3, on this machine alone: moto's, in a process of its own."""
+
+import contextlib
+import importlib.util
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+STARTS_S = 60.0
+_numbers = itertools.count(1)
+
+
+@contextlib.contextmanager
+def serve() -> Iterator[str]:
+    """host:port of a server on the loopback. Skips the test where it is not installed."""
+    if importlib.util.find_spec("moto") is None or importlib.util.find_spec("flask") is None:
+        pytest.skip("NO BUCKET WAS TESTED: moto's server is not installed (pip install 'moto[server]')")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )  # fmt: skip
+    try:
+        _wait(process, port)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait(process: "subprocess.Popen[bytes]", port: int) -> None:
+    deadline = time.monotonic() + STARTS_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"the S3 server ended with {process.returncode}"
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"the S3 server did not start in {STARTS_S:.0f} s")
+
+
+def client(endpoint: str) -> Any:
+    import boto3
+
+    return boto3.client(
+        "s3", endpoint_url=f"http://{endpoint}", region_name="us-east-1", aws_access_key_id="testkey",
+        aws_secret_access_key="hush-hush-testsecret",
+    )  # fmt: skip
+
+
+def make_bucket(endpoint: str) -> str:
+    """The name of a new one."""
+    name = f"made-{next(_numbers)}"
+    made = client(endpoint)
+    made.create_bucket(Bucket=name)
+    made.close()
+    return name

@@ -1,0 +1,496 @@
+"""A bucket, by itself: how it is found, and what becomes of requests that fail, or that only seem to.
+
+What all places have in common is in test_objects.py.
+"""
+
+import os
+import pickle
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from botocore import exceptions as faults
+from made_rows import DEAD, advance, begin, finished, keys, trial
+
+from orchestrator import doctor
+from orchestrator.errors import ExitCode, UnreachableError, UsageError
+from orchestrator.rows import TrialRow
+from orchestrator.store import LeaseLostError, ResultStore, SweepWriter
+from orchestrator.store import bucket as buckets
+from orchestrator.store.bucket import Address, Bucket
+
+SECRET = "hush-hush-testsecret"
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FIRST_WAIT_S", "SETTLE_S"):
+        monkeypatch.setattr(buckets, name, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------ how it is found
+
+
+def test_an_address_says_where_and_no_more() -> None:
+    whole = "s3://bucket/a/b?endpoint_override=localhost:9000&scheme=http&region=eu-west-3"
+    address = Address.parse(whole)
+    assert address == Address("bucket", "a/b", "http://localhost:9000", "eu-west-3")
+    assert (address.uri, str(address)) == (whole, "s3://bucket/a/b")
+    for uri in ("s3://bucket", "s3://bucket/a/b"):
+        assert (Address.parse(uri).uri, Address.parse(uri + "/").uri) == (uri, uri)
+    assert Address.parse("s3://bucket/x?endpoint_override=store.example").endpoint == "https://store.example"
+
+
+@pytest.mark.parametrize(
+    ("uri", "match"),
+    [
+        (f"s3://key:{SECRET}@bucket/a", "has a user name or a password in it.*AWS_ACCESS_KEY_ID"),
+        (f"s3://key:{SECRET}/more@bucket/a", "has a user name or a password"),
+        (f"s3://bucket/a?endpoint_override=key:{SECRET}@host", "has a user name or a password"),
+        (f"s3://bucket/a?secret_key={SECRET}", "secret_key means nothing here"),
+        (f"s3://key:{SECRET}", "no name of a bucket"),
+        ("s3://", "no name of a bucket"),
+        ("s3:///a", "no name of a bucket"),
+        ("s3://bucket/a#b", "what follows # means nothing"),
+        ("s3://bucket/a?endpoint_override=http://host", "endpoint_override is host:port"),
+        ("s3://bucket/a?scheme=ftp", "scheme is http or https"),
+        (f"gs://key:{SECRET}@bucket/a", "at s3://bucket/prefix"),
+    ],
+)
+def test_an_address_that_is_none_is_refused_without_its_secrets(uri: str, match: str) -> None:
+    with pytest.raises(UsageError, match=match) as caught:
+        ResultStore.open(uri)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_the_environment_names_the_server(
+    bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """And a worker that has only the store's address finds it too."""
+    monkeypatch.setenv(name, f"http://{s3_server}")
+    store = ResultStore.open(bucket.partition("?")[0], create=True)
+    monkeypatch.delenv(name)
+    assert store.uri == bucket
+    store.folder.put("a", b"1")
+    assert ResultStore.open(store.uri).folder.names("") == ["a"]
+
+
+def test_a_profile_names_the_server_and_has_the_credentials(
+    bucket: str, s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config").write_text(f"[profile lab]\nregion = eu-west-3\nendpoint_url = http://{s3_server}\n")
+    (tmp_path / "credentials").write_text(f"[lab]\naws_access_key_id = labkey\naws_secret_access_key = {SECRET}\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(UnreachableError, match="AWS_PROFILE"):
+        ResultStore.open(bucket)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    found = Bucket.open(bucket.partition("?")[0])
+    found.probe()
+    assert found.uri == f"{bucket}&region=eu-west-3"
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(UsageError, match=r"settings of AWS cannot be used.*nobody"):
+        Bucket.open(bucket)
+
+
+def test_a_password_in_the_endpoint_of_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://key:{SECRET}@127.0.0.1:9")
+    with pytest.raises(UsageError, match="AWS_ENDPOINT_URL has a user name or a password") as caught:
+        Bucket.open("s3://bucket/a")
+    assert SECRET not in str(caught.value)
+
+
+def test_amazons_own_buckets_are_addressed_as_amazon_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testkey")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    here, elsewhere = (
+        Bucket.open("s3://bucket/a?region=eu-west-3"),
+        Bucket.open("s3://bucket/a?endpoint_override=localhost:9000&scheme=http"),
+    )
+    url = here._client.generate_presigned_url("get_object", Params={"Bucket": "bucket", "Key": "k"})
+    assert re.match(r"https://bucket\.s3[.a-z0-9-]*\.amazonaws\.com/k\?", url)
+    assert here._client.meta.endpoint_url == "https://s3.eu-west-3.amazonaws.com"
+    url = elsewhere._client.generate_presigned_url("get_object", Params={"Bucket": "bucket", "Key": "k"})
+    assert url.startswith("http://localhost:9000/bucket/k?")
+    assert here.uri == "s3://bucket/a?region=eu-west-3"
+
+
+def test_prefixes_of_one_bucket_know_nothing_of_each_other(bucket: str) -> None:
+    address, _, server = bucket.partition("?")
+    one, other, whole = (
+        Bucket.open(f"{place}?{server}") for place in (address, f"{address}-too", address.rpartition("/some")[0])
+    )
+    one.put("a", b"1")
+    assert (other.names(""), other.names("", folders=True)) == ([], [])
+    assert (whole.names("", folders=True), whole.names("some/results")) == (["some"], ["a"])
+
+
+def test_boto3_is_loaded_for_buckets_alone(tmp_path: Path) -> None:
+    code = (
+        "import sys; from orchestrator.store import ResultStore; ResultStore.open(sys.argv[1], create=True).sweeps();"
+        "print('boto3' in sys.modules, 'botocore' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False False\n"
+
+
+# -------------------------------------------------------------------------------------------- requests that go wrong
+
+
+class Faulty:
+    """A client whose requests go wrong as planned: `plan` gives what happens to each, until it is used up."""
+
+    def __init__(self, client: Any, *plan: str | Exception) -> None:
+        self._client, self.plan, self.calls = client, list(plan), 0
+
+    def __getattr__(self, name: str) -> Any:
+        request = getattr(self._client, name)
+        if name not in ("put_object", "get_object", "head_object", "list_objects_v2", "delete_object"):
+            return request
+
+        def call(**given: Any) -> Any:
+            self.calls += 1
+            fault = self.plan.pop(0) if self.plan else ""
+            if isinstance(fault, Exception):
+                raise fault
+            answer = request(**given)
+            if fault == "reset after":
+                raise faults.ConnectionClosedError(endpoint_url="http://server")
+            if fault == "cut":
+                answer["Body"] = Cut(answer["Body"])
+            return answer
+
+        return call
+
+
+class Cut:
+    def __init__(self, content: Any) -> None:
+        self._content, self._cut = content, False
+
+    def read(self, size: int) -> bytes:
+        if self._cut:
+            raise faults.IncompleteReadError(actual_bytes=1, expected_bytes=2)
+        self._cut = True
+        return bytes(self._content.read(1))
+
+    def close(self) -> None:
+        self._content.close()
+
+
+def refusal(status: int, code: str, message: str = "so it is") -> faults.ClientError:
+    answer = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return faults.ClientError(answer, "PutObject")
+
+
+RESET = faults.ConnectionClosedError(endpoint_url="http://server")
+PASSING = [refusal(503, "SlowDown"), refusal(500, "InternalError"), refusal(400, "BadDigest"), RESET]
+
+
+@pytest.fixture
+def faulty(bucket: str) -> Callable[..., Bucket]:
+    """A bucket whose next requests go wrong as planned; that its server honours conditions is known."""
+
+    def make(*plan: str | Exception) -> Bucket:
+        made = Bucket.open(bucket)
+        made._conditions()
+        made._client = Faulty(made._client, *plan)
+        return made
+
+    return make
+
+
+def test_what_passes_is_waited_out(faulty: Callable[..., Bucket]) -> None:
+    made = faulty(*PASSING)
+    made.put("a", b"1")
+    assert made._client.calls == 5
+    for act in (lambda: made.read("a"), lambda: made.names(""), lambda: made.digest("a"), lambda: made.modified("a")):
+        made._client.plan = [refusal(503, "SlowDown"), RESET]
+        assert act()
+    made._client.plan = [RESET]
+    made.delete("a")
+    assert made.read("a") is None
+
+
+def test_an_answer_that_is_cut_is_read_again_whole(faulty: Callable[..., Bucket], tmp_path: Path) -> None:
+    made = faulty()
+    made.put("a", b"123")
+    made._client.plan = ["cut", "cut"]
+    stored = made.read("a")
+    assert stored is not None
+    assert stored.data == b"123"
+    made._client.plan = ["cut"]
+    made.download("a", tmp_path / "a", lambda _: True)
+    assert (tmp_path / "a").read_bytes() == b"123"
+
+
+def test_an_answer_that_is_lost_is_found_out(faulty: Callable[..., Bucket]) -> None:
+    """The server did it, nobody heard, and the second try finds it done already."""
+    made = faulty("reset after")
+    assert made.create("a", b"1")
+    assert not made.create("a", b"1")
+    made._client.plan = ["reset after", "", RESET]  # the look at it may fail as well: then all begins again
+    tag = made.swap("b", b"1", None)
+    assert tag
+    made._client.plan = ["reset after", refusal(503, "SlowDown")]
+    assert made.swap("b", b"2", tag) not in (None, tag)
+    stored = made.read("b")
+    assert stored is not None
+    assert stored.data == b"2"
+
+
+def test_a_lost_answer_is_no_licence_to_overwrite(faulty: Callable[..., Bucket], bucket: str) -> None:
+    """Before the second try, another was sooner."""
+    made, other = faulty(), Bucket.open(bucket)
+    tag = made.swap("a", b"1", None)
+    assert other.swap("a", b"another", tag)
+    made._client.plan = [RESET]
+    assert made.swap("a", b"2", tag) is None
+    made._client.plan = [refusal(500, "InternalError")]
+    assert not made.create("a", b"2")
+    stored = made.read("a")
+    assert stored is not None
+    assert stored.data == b"another"
+
+
+class Rude(BaseHTTPRequestHandler):
+    """Hangs up before it answers, cuts its first answers short, and then behaves."""
+
+    calls: ClassVar[list[str]] = []
+
+    def do_PUT(self) -> None:
+        self.calls.append("PUT")
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if self.calls.count("PUT") < 3:
+            self.close_connection = True
+            return
+        self.answer(b"")
+
+    def do_GET(self) -> None:
+        self.calls.append("GET")
+        self.answer(b"12" if self.calls.count("GET") < 3 else b"12345")
+
+    def answer(self, content: bytes) -> None:
+        self.send_response(200)
+        self.send_header("ETag", '"tag"')
+        self.send_header("Content-Length", "5" if content else "0")
+        self.end_headers()
+        self.wfile.write(content)
+        self.close_connection = True
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+def test_connections_that_break_are_made_anew(bucket: str) -> None:
+    """Real ones: what boto3 makes of them is no assumption of ours."""
+    Rude.calls.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Rude) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            made = Bucket.open(f"s3://bucket/a?endpoint_override=127.0.0.1:{server.server_port}&scheme=http")
+            made.put("a", b"12345")
+            stored = made.read("a")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert stored is not None
+    assert (stored.data, stored.tag) == (b"12345", "tag")
+    assert Rude.calls == ["PUT"] * 3 + ["GET"] * 3
+
+
+def test_a_store_that_hangs_is_not_waited_for_eight_times(
+    faulty: Callable[..., Bucket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buckets, "PATIENCE_S", -1.0)
+    made = faulty(*[RESET] * buckets.TRIES)
+    with pytest.raises(UnreachableError):
+        made.read("a")
+    assert made._client.calls == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "advice", "tries"),
+    [
+        (refusal(403, "AccessDenied"), "allow to list the bucket", 1),
+        (refusal(403, "RequestTimeTooSkewed"), "clocks", 1),
+        (refusal(404, "NoSuchBucket"), "Make the bucket", 1),
+        (faults.NoCredentialsError(), "AWS_PROFILE", 1),
+        (faults.CredentialRetrievalError(provider="role", error_msg="over"), "AWS_PROFILE", 1),
+        (refusal(503, "SlowDown"), "Run the same command again", buckets.TRIES),
+        (RESET, "Run the same command again", buckets.TRIES),
+    ],
+    ids=str,
+)
+def test_what_does_not_pass_says_what_to_do(
+    faulty: Callable[..., Bucket], error: Exception, advice: str, tries: int
+) -> None:
+    made = faulty(*[error] * buckets.TRIES)
+    with pytest.raises(
+        UnreachableError, match=f"cannot write s3://made-.*/some/results/a: .*stored before is unharmed.*{advice}"
+    ):
+        made.put("a", b"1")
+    assert made._client.calls == tries
+
+
+def test_a_server_that_is_not_there_is_told(bucket: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        address = f"{bucket.partition('?')[0]}?endpoint_override=127.0.0.1:{taken.getsockname()[1]}&scheme=http"
+        with pytest.raises(UnreachableError, match=r"cannot list .*Could not connect.*when the store answers"):
+            ResultStore.open(address)
+
+
+def test_a_bucket_that_is_not_there_is_told_and_not_made(bucket: str, s3_server: str) -> None:
+    address = f"s3://nothing-here/a?{bucket.partition('?')[2]}"
+    for create in (True, False):
+        with pytest.raises(UnreachableError, match=r"NoSuchBucket.*Make the bucket"):
+            ResultStore.open(address, create=create)
+
+
+def test_the_doctor_tries_a_bucket(bucket: str) -> None:
+    check = doctor.results_bucket(bucket)
+    assert (check.verdict, check.found) == ("good", bucket.partition("?")[0])
+    check = doctor.results_bucket(f"s3://nothing-here/a?{bucket.partition('?')[2]}")
+    assert (check.verdict, check.code) == ("bad", ExitCode.UNREACHABLE)
+    assert "Make the bucket" in check.found
+    assert Bucket.open(bucket).names("") == []
+
+
+def test_no_secret_is_in_an_error(faulty: Callable[..., Bucket], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the server says it back; neither in the text, nor in a pickle, nor in what a traceback prints."""
+    import traceback
+
+    monkeypatch.setenv("SOME_API_TOKEN", "another-secret")
+    error = refusal(403, "SignatureDoesNotMatch", f"the string {SECRET}, and another-secret")
+    made = faulty(error)
+    with pytest.raises(UnreachableError, match=r"the string \*\*\*, and \*\*\*") as caught:
+        made.put("a", b"1")
+    for text in (repr(pickle.dumps(caught.value)), "".join(traceback.format_exception(caught.value)), repr(vars(made))):
+        assert SECRET not in text
+        assert "another-secret" not in text
+    assert SECRET not in made.uri
+
+
+# ------------------------------------------------------------------------------------------ servers without conditions
+
+
+class Unconditional:
+    """A client of a server that forgets conditions silently, or that knows none (501)."""
+
+    def __init__(self, client: Any, *, forgets: tuple[str, ...] = (), refuses: tuple[str, ...] = ()) -> None:
+        self._client, self._forgets, self._refuses = client, forgets, refuses
+        self.before: Callable[[str], None] = lambda key: None
+        self.after: Callable[[], None] = lambda: None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def put_object(self, **given: Any) -> Any:
+        if set(given) & set(self._refuses):
+            raise refusal(501, "NotImplemented")
+        self.before(given["Key"])
+        answer = self._client.put_object(**{name: each for name, each in given.items() if name not in self._forgets})
+        self.after()
+        return answer
+
+
+class Unquoted(Unconditional):
+    """Of a server that compares the tag as it is, without quotation marks, as Ceph 16 does."""
+
+    def put_object(self, **given: Any) -> Any:
+        if '"' in given.get("IfMatch", ""):
+            raise refusal(412, "PreconditionFailed")
+        return self._client.put_object(**given)
+
+
+BOTH = ("IfNoneMatch", "IfMatch")
+SERVERS: dict[str, tuple[Callable[[Any], Any], bool, str | None]] = {
+    "as the standard has it": (lambda client: client, True, '"{}"'),
+    "without quotation marks": (Unquoted, True, "{}"),
+    "forgets all": (lambda client: Unconditional(client, forgets=BOTH), False, None),
+    "refuses all": (lambda client: Unconditional(client, refuses=BOTH), False, None),
+    "creates, and refuses to swap": (lambda client: Unconditional(client, refuses=BOTH[1:]), True, None),
+    "creates, and forgets to swap": (lambda client: Unconditional(client, forgets=BOTH[1:]), True, None),
+}
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_a_server_that_lacks_conditions_is_found_out_and_served(bucket: str, server: str) -> None:
+    make, create, swap = SERVERS[server]
+    made = Bucket.open(bucket)
+    made._client = make(made._client)
+    store = ResultStore(made)
+    assert made.create("a", b"1")
+    assert not made.create("a", b"1")
+    tag = made.swap("b", b"1", None)
+    assert made.swap("b", b"2", tag)
+    assert made.swap("b", b"3", tag) is None
+    assert made.swap("b", b"3", None) is None
+    assert made._conditions() == buckets._Conditions(create, swap)
+    assert made.names("") == ["a", "b"]
+    rows = finished(store)
+    assert keys(store) == sorted((row.trial_id, number) for row in rows for number in (1, 2, 3))
+    assert store.verify("made") == []
+
+
+def test_who_was_overwritten_at_the_same_moment_sees_it(bucket: str) -> None:
+    made, other = Bucket.open(bucket), Bucket.open(bucket)
+    client = made._client = Unconditional(made._client, forgets=BOTH)
+    tag = made.swap("a", b"1", None)
+    client.after = lambda: other.put("a", b"another")
+    assert made.swap("a", b"2", tag) is None
+    stored = made.read("a")
+    assert stored is not None
+    assert stored.data == b"another"
+
+
+def test_of_two_drivers_that_a_server_without_conditions_let_in_one_is_told(bucket: str) -> None:
+    """The first looks, is held up while the second takes the sweep and writes, and then takes it as well."""
+    made, other = Bucket.open(bucket), Bucket.open(bucket)
+    client = made._client = Unconditional(made._client, forgets=BOTH)
+    other._client = Unconditional(other._client, forgets=BOTH)
+    seconds: list[SweepWriter] = []
+
+    def meanwhile(key: str) -> None:
+        if key.endswith("lease.json") and not seconds:
+            seconds.append(begin(ResultStore(other)))
+            finish(seconds[0], trial(0))
+
+    client.before = meanwhile
+    first = begin(ResultStore(made), process=DEAD)
+    with pytest.raises(LeaseLostError):
+        seconds[0].renew()
+    with pytest.raises(LeaseLostError):  # its part would have the name of one that is there: nothing is overwritten
+        finish(first, trial(1))
+    with begin(ResultStore(made)) as third:
+        assert third.fence == 2
+        assert [(row.trial_id, row.state) for row in third.rows] == [(trial(0).trial_id, "TERMINATED")]
+    assert [number for _, number in keys(ResultStore(made))] == [1, 2, 3]
+
+
+def finish(writer: SweepWriter, row: TrialRow) -> None:
+    for number in (1, 2, 3):
+        row = advance(writer, row, number, seq=number)
+    writer.flush(force=True)
+
+
+def test_a_file_that_cannot_be_read_is_told(bucket: str, tmp_path: Path) -> None:
+    made = Bucket.open(bucket)
+    with pytest.raises(UnreachableError, match=r"cannot read .*nothing"):
+        made.upload("a", tmp_path / "nothing")
+    made.put("a", b"1")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UnreachableError, match=r"cannot write .*file/a: "):
+        made.download("a", tmp_path / "file" / "a", lambda _: True)
+    assert os.listdir(tmp_path) == ["file"]
