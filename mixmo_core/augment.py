@@ -102,5 +102,6 @@ def normalise(pixels: Tensor, dataset: str) -> Tensor:
 
 
 def _constants(spec: Preparation, device: torch.device) -> tuple[Tensor, Tensor]:
-    both = torch.tensor((spec.mean, spec.std), dtype=torch.float32, device=device)[:, :, None, None]
+    # Not made with `device=`, which waits until a GPU has done all that it was asked before.
+    both = torch.tensor((spec.mean, spec.std), dtype=torch.float32).to(device, non_blocking=True)[:, :, None, None]
     return both[0], both[1]

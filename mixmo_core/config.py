@@ -127,9 +127,8 @@ class DataConfig(_Section):
         0.5, "Share of the images that msda mixes with another one.", at_least=0, at_most=1
     )
     msda_alpha: float = _setting(
-        1.0, "Concentration of the Beta that draws the ratios of mixup, cutmix and manifold_mixup.", symbol="lambda",
-        above=0,
-    )  # fmt: skip
+        1.0, "Concentration of the Beta that draws lambda, the ratio of mixup, cutmix and manifold_mixup.", above=0
+    )
 
     def __post_init__(self) -> None:
         super(DataConfig, self).__post_init__()

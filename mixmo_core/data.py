@@ -516,7 +516,14 @@ def _copy(name: str, destination: Path, source: Path) -> None:
     if archive.is_file():
         from torchvision.datasets.utils import extract_archive
 
-        extract_archive(str(archive), str(destination))
+        try:
+            extract_archive(str(archive), str(destination))
+        except (OSError, RuntimeError):
+            raise
+        except Exception as error:  # whatever an archive that was cut short makes of the many readers
+            raise DatasetError(
+                f"{archive}: damaged or cut short, it cannot be unpacked ({error}). Bring {name} again"
+            ) from error
         return
     above = source.parent if source.name == FOLDERS[name] else source
     if not (above / FOLDERS[name]).is_dir():

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import functional as tv
 
 from mixmo_core.augment import PREPARATION, Draws, apply, draw, normalise, standard
@@ -62,6 +63,27 @@ def test_normalisation_is_the_recipes(dataset: str, mean: tuple[float, ...], std
     result = normalise(pixels, dataset)
     assert result.dtype == torch.float32
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+class _Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Of the host's tensors, and whether each goes on without waiting for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.unwaited: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
+            self.unwaited.append(bool((kwargs or {}).get("non_blocking")))
+        return func(*args, **(kwargs or {}))
+
+
+def test_normalisation_does_not_wait_for_the_device() -> None:
+    """On the device that holds shapes only, which is no more the host than a GPU is."""
+    pixels = some_pixels("cifar10", 2).to("meta")
+    with _Copies() as copies:
+        normalise(pixels, "cifar10")
+    assert copies.unwaited == [True]
 
 
 @pytest.mark.parametrize(("dataset", "pad", "flips"), [("cifar10", 4, True), ("cifar100", 4, True),

@@ -273,6 +273,22 @@ def test_a_damaged_archive_is_found_out(published: Path, tmp_path: Path) -> None
         fetch("cifar10", tmp_path / "here", tmp_path)
 
 
+@pytest.mark.parametrize("kept", [0, 10, 500, 1500])
+@pytest.mark.parametrize("name", ["cifar10", "tiny_imagenet", "cifar100_c"])
+def test_an_archive_that_was_cut_short_is_named(name: str, kept: int, tmp_path: Path) -> None:
+    (tmp_path / "folder" / data.FOLDERS[name]).mkdir(parents=True)
+    (tmp_path / "folder" / data.FOLDERS[name] / "file").write_bytes(np.random.PCG64(0).random_raw(1000).tobytes())
+    archive = tmp_path / data.ARCHIVES[name]
+    if archive.suffix == ".zip":
+        shutil.make_archive(str(archive.with_suffix("")), "zip", tmp_path / "folder")
+    else:
+        with tarfile.open(archive, "w:gz" if archive.suffix == ".gz" else "w") as made:
+            made.add(tmp_path / "folder" / data.FOLDERS[name], data.FOLDERS[name])
+    archive.write_bytes(archive.read_bytes()[:kept])
+    with pytest.raises(DatasetError, match=rf"{archive.name}: damaged or cut short"):
+        fetch(name, tmp_path / "here", archive)
+
+
 def test_an_empty_source_says_what_it_should_hold(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"neither the folder cifar-100-python nor the file cifar-100-python.tar.gz"):
         fetch("cifar100", tmp_path / "here", tmp_path)
