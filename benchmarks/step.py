@@ -113,7 +113,7 @@ class Bench:
         wrapper = self.reference.trainer(self.config, self.device)
         wrapper.network.load_state_dict(networks.reference_tensors(networks.build(self.config)), strict=False)
         l2 = float(wrapper.loss.config_loss["l2_reg"])
-        penalty = l2 * float(wrapper.loss.l2_reg().detach())
+        penalty = l2 and l2 * float(wrapper.loss.l2_reg().detach())
         return lambda: Reference.train(wrapper, batch), lambda: float(wrapper.loss._accumulator_loss) - penalty
 
     def mode(self, variant: str, precision: str) -> tuple[Callable[[], None], Callable[[], float]]:
@@ -277,12 +277,11 @@ def main() -> int:
     if options.peak:
         print_peak(options.net, tuple(options.peak), options.device, reference)
         return 0
-    rows = [
-        each | {"peak_mib": peak_mib(net, (each["variant"], each["precision"]), options)}
-        for net in options.net.split(",")
-        for each in measure(net, options.device, reference, options.rounds)
-    ]
-    path = machine.write(f"step_{options.device.type}", {"rows": rows})
+    rows: list[dict[str, Any]] = []
+    for net in options.net.split(","):
+        for each in measure(net, options.device, reference, options.rounds):
+            rows.append(each | {"peak_mib": peak_mib(net, (each["variant"], each["precision"]), options)})
+        path = machine.write(f"step_{options.device.type}", {"rows": rows})  # what there is, should the next fail
     print(json.dumps(rows, indent=1) if options.json else table(rows))
     print(f"written to {path}", file=sys.stderr)
     return 0 if reference is None or all(each["parity"] for each in rows) else 1
