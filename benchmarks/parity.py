@@ -9,17 +9,14 @@ is, but for names that NumPy has dropped. Writes benchmarks/results/parity.json;
 """
 
 import argparse
-import importlib
-import logging
 import random
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
 import machine
-import numpy as np
 import torch
+from reference import L2, Reference
 from torch import Tensor
 
 from mixmo_core import evaluate, mixing, networks, step
@@ -27,49 +24,7 @@ from mixmo_core.config import DATASETS, STEM_CHANNELS, TrialConfig, map_size, un
 
 BOUND = 1e-8
 """Of relative differences in fp64."""
-STEPS, BATCH, L2 = 3, 4, 3e-4
-
-
-class Reference:
-    """Networks, loss and metrics of a checkout of the reference."""
-
-    def __init__(self, checkout: Path) -> None:
-        sys.path.insert(0, str(checkout))
-        vars(np).setdefault("int", int)
-        for name in ("coloredlogs", "verboselogs"):  # what it colours its log with
-            silent: Any = sys.modules.setdefault(name, types.ModuleType(name))
-            silent.install = lambda **_: None
-        logging.disable(logging.WARNING)
-        self._wrn, self._resnet, self._loss, self.metrics = (
-            importlib.import_module(f"mixmo.{name}")
-            for name in ("networks.wrn", "networks.resnet", "core.loss", "core.metrics_wrapper")
-        )
-
-    def network(self, config: TrialConfig, classes: int) -> Any:
-        model = config.model
-        names = (
-            ("WideResNet", "WideResNetMixMo") if model.arch == "wide_resnet" else ("PreActResNet", "PreActResNetMixMo")
-        )
-        module = self._wrn if model.arch == "wide_resnet" else self._resnet
-        depth = model.depth if model.arch == "wide_resnet" else 18
-        kind = getattr(module, names[model.subnetworks > 1])
-        return kind({"depth": depth, "widen_factor": model.width}, _arguments(config, classes)).double()
-
-    def loss(self, config: TrialConfig, classes: int, net: Any) -> Any:
-        each = {"name": "soft_cross_entropy", "coeff": 1}
-        subs = [
-            {**each, "display_name": f"ce{m}", "input": f"logits_{m}", "target": f"target_{m}"}
-            for m in range(config.model.subnetworks)
-        ]
-        spec = {"name": "multitask", "display_name": "loss", "l2_reg": L2, "listloss": subs}
-        loss = self._loss.WrapperLoss(spec, _arguments(config, classes), torch.device("cpu"))
-        loss.set_regularized_network(net)
-        loss.start_accumulator()
-        return loss
-
-
-def _arguments(config: TrialConfig, classes: int) -> dict[str, Any]:
-    return {"num_members": config.model.subnetworks, "data": {"num_classes": classes}}
+STEPS, BATCH = 3, 4
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -91,7 +46,7 @@ def settings(chance: random.Random) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def compare_networks(reference: Reference, flat: dict[str, Any], seed: int) -> dict[str, float]:
+def compare_networks(reference: Reference, flat: dict[str, Any], seed: int, steps: int = STEPS) -> dict[str, float]:
     """The largest relative difference of each kind."""
     torch.manual_seed(seed)
     config = unflatten(flat)
@@ -100,7 +55,7 @@ def compare_networks(reference: Reference, flat: dict[str, Any], seed: int) -> d
     networks.load_reference(ours, theirs.state_dict())
     images_BCHW = torch.randn(BATCH, 3, size, size, dtype=torch.float64)
     found = {"evaluation": _evaluated(theirs, ours, images_BCHW)}
-    found["losses"] = _trained(reference, config, theirs, ours, seed)
+    found["losses"] = _trained(reference, config, theirs, ours, seed, steps)
     tensors = networks.reference_tensors(ours)
     found["weights"] = max(
         _apart(tensors[name], value) for name, value in theirs.state_dict().items() if name in tensors
@@ -115,8 +70,10 @@ def _evaluated(theirs: Any, ours: networks.MixMoNet, images_BCHW: Tensor) -> flo
     return _apart(ours.eval()(images_BCHW).mean(dim=0), expected_BK)
 
 
-def _trained(reference: Reference, config: TrialConfig, theirs: Any, ours: networks.MixMoNet, seed: int) -> float:
-    """Three steps of both on the same batches; leaves the trained networks behind."""
+def _trained(  # noqa: PLR0917 -- both, and how long
+    reference: Reference, config: TrialConfig, theirs: Any, ours: networks.MixMoNet, seed: int, steps: int
+) -> float:
+    """Some steps of both on the same batches; leaves the trained networks behind."""
     K, size, M = (
         DATASETS[config.data.dataset].classes, DATASETS[config.data.dataset].size,
         config.model.subnetworks,
@@ -126,7 +83,7 @@ def _trained(reference: Reference, config: TrialConfig, theirs: Any, ours: netwo
     sgd = torch.optim.SGD(theirs.parameters(), lr=optim.lr, momentum=optim.momentum, nesterov=True)
     mine = step.optimiser(ours, config)
     generator, worst = torch.Generator().manual_seed(seed), 0.0
-    for _ in range(STEPS):
+    for _ in range(steps):
         images_MBCHW = torch.randn(M, BATCH, 3, size, size, dtype=torch.float64)
         labels_MB = torch.randint(K, (M, BATCH))
         masks, kappa_MB = _masks(config, generator)

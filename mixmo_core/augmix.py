@@ -107,13 +107,13 @@ def operate(pixels_PCHW: Tensor, operations_P: Tensor) -> Tensor:
     tables_PCV = torch.where(equal_P11, _equalising(pixels_PCN), _tables(device)[operations_P].unsqueeze(1))
     coloured_PCN = tables_PCV.gather(2, pixels_PCN)
     from_x, x_by_x, x_by_y, from_y, y_by_x, y_by_y = _maps(S, device)[operations_P][..., None, None].unbind(1)
-    along = torch.arange(S, device=device)
+    along = torch.arange(S, dtype=torch.int32, device=device)
     x_PHW = (from_x + x_by_x * along + x_by_y * along.unsqueeze(1)) >> 16
     y_PHW = (from_y + y_by_x * along + y_by_y * along.unsqueeze(1)) >> 16
     inside_PHW = (x_PHW >= 0) & (x_PHW < S) & (y_PHW >= 0) & (y_PHW < S)
-    source_P1N = (y_PHW.clamp(0, S - 1) * S + x_PHW.clamp(0, S - 1)).flatten(1).unsqueeze(1)
+    source_P1N = (y_PHW.clamp(0, S - 1) * S + x_PHW.clamp(0, S - 1)).long().flatten(1).unsqueeze(1)
     moved_PCN = coloured_PCN.gather(2, source_P1N.expand(-1, C, -1))
-    return torch.where(inside_PHW.flatten(1).unsqueeze(1), moved_PCN, 0).view_as(pixels_PCHW)
+    return moved_PCN.masked_fill_(~inside_PHW.flatten(1).unsqueeze(1), 0).view_as(pixels_PCHW)
 
 
 def _equalising(pixels_PCN: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def _tables(device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _maps(size: int, device: torch.device) -> Tensor:
-    """From where each operation takes the pixel at (x, y), in units of 2^-16 pixels, int64 (2 len(OPERATIONS), 6).
+    """From where each operation takes the pixel at (x, y), in units of 2^-16 pixels, int32 (2 len(OPERATIONS), 6).
 
     The x of the source at (0, 0), its growth with x and with y, then the same of its y. Pixels are met in their
     centres and the result is rounded down: the nearest pixel. Outside of the image it is black.
@@ -156,7 +156,7 @@ def _maps(size: int, device: torch.device) -> Tensor:
         for name in _NAMES:
             a, b, c, d, e, f = _affine(name, direction * _strength(name), size)
             rows.append([_fixed(value) for value in (c + a / 2 + b / 2, a, b, f + d / 2 + e / 2, d, e)])
-    return torch.tensor(rows, device=device)
+    return torch.tensor(rows, dtype=torch.int32, device=device)  # enough for images of 4,096 pixels
 
 
 def _fixed(value: float) -> int:
