@@ -4,25 +4,24 @@ A cell is all trials that share the fields of a row and a column; with the defau
 Only finished trials count: one that was stopped early, failed or still runs leaves its cell marked as incomplete.
 """
 
-import csv
-import io
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from mixmo_core.metrics import BY_NAME
+from mixmo_core.config import DATASETS
 from orchestrator.errors import UsageError
-from orchestrator.rows import CONFIG_COLUMNS, METRIC_COLUMNS, TrialRow, trial_rows
+from orchestrator.result_table import At, Cell, Key, Reported, ResultTable, short, shown
+from orchestrator.rows import CONFIG_COLUMNS, METRIC_COLUMNS, EpochRow, TrialRow, epoch_rows, trial_rows
+from orchestrator.significance import compare, holm
 from orchestrator.store import ResultStore
 from orchestrator.sweep import Published
 
-At = Literal["last", "best"]
-Key = tuple[Any, ...]
+__all__ = ["At", "Cell", "EnsembleRow", "ResultTable", "Results", "load", "short", "shown", "table", "varied"]
 
 _FIELDS = ("label", "sweep", "cell_id", "workers", "members", *CONFIG_COLUMNS)
 _OPEN = frozenset({"PENDING", "RUNNING", "PAUSED"})
@@ -55,6 +54,11 @@ class Results:
         """As `ResultStore.epochs`, one sweep below the other."""
         return pa.concat_tables([self.store.epochs(sweep) for sweep in self.sweeps])
 
+    def at_epoch(self, epoch: int) -> list[EpochRow]:
+        """The rows of one epoch, of all trials that have reached it: what `table` takes for `at=epoch`."""
+        found = self.epochs()
+        return epoch_rows(found.filter(pc.field("epoch") == epoch)) if len(found) else []
+
     def to_pandas(self) -> Any:
         return self.table.to_pandas()
 
@@ -70,223 +74,6 @@ def load(uri: str | Path, *sweeps: str) -> Results:
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """The trials of one row and one column."""
-
-    values: tuple[float, ...] = ()
-    """The metric of each finished trial, in order of seed."""
-    waiting: int = 0
-    """Trials that wait or run."""
-    failed: int = 0
-    """Trials that failed, were cancelled, or were stopped early."""
-    undefined: int = 0
-    """Finished trials that the metric is not defined for, as ratio_error for a single subnetwork."""
-    baseline: bool = False
-    difference: float | None = None
-    """Mean minus the baseline's mean."""
-    difference_se: float | None = None
-    """Standard error of the difference, from both spreads."""
-
-    @property
-    def n(self) -> int:
-        return len(self.values)
-
-    @property
-    def planned(self) -> int:
-        return self.n + self.waiting + self.failed + self.undefined
-
-    @property
-    def mean(self) -> float | None:
-        return math.fsum(self.values) / self.n if self.values else None
-
-    @property
-    def std(self) -> float | None:
-        """With n - 1 in the denominator: of the seeds there could be, not of those there are."""
-        if self.n < 2:
-            return None
-        mean = math.fsum(self.values) / self.n
-        return math.sqrt(math.fsum((value - mean) ** 2 for value in self.values) / (self.n - 1))
-
-
-@dataclass(frozen=True, slots=True)
-class ResultTable:
-    metric: str
-    at: At
-    row_fields: tuple[str, ...]
-    col_fields: tuple[str, ...]
-    row_keys: tuple[Key, ...]
-    """Values of the row fields, one tuple for each line."""
-    col_keys: tuple[Key, ...]
-    cells: Mapping[tuple[Key, Key], Cell]
-    averaged: tuple[str, ...] = ()
-    """Settings that vary inside a cell besides the seed: its mean runs over them too."""
-    counted: str = "trials"
-    """What a cell's number counts."""
-    published: tuple[tuple[str, float, str], ...] = ()
-    """Name, value and source of what papers report of this metric."""
-
-    def to_markdown(self) -> str:
-        """A pipe table. Fractions are shown in percent, as mean ± standard deviation."""
-        header, body = self.text_cells()
-        lines = [header, ["---"] * len(self.row_fields) + ["---:"] * (len(header) - len(self.row_fields)), *body]
-        text = "".join("| " + " | ".join(each.replace("|", r"\|") for each in line) + " |\n" for line in lines)
-        return text + "".join(f"\n{note}\n" for note in self.notes())
-
-    def to_text(self) -> str:
-        """For a terminal: columns in line, no colours."""
-        header, body = self.text_cells()
-        widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-        rule = ["─" * width for width in widths]
-        settings = len(self.row_fields)
-        lines = [
-            "  ".join(
-                each.ljust(width) if i < settings else each.rjust(width)
-                for i, (each, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in (header, rule, *body)
-        ]
-        return "".join(f"{line}\n" for line in (*lines, *self.legend(), *self.notes()))
-
-    def to_csv(self) -> str:
-        """One line per cell, numbers plain: accuracies as fractions."""
-        records = self.records()
-        out = io.StringIO()
-        writer = csv.DictWriter(out, [*self.row_fields, *self.col_fields, *_NUMBERS], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**each, "values": " ".join(map(repr, each["values"]))} for each in records)
-        return out.getvalue()
-
-    def to_json(self) -> str:
-        """One object per cell under `cells`, numbers plain; what is not a number is null."""
-        document = {
-            "schema": "mixmo.table/1",
-            "metric": self.metric,
-            "unit": BY_NAME[self.metric].unit,
-            "at": self.at,
-            "row_fields": self.row_fields,
-            "col_fields": self.col_fields,
-            "averaged": self.averaged,
-            "published": [dict(zip(("name", "value", "source"), each, strict=True)) for each in self.published],
-            "cells": [{name: _finite(value) for name, value in each.items()} for each in self.records()],
-        }
-        return json.dumps(document, indent=1, allow_nan=False)
-
-    def records(self) -> list[dict[str, Any]]:
-        """One dictionary per cell that has trials: its fields, then its numbers."""
-        return [
-            dict(zip(self.row_fields + self.col_fields, row + col, strict=True))
-            | {name: getattr(cell, name) for name in _NUMBERS}
-            for row in self.row_keys
-            for col in self.col_keys
-            if (cell := self.cells.get((row, col)))
-        ]
-
-    def text_cells(self) -> tuple[list[str], list[list[str]]]:
-        """What stands in a header and in each line, as text."""
-        compared = any(cell.difference is not None for cell in self.cells.values())
-        header = [short(name) for name in self.row_fields]
-        for col in self.col_keys:
-            title = ", ".join(f"{short(k)} {shown(v)}" for k, v in zip(self.col_fields, col, strict=True))
-            header += [title or self.title, *(["vs baseline"] if compared else [])]
-        body = []
-        for row in self.row_keys:
-            line = [shown(value) for value in row]
-            for col in self.col_keys:
-                cell = self.cells.get((row, col), Cell())
-                line += [self.value_text(cell), *([self.difference_text(cell)] if compared else [])]
-            body.append(line)
-        return header, body
-
-    @property
-    def title(self) -> str:
-        return f"{'best ' if self.at == 'best' else ''}{self.metric}{' %' if self._percent else ''}"
-
-    @property
-    def _percent(self) -> bool:
-        return BY_NAME[self.metric].unit == "fraction"
-
-    def value_text(self, cell: Cell) -> str:
-        """`93.97 ± 0.12 (3)`; `(2/3)` where trials are still missing, `-` where there is nothing to wait for."""
-        expected = cell.planned - cell.undefined
-        if not expected:
-            return "-"
-        count = f"({cell.n})" if cell.n == expected else f"({cell.n}/{expected})"
-        if cell.mean is None:
-            return f"... {count}"
-        return f"{self._with_spread(cell.mean, cell.std)} {count}"
-
-    def difference_text(self, cell: Cell) -> str:
-        if cell.baseline:
-            return "baseline"
-        if cell.difference is None:
-            return "-"
-        sign = "+" if cell.difference >= 0 else "-"
-        return sign + self._with_spread(abs(cell.difference), cell.difference_se)
-
-    def _with_spread(self, value: float, spread: float | None) -> str:
-        """Both to the same digits: two of a percentage; else two significant ones of the spread, at most six."""
-        if self._percent:
-            value, digits, spread = 100 * value, 2, None if spread is None else 100 * spread
-        elif spread is None or not math.isfinite(spread) or spread <= 0:
-            return f"{value:.4g}" + ("" if spread is None else f" ± {spread:.4g}")
-        else:
-            digits = min(6, max(0, 1 - math.floor(math.log10(spread))))
-        return f"{value:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
-
-    def legend(self) -> list[str]:
-        """What the parts of a number mean."""
-        legend = []
-        if any(cell.n for cell in self.cells.values()):
-            legend.append(f"{self.title}: mean ± standard deviation (number of {self.counted})")
-        if any(cell.difference is not None for cell in self.cells.values()):
-            unit = " in points" if self._percent else ""
-            legend.append(f"vs baseline: difference of the means{unit} ± its standard error")
-        return ["", *legend] if legend else []
-
-    def notes(self) -> list[str]:
-        """What a reader must know to read the numbers right."""
-        notes = [
-            f"Published: {name} {self._with_spread(value, None)} ({source})" for name, value, source in self.published
-        ]
-        if self.averaged:
-            notes.append(f"Averaged over {', '.join(map(short, self.averaged))} too: --rows or --cols sets them apart.")
-        if any(cell.n + cell.undefined != cell.planned for cell in self.cells.values()):
-            notes.append("(2/3): two of three trials finished; the others run, wait, failed or were stopped early.")
-        lacking = [key for key, cell in self.cells.items() if cell.undefined]
-        if lacking:
-            named = dict.fromkeys(", ".join(map(shown, row + col)) or "these trials" for row, col in lacking)
-            more = f" and {len(named) - 3} more" if len(named) > 3 else ""
-            notes.append(f"{self.metric} is not defined for finished trials of: {'; '.join([*named][:3])}{more}.")
-        if any(cell.baseline and cell.undefined and not cell.n for cell in self.cells.values()):
-            notes.append(f"The baseline has no {self.metric} to compare with.")
-        return notes
-
-
-_NUMBERS = ("n", "planned", "waiting", "failed", "undefined", "mean", "std", "difference", "difference_se", "values")
-
-
-def short(field: str) -> str:
-    """A column's name as a setting is written in a sweep file: `model_width` as `model.width`."""
-    return field.replace("_", ".", 1) if field in CONFIG_COLUMNS and field not in ("seed", "precision") else field
-
-
-def shown(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "/".join(map(shown, value)) if isinstance(value, tuple) else str(value)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def table(
     rows: Sequence[TrialRow],
     *,
@@ -294,20 +81,27 @@ def table(
     col_fields: Sequence[str] = (),
     metric: str = "top1",
     at: At = "last",
+    epochs: Iterable[EpochRow] = (),
     baseline: str | None = None,
     published: Sequence[Published] = (),
+    confidence: float = 0.95,
 ) -> ResultTable:
     """Mean, standard deviation and count of a metric for each combination of the fields.
 
     Fields are settings (`model.width` or `model_width`), `label`, `sweep`, `workers`, `cell_id`, or `members`, which is
     1 but for ensembles. Without row fields the lines are the labels and those settings that vary. An ensemble never
-    shares a cell with trials: where no field tells them apart, `members` is added. `at` is the last epoch, or the best
-    one (of top1, chosen on the very images it is measured on). A trial of several sweeps counts once. `baseline` is the
-    label of the trials that every cell is compared with, at the same values of what varies among the baseline's trials.
-    Lines and columns stand in the order of the sweep files, sweeps in that of `rows`; numbers by size. Raises
-    UsageError for a field or a metric that there is not.
+    shares a cell with trials: where no field tells them apart, `members` is added. `at` is the last epoch, the best
+    one (of top1, chosen on the very images it is measured on), or a number: then every trial that has reached that
+    epoch counts, whatever became of it, and `epochs` must have its rows (`Results.at_epoch`). A trial of several sweeps
+    counts once. `baseline` is the label of the trials that every cell is compared with, at the same values of what
+    varies among the baseline's trials; `significance` tests the differences. A published number stands beside the one
+    cell whose trials have all the settings that it names. `confidence` is that of the intervals, and what is left to 1
+    the level of the tests. Lines and columns stand in the order of the sweep files, sweeps in that of `rows`; numbers
+    by size. Raises UsageError for a field, a metric or an epoch that there is not.
     """
     value = _metric(metric, at)
+    if isinstance(at, int):
+        rows = _at_epoch(rows, at, {row.trial_id: row for row in epochs}, metric)
     listed = _listed(rows)
     rows = _once(listed)
     cols = tuple(map(_field, col_fields))
@@ -320,7 +114,8 @@ def table(
         groups.setdefault((_key(row, lines), _key(row, cols)), []).append(row)
     cells = {key: _cell(members, value) for key, members in groups.items()}
     if baseline is not None:
-        cells = _compare(cells, _reference(groups, lines + cols, baseline))
+        cells = _corrected(_compare(cells, _reference(groups, lines + cols, baseline)))
+    told = [each for each in published if metric in each.metrics]
     inside = [name for members in groups.values() for name in varied(members, label=False)]
     return ResultTable(
         metric=metric,
@@ -329,10 +124,14 @@ def table(
         col_fields=cols,
         row_keys=_sorted({row for row, _ in groups}, lines, listed),
         col_keys=_sorted({col for _, col in groups}, cols, listed),
-        cells=cells,
+        cells=_beside(cells, groups, told, metric),
         averaged=tuple(dict.fromkeys(inside)),
-        published=tuple((each.name, each.metrics[metric], each.source) for each in published if metric in each.metrics),
+        published=tuple(Reported(each.name, each.metrics[metric], each.source) for each in told),
         counted="trials or ensembles" if combined else "trials",
+        confidence=confidence,
+        splits=tuple(dict.fromkeys(row.split for row in rows if row.split)),
+        sweeps=tuple(dict.fromkeys(row.sweep for row in listed)),
+        commits=tuple(dict.fromkeys(f"{row.git_commit}{'+' * bool(row.git_dirty)}" for row in rows if row.git_commit)),
     )
 
 
@@ -361,13 +160,28 @@ def _telling(name: str) -> tuple[int, int]:
 def _metric(metric: str, at: At) -> Callable[[TrialRow], float | None]:
     if metric not in METRIC_COLUMNS:
         raise UsageError(f"no metric {metric}; {_allowed(metric, METRIC_COLUMNS)}")
-    if at == "last":
+    if at == "last" or (isinstance(at, int) and at > 0):
         return lambda row: row.metrics.get(metric)
     if at != "best":
-        raise UsageError(f"at {at}: a table shows the last epoch or the best one (last, best)")
+        raise UsageError(f"at {at}: a table shows the last epoch, the best one or one by its number (last, best, 30)")
     if metric != "top1":
         raise UsageError(f"the best epoch is known of top1 only, not of {metric}: leave --at away for the last epoch")
     return lambda row: row.best_top1
+
+
+def _at_epoch(rows: Sequence[TrialRow], at: int, epochs: Mapping[str, EpochRow], metric: str) -> list[TrialRow]:
+    """The trials as they stood after an epoch: done if they have reached it."""
+    if all(epochs[row.trial_id].metrics.get(metric) is None for row in rows if row.trial_id in epochs):
+        most = max((row.epoch for row in rows), default=0)
+        why = "was not evaluated" if at <= most else f"was reached by no trial: {most} is the furthest"
+        raise UsageError(f"there is no {metric} at epoch {at}, which {why}; `mixmo show TRIAL` lists a trial's epochs")
+    reached: dict[str, Any] = {"state": "TERMINATED", "stopped_early": False}
+    return [
+        row.replace(**reached, metrics=epochs[row.trial_id].metrics)
+        if row.trial_id in epochs
+        else row.replace(stopped_early=True)
+        for row in rows
+    ]
 
 
 def _field(name: str) -> str:
@@ -428,10 +242,17 @@ def _once(rows: Sequence[TrialRow]) -> list[TrialRow]:
 
 
 def _cell(rows: Sequence[TrialRow], value: Callable[[TrialRow], float | None]) -> Cell:
-    full = [value(row) for row in rows if row.state == "TERMINATED" and not row.stopped_early]
-    values = tuple(float(each) for each in full if each is not None)
+    full = [(row, value(row)) for row in rows if row.state == "TERMINATED" and not row.stopped_early]
+    known = [(row, float(found)) for row, found in full if found is not None]
     waiting = sum(row.state in _OPEN for row in rows)
-    return Cell(values, waiting, failed=len(rows) - len(full) - waiting, undefined=len(full) - len(values))
+    return Cell(
+        tuple(found for _, found in known),
+        waiting,
+        failed=len(rows) - len(full) - waiting,
+        undefined=len(full) - len(known),
+        seeds=tuple(None if isinstance(row, EnsembleRow) else row.config.get("seed") for row, _ in known),
+        trials=tuple(row.trial_id for row, _ in known),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- baseline
@@ -469,9 +290,86 @@ def _compare(
 
 
 def _distance(cell: Cell, baseline: Cell, *, is_baseline: bool) -> Cell:
-    difference = error = None
-    if not is_baseline and cell.mean is not None and baseline.mean is not None:
-        difference = cell.mean - baseline.mean
-        if cell.std is not None and baseline.std is not None:
-            error = math.sqrt(cell.std**2 / cell.n + baseline.std**2 / baseline.n)
-    return replace(cell, baseline=is_baseline, difference=difference, difference_se=error)
+    cell = replace(cell, baseline=is_baseline)
+    if is_baseline or cell.mean is None or baseline.mean is None:
+        return cell
+    error = None
+    if cell.std is not None and baseline.std is not None:
+        error = math.sqrt(cell.std**2 / cell.n + baseline.std**2 / baseline.n)
+    cell = replace(cell, difference=cell.mean - baseline.mean, difference_se=error, untested=_untested(cell, baseline))
+    if cell.untested:
+        return cell
+    ours, others = (
+        dict(zip(cell.seeds, cell.values, strict=True)),
+        dict(zip(baseline.seeds, baseline.values, strict=True)),
+    )
+    if len(ours) == cell.n and len(others) == baseline.n and ours.keys() == others.keys() and None not in ours:
+        return replace(cell, comparison=compare(cell.values, [others[seed] for seed in cell.seeds], paired=True))
+    return replace(cell, comparison=compare(cell.values, baseline.values, paired=False))
+
+
+def _untested(cell: Cell, baseline: Cell) -> str:
+    """Why no test can hold the two against each other; empty where one can."""
+    members = [{each for joined in side.trials for each in joined.split("+")} for side in (cell, baseline)]
+    if members[0] & members[1]:
+        return "made of the baseline's own trials"
+    if not all(map(math.isfinite, cell.values + baseline.values)):
+        return "a value is no number"
+    if min(cell.n, baseline.n) < 2:
+        return "one trial cannot decide, on either side"
+    return ""
+
+
+def _corrected(cells: Mapping[tuple[Key, Key], Cell]) -> dict[tuple[Key, Key], Cell]:
+    """With Holm's correction over all comparisons of the table."""
+    tests = {key: cell.comparison for key, cell in cells.items() if cell.comparison}
+    exact = dict(zip(tests, holm([each.p_exact for each in tests.values()]), strict=True))
+    students = {key: each.p_t for key, each in tests.items() if each.p_t is not None}
+    by_t = dict(zip(students, holm([*students.values()]), strict=True))
+    corrected = {
+        key: replace(cells[key], comparison=replace(each, p_holm=exact[key], p_t_holm=by_t.get(key)))
+        for key, each in tests.items()
+    }
+    return {key: corrected.get(key, cell) for key, cell in cells.items()}
+
+
+# --------------------------------------------------------------------------------------------------------- published
+
+
+def _beside(
+    cells: Mapping[tuple[Key, Key], Cell],
+    groups: Mapping[tuple[Key, Key], Sequence[TrialRow]],
+    published: Sequence[Published],
+    metric: str,
+) -> dict[tuple[Key, Key], Cell]:
+    """Published numbers, each in the one cell whose trials agree with it; where several do, with none, and where
+    several numbers fit one cell, the one that names the most settings.
+    """
+    placed = dict(cells)
+    for each in sorted(published, key=lambda each: len(each.where)):
+        fits = [key for key, rows in groups.items() if each.where and all(_agrees(row, each.where) for row in rows)]
+        if len(fits) == 1:
+            same = all(_names_all(row, each.where) for row in groups[fits[0]])
+            told = Reported(each.name, each.metrics[metric], each.source, same)
+            placed[fits[0]] = replace(placed[fits[0]], published=told)
+    return placed
+
+
+def _agrees(row: TrialRow, where: Mapping[str, Any]) -> bool:
+    return not isinstance(row, EnsembleRow) and all(
+        row.config.get(name.replace(".", "_")) == _resolved(row, name, value) for name, value in where.items()
+    )
+
+
+def _resolved(row: TrialRow, name: str, value: Any) -> Any:
+    """A setting of a sweep file as a row has it: a count for `all`, a list for several numbers."""
+    if value == "all":
+        images = DATASETS[row.config["data_dataset"]].train_images
+        return images if name == "data.train_images" else row.config.get("model_subnetworks")
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _names_all(row: TrialRow, where: Mapping[str, Any]) -> bool:
+    """Whether every setting that has an effect is named, the seed apart."""
+    named = {name.replace(".", "_") for name in where}
+    return {name for name, value in row.config.items() if value is not None} - {"seed"} <= named

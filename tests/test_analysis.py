@@ -4,6 +4,9 @@ import csv
 import io
 import json
 import math
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_rows import NOTHING, reached, trial
+from made_rows import NOTHING, epoch, reached, trial
 
+from mixmo_core.config import leaves
 from orchestrator import analysis
 from orchestrator.analysis import Cell, ResultTable, table, varied
 from orchestrator.errors import UsageError
@@ -204,7 +208,7 @@ def test_every_cell_is_compared_with_the_baseline_of_its_width() -> None:
 def test_the_baseline_is_found_across_columns() -> None:
     made = table(rows(), row_fields=["label", "mixing.method"], col_fields=["model.width"], baseline="vanilla")
     assert cell(made, None, "cutmix", col=(5,)).difference == pytest.approx(0.06)
-    header, _ = made.text_cells()
+    header, _ = made.text_cells(("value", "difference"))
     assert header == ["label", "mixing.method", "model.width 2", "vs baseline", "model.width 5", "vs baseline"]
 
 
@@ -219,16 +223,86 @@ def test_without_a_matching_baseline_there_is_no_difference() -> None:
 
 def test_markdown() -> None:
     expected = """\
-| label | model.width | model.subnetworks | mixing.method | top1 % | vs baseline |
-| --- | --- | --- | --- | ---: | ---: |
-| - | 2 | 2 | linear | 71.00 ± 1.00 (3) | +1.00 ± 0.82 |
-| - | 2 | 2 | cutmix | 75.00 ± 1.00 (3) | +5.00 ± 0.82 |
-| - | 5 | 2 | linear | 81.00 ± 1.00 (3) | +2.00 ± 0.82 |
-| - | 5 | 2 | cutmix | 85.00 ± 1.73 (3) | +6.00 ± 1.15 |
-| vanilla | 2 | 1 | - | 70.00 ± 1.00 (3) | baseline |
-| vanilla | 5 | 1 | - | 79.00 ± 1.00 (3) | baseline |
+| label | model.width | model.subnetworks | mixing.method | top1 % | vs baseline | p |
+| --- | --- | --- | --- | ---: | ---: | ---: |
+| - | 2 | 2 | linear | 71.00 ± 1.00 (3) | +1.00 ± 0.82 | 1 |
+| - | 2 | 2 | cutmix | 75.00 ± 1.00 (3) | +5.00 ± 0.82 | 1 |
+| - | 5 | 2 | linear | 81.00 ± 1.00 (3) | +2.00 ± 0.82 | 1 |
+| - | 5 | 2 | cutmix | 85.00 ± 1.73 (3) | +6.00 ± 1.15 | 1 |
+| vanilla | 2 | 1 | - | 70.00 ± 1.00 (3) | baseline | - |
+| vanilla | 5 | 1 | - | 79.00 ± 1.00 (3) | baseline | - |
+
+p: two-sided, from exact permutation of the signs of the differences, paired by seed, after Holm's correction over 4 \
+comparisons
+
+3 seeds cannot decide at 5 %: with 3 pairs the smallest exact two-sided p is 0.25, 1 after Holm's correction over 4; \
+8 seeds can.
+
+Left out for want of room: the interval, p (t); CSV and JSON have all.
 """
     assert table(rows(), baseline="vanilla").to_markdown() == expected
+
+
+def seven(shift: float = 0.05, **given: Any) -> list[TrialRow]:
+    """A baseline of seven seeds, and a method that is as much better in each."""
+    made = []
+    for seed in range(7):
+        low = 0.70 + seed * seed / 1000
+        made.append(done(seed, low, subnetworks=1, label="plain", position=seed, **given))
+        made.append(done(seed, low + shift + seed / 1e4, label="a & b", position=7 + seed, **given))
+    return made
+
+
+def test_latex() -> None:
+    made = table(seven(git_commit="1a2b3c", split="test"), row_fields=["label"], baseline="plain")
+    assert (
+        made.to_latex("mixmo table made --format=latex")
+        == r"""% sweep made; commit 1a2b3c; mixmo table made --format=latex
+% \usepackage{booktabs}
+\begin{tabular}{lrr}
+\toprule
+label & top1 \% & vs baseline \\
+\midrule
+plain & $71.30 \pm 1.35$ (7) & baseline \\
+a \& b & $\mathbf{76.33} \pm 1.37$ (7) & $+5.03 \pm 0.73$$^{\dagger}$ \\
+\bottomrule
+\end{tabular}
+\par\smallskip
+{\footnotesize\raggedright
+top1 \%: mean $\pm$ standard deviation (number of trials)\par
+vs baseline: difference of the means in points $\pm$ its standard error\par
+$^{\dagger}$ significant at 5\,\%: exact permutation test, Holm's correction over 1.\par
+}
+"""
+    )
+
+
+ODD = r"50 % & #1_a {b} ~^\ <c>|d*"
+
+
+def test_latex_compiles(tmp_path: Path) -> None:
+    program = shutil.which("pdflatex") or shutil.which("tectonic")
+    if program is None:
+        pytest.skip("neither pdflatex nor tectonic is here: the LaTeX of tables is not compiled")
+    published = [Published(label=None, where={"model.subnetworks": 2}, metrics={"top1": 0.8}, source=ODD)]
+    made = [row.replace(label=ODD if row.label != "plain" else "plain") for row in seven()]
+    body = table(made, baseline="plain", published=published).to_latex("mixmo table a_b")
+    page = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\n" + body + "\\end{document}\n"
+    (tmp_path / "page.tex").write_text(page)
+    flags = ["-interaction=nonstopmode", "-halt-on-error"] if "pdflatex" in program else []
+    done = subprocess.run([program, *flags, "page.tex"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "page.pdf").exists()
+
+
+def test_latex_keeps_its_columns_and_braces_whatever_the_words() -> None:
+    made = [row.replace(label=ODD if row.label != "plain" else "plain") for row in seven()]
+    lines = table(made, baseline="plain").to_latex("a\nb").splitlines()
+    inner = [line for line in lines if line.endswith(r"\\")]
+    assert len({len(re.findall(r"(?<!\\)&", line)) for line in inner}) == 1
+    text = re.sub(r"\\[\\{}]", "", "\n".join(lines[1:]))
+    assert text.count("{") == text.count("}")
+    assert lines[0].endswith("; a b")
 
 
 def test_text_keeps_its_columns_in_line() -> None:
@@ -268,12 +342,120 @@ def test_metrics_that_are_no_fractions_have_the_digits_of_their_spread() -> None
 
 def test_a_terminal_is_told_what_the_numbers_mean() -> None:
     lines = table(rows(), baseline="vanilla").to_text().splitlines()
-    assert lines[-2:] == [
+    assert lines[9:11] == [
         "top1 %: mean ± standard deviation (number of trials)",
         "vs baseline: difference of the means in points ± its standard error",
     ]
+    assert max(map(len, lines)) <= 100
     assert "standard error" not in table(rows()).to_text()
     assert "standard deviation" not in table([trial(0)]).to_text()
+
+
+# -------------------------------------------------------------------------------------------------------------- tests
+
+
+def test_differences_are_tested_pair_by_pair_where_the_seeds_are_the_same() -> None:
+    made = table(seven(), row_fields=["label"], baseline="plain")
+    found = cell(made, "a & b").comparison
+    assert found
+    assert (found.paired, found.p_exact, found.p_holm) == (True, 2 / 128, 2 / 128)
+    text = made.to_text()
+    assert re.search(r"\+5\.03 ± 0\.73 \*  0\.016  ", text)
+    assert "*: significant at 5 %" in text
+    assert "cannot decide" not in text
+    strict = table(seven(), row_fields=["label"], baseline="plain", confidence=0.99)
+    assert "7 seeds cannot decide at 1 %" in strict.to_text()
+    assert " *" not in strict.to_text()
+    assert "99 % interval" in strict.to_text()
+
+
+def test_pairs_are_those_of_one_seed_whatever_the_order() -> None:
+    made = table(seven()[::-1], row_fields=["label"], baseline="plain")
+    mixed = [row.replace(position=-row.position) if row.label == "plain" else row for row in seven()]
+    again = table(mixed, row_fields=["label"], baseline="plain")
+    assert cell(made, "a & b").comparison == cell(again, "a & b").comparison
+
+
+def test_other_seeds_are_compared_without_pairs() -> None:
+    made = table(seven()[:-1], row_fields=["label"], baseline="plain")
+    found = cell(made, "a & b").comparison
+    assert found
+    assert (found.paired, found.counts) == (False, (6, 7))
+    assert "permutation of the group labels" in made.to_text()
+    three = [row for row in seven() if (row.config["seed"] < 3) == (row.label == "plain")]
+    assert "3 against" not in table(three, row_fields=["label"], baseline="plain").to_text()
+    few = table([row for row in three if row.config["seed"] < 6], row_fields=["label"], baseline="plain").notes()
+    assert (
+        "3 against 3 trials cannot decide at 5 %: the smallest exact two-sided p is 0.1; 4 against as many can." in few
+    )
+
+
+def test_the_correction_runs_over_the_table() -> None:
+    made = [*seven(), *(row.replace(label="other", trial_id=row.trial_id + "x") for row in seven()[1::2])]
+    tested = table(made, row_fields=["label"], baseline="plain")
+    for label in ("a & b", "other"):
+        found = cell(tested, label).comparison
+        assert found
+        assert (found.p_exact, found.p_holm) == (2 / 128, 4 / 128)
+
+
+def test_one_trial_and_a_value_that_is_none_are_not_tested() -> None:
+    one = table(seven()[:3], row_fields=["label"], baseline="plain")
+    assert "Not tested: a & b: one trial cannot decide, on either side." in one.notes()
+    broken = seven()
+    broken[1] = broken[1].replace(metrics={**NOTHING, "top1": math.nan})
+    assert "a value is no number" in table(broken, row_fields=["label"], baseline="plain").to_text()
+
+
+def test_an_ensemble_of_the_baselines_own_trials_is_not_tested() -> None:
+    plain = [row for row in seven() if row.label == "plain"]
+    given = {name: getattr(plain[0], name) for name in ("sweep", "digest", "cell_id", "epochs", "config", "metrics")}
+    both = [
+        analysis.EnsembleRow(label="2 x plain", position=99 + i, state="TERMINATED", members=2,
+                             trial_id=f"{plain[i].trial_id}+{plain[i + 1].trial_id}", **given)
+        for i in (0, 2)
+    ]  # fmt: skip
+    made = table([*plain, *both], row_fields=["label"], baseline="plain")
+    assert cell(made, "2 x plain").comparison is None
+    assert "Not tested: 2 x plain: made of the baseline's own trials." in made.notes()
+
+
+def test_intervals_and_tests_are_in_csv_and_json() -> None:
+    made = table(seven(), row_fields=["label"], baseline="plain")
+    read = json.loads(made.to_json())
+    first = read["cells"][1]
+    assert read["confidence"] == 0.95
+    assert (first["paired"], first["p_exact"], first["smallest"]) == (True, 2 / 128, 2 / 128)
+    assert first["seeds"] == [*range(7)]
+    assert first["ci_low"] < first["mean"] < first["ci_high"]
+    _, line = csv.DictReader(io.StringIO(made.to_csv()))
+    assert float(line["ci_low"]) == first["ci_low"]
+    assert line["seeds"] == "0 1 2 3 4 5 6"
+
+
+# -------------------------------------------------------------------------------------------------------------- epochs
+
+
+def test_any_epoch_counts_every_trial_that_has_reached_it() -> None:
+    running, failed, waiting = reached(trial(0), 2), reached(trial(1), 2, state="ERROR"), trial(2)
+    epochs = [epoch(row, 1) for row in (running, failed)]
+    made = table([running, failed, waiting], at=1, epochs=epochs)
+    found = cell(made)
+    assert found.values == tuple(each.metrics["top1"] for each in epochs)
+    assert (found.n, found.waiting, found.planned) == (2, 1, 3)
+    assert made.title == "epoch 1 top1 %"
+    assert "two of three trials reached epoch 1" in made.to_text()
+    assert json.loads(made.to_json())["at"] == 1
+    with pytest.raises(UsageError, match="no top1 at epoch 9, which was reached by no trial: 2 is the furthest"):
+        table([running, failed], at=9)
+    with pytest.raises(UsageError, match="no nll at epoch 1, which was not evaluated"):
+        table([running, failed], at=1, epochs=epochs, metric="nll")
+
+
+@pytest.mark.parametrize(("split", "told"), [("test", "the test set"), ("validation", "the validation images")])
+def test_a_best_epoch_says_on_what_it_was_chosen(split: str, told: str) -> None:
+    assert f"chosen on {told} that it is measured on" in table(seven(split=split), at="best").to_text()
+    assert "chosen on" not in table(seven(split=split)).to_text()
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
@@ -313,3 +495,39 @@ def test_published_numbers_stand_below_ours() -> None:
     both = table(rows(), metric="top5", published=published).notes()
     assert both[:2] == ["Published: Puzzle-Mix 96.46 (Table 1, quoted)", "Published: model.width 10 97.22 (Table 1)"]
     assert not table(rows(), metric="nll", published=published).notes()
+
+
+def test_a_published_number_stands_beside_the_one_cell_that_has_its_settings() -> None:
+    published = [
+        Published(label="CutMix, wide", where={"mixing.method": "cutmix", "model.width": 5}, metrics={"top1": 0.84},
+                  source="Table 1"),
+        Published(label="Linear", where={"mixing.method": "linear"}, metrics={"top1": 0.8}, source="Table 2"),
+    ]  # fmt: skip
+    made = table(rows(), published=published)
+    beside = cell(made, None, 5, 2, "cutmix")
+    assert beside.published
+    assert (beside.published.value, beside.published.same) == (0.84, False)
+    assert sum(each.published is not None for each in made.cells.values()) == 1
+    header, body = made.text_cells(("value", "published"))
+    assert [header[-1], *(line[-1] for line in body)] == ["published", "-", "-", "-", "84.00", "-", "-"]
+    assert "Published: Linear 80.00 (Table 2)" in made.notes()  # two widths have it
+    assert "published: Table 1. Settings it does not name may differ." in made.notes()
+    assert "Published: CutMix, wide 84.00 (Table 1)" in table(rows(), row_fields=["label"], published=published).notes()
+    assert r"$84.00$$^{\ddagger}$" in made.to_latex()
+
+
+def test_the_difference_from_a_published_number_needs_every_setting() -> None:
+    row = rows()[9]
+    whole = {
+        name: tuple(value) if isinstance(value := row.config[name.replace(".", "_")], list) else value
+        for name, _ in leaves()
+        if name != "seed" and row.config[name.replace(".", "_")] is not None
+    } | {"model.encoders": "all"}
+    for where, same in ((whole, True), ({k: v for k, v in whole.items() if k != "optim.momentum"}, False)):
+        published = [Published(label="x", where=where, metrics={"top1": 0.84}, source="T")]
+        made = table(rows(), published=published)
+        assert ("84.00 (+1.00)" in made.to_text()) == same
+        told = [each["published_difference"] for each in json.loads(made.to_json())["cells"] if each["published"]]
+        assert told == [pytest.approx(0.01) if same else None]
+    other = [Published(label="x", where={**whole, "optim.momentum": 0.5}, metrics={"top1": 0.84}, source="T")]
+    assert not any(each.published for each in table(rows(), published=other).cells.values())

@@ -61,8 +61,7 @@ Overrides = Annotated[
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="Lay the file's `quick` settings over it; the name gets -quick.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON with a versioned schema.")]
-At = Literal["last", "best"]
-Format = Literal["terminal", "markdown", "csv", "json"]
+Format = Literal["terminal", "markdown", "latex", "csv", "json"]
 Data = Annotated[
     Path | None, typer.Option("--data", envvar="MIXMO_DATA", metavar="FOLDER", help="Where the images lie.")
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,6 @@ import typer
 from orchestrator.cli import streams
 from orchestrator.cli.program import (
     READING,
-    At,
     Command,
     Format,
     Json,
@@ -117,10 +117,16 @@ def table(
     ] = "",
     cols: Annotated[str, typer.Option("--cols", metavar="FIELDS", help="Settings that make a column.")] = "",
     metric: Annotated[str, typer.Option("--metric", metavar="NAME", help="top1, top5, nll, ece, brier, ...")] = "top1",
-    at: Annotated[At, typer.Option("--at", help="The last epoch, or the best one.")] = "last",
+    at: Annotated[
+        str, typer.Option("--at", metavar="EPOCH", help="last, best, or one by its number: 30 or epoch=30.")
+    ] = "last",
     baseline: Annotated[
         str | None, typer.Option("--baseline", metavar="LABEL", help="Compare with this label. [default: the file's]")
     ] = None,
+    ci: Annotated[
+        float,
+        typer.Option("--ci", metavar="PERCENT", min=50, max=99.99, help="Confidence of intervals and of tests."),
+    ] = 95,
     no_ensembles: Annotated[
         bool, typer.Option("--no-ensembles", help="Leave out the ensembles that the sweep file names.")
     ] = False,
@@ -131,29 +137,41 @@ def table(
     """Mean, deviation and number of seeds of every cell.
 
     Only finished trials count; a cell that lacks some is marked. Without --rows, the lines are the labels and the
-    settings that vary. Ensembles that the sweep file names stand below, made from the trials' stored logits; and the
-    published numbers that it gives.
+    settings that vary. Differences from the baseline are tested, paired where the seeds are the same. Ensembles that
+    the sweep file names stand below, made from the trials' stored logits. Published numbers that it gives stand beside
+    the cell that has their settings, or below.
     """
     light()
     from orchestrator import analysis
     from orchestrator.sweep import shown
 
-    sweep = list(dict.fromkeys(sweep))
+    sweep, when = list(dict.fromkeys(sweep)), _when(at)
     loaded = analysis.load(results, *sweep)
     fields = [[each.strip() for each in names.split(",") if each.strip()] for names in (rows, cols)]
     asked = {name: shown(loaded.store.sweep_file(name), name) for name in sweep}
     trials = loaded.rows
     ensembles = any(each.ensembles for each in asked.values()) and not no_ensembles
+    if isinstance(when, int):
+        heavy()  # there is one row for each trial and epoch to sort
     made = analysis.table(
-        [*trials, *(_ensembles(loaded, at) if ensembles else ())],
+        [*trials, *(_ensembles(loaded, when) if ensembles else ())],
         row_fields=fields[0],
         col_fields=fields[1],
         metric=metric,
-        at=at,
+        at=when,
+        epochs=loaded.at_epoch(when) if isinstance(when, int) else (),
         baseline=baseline or _baseline({name: each.baseline for name, each in asked.items()}, trials),
         published=[each for one in asked.values() for each in one.published],
+        confidence=ci / 100,
     )
-    shapes = {"terminal": made.to_text, "markdown": made.to_markdown, "csv": made.to_csv, "json": made.to_json}
+    options = {"--rows": rows, "--cols": cols, "--metric": metric, "--at": at, "--baseline": baseline or "",
+               "--ci": f"{ci:g}"}  # fmt: skip
+    given = [f"{name}={value}" for name, value in options.items() if value and value not in ("top1", "last", "95")]
+    words = ["mixmo", "table", *sweep, *given, *(["--no-ensembles"] if no_ensembles else []), "--format=latex"]
+    shapes: dict[str, Callable[[], str]] = {
+        "terminal": made.to_text, "markdown": made.to_markdown, "csv": made.to_csv, "json": made.to_json,
+        "latex": lambda: made.to_latex(with_results(shlex.join(words), results)),
+    }  # fmt: skip
     print(shapes["json" if as_json else format]().rstrip("\n"))
 
 
@@ -247,9 +265,22 @@ def verify(sweep: SweepName, results: Results = "results", as_json: Json = False
     return ExitCode.FAULTS if found else ExitCode.OK
 
 
-def _ensembles(loaded: analysis.Results, at: At) -> list[TrialRow]:
-    if at == "best":
-        streams.say("note: ensembles are of the last epoch, whose logits are stored: --at best leaves them out")
+def _when(text: str) -> analysis.At:
+    """What --at says: `last`, `best`, `30` or `epoch=30`."""
+    from orchestrator.errors import UsageError
+
+    named: dict[str, analysis.At] = {"last": "last", "best": "best"}
+    if text in named:
+        return named[text]
+    number = text.removeprefix("epoch=")
+    if not (number.isascii() and number.isdigit() and int(number)):
+        raise UsageError(f"--at {text}: give last, best, or an epoch by its number, as 30 or epoch=30")
+    return int(number)
+
+
+def _ensembles(loaded: analysis.Results, at: analysis.At) -> list[TrialRow]:
+    if at != "last":
+        streams.say(f"note: ensembles are of the last epoch, whose logits are stored: --at {at} leaves them out")
         return []
     heavy()
     from orchestrator import ensembles
