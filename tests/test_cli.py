@@ -402,6 +402,17 @@ def test_several_sweeps_share_a_baseline_they_agree_on(mixmo: Shell, tmp_path: P
         assert "vs baseline" in mixmo("table", "one", other, "--baseline", "wide", "--results", folder).out
 
 
+def test_a_table_of_any_epoch_and_in_latex_with_the_command_that_made_it(mixmo: Shell, tmp_path: Path) -> None:
+    made_rows.finished(ResultStore.open(tmp_path, create=True), 3)
+    assert "epoch 2 top1 %" in mixmo("table", "made", "--at", "2", "--results", tmp_path).out
+    ended = mixmo("table", "made", "--at", "epoch=2", "--format", "latex", "--results", tmp_path)
+    made_by = f"mixmo table made --at=epoch=2 --format=latex --results {tmp_path}"
+    assert ended.out.startswith(f"% sweep made; commit not known; {made_by}\n")
+    refused = mixmo("table", "made", "--at", "first", "--results", tmp_path)
+    assert (refused.code, refused.out) == (2, "")
+    assert "--at first: give last, best, or an epoch by its number" in refused.err
+
+
 def test_a_log_is_printed_as_it_is(mixmo: Shell, results: Path) -> None:
     assert mixmo("logs", "2e2fd7b", "--results", results).out == "epoch 3\nas it was printed\n"
 
