@@ -23,7 +23,7 @@ def described() -> dict[str, Any]:
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *("PATH" if Path(word).is_absolute() else word for word in sys.argv)]),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
