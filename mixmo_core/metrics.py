@@ -24,9 +24,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("subnetwork_top1_mean", "fraction", "Accuracy of one subnetwork, mean over the M.", "higher"),
     Metric("subnetwork_top1_min", "fraction", "Accuracy of the weakest subnetwork.", "higher"),
     Metric("ratio_error", "1", "Images that one subnetwork of a pair gets wrong, over those that both do; mean over "
-           "pairs. Null at M = 1.", "higher"),
+           "pairs. Null with one classifier.", "higher"),
     Metric("disagreement", "fraction", "Images on which the two of a pair predict differently; mean over pairs. Null "
-           "at M = 1."),
+           "with one classifier."),
     Metric("nll_calibrated", "nats", "NLL_c of the paper: after temperature scaling, each half of the images at the "
            "temperature that fits the other half best.", "lower"),
     Metric("ece_calibrated", "fraction", "Expected calibration error after the same scaling, mean of the halves.",
@@ -43,10 +43,10 @@ METRICS: tuple[Metric, ...] = (
            "pairs. Null at M = 1 and where it is 0/0."),
     Metric("error_correlation", "1", "Correlation of two subnetworks' mistakes, mean over pairs. Null at M = 1 and "
            "where one of them is always right, or always wrong."),
-    Metric("double_fault", "fraction", "Images that both of a pair get wrong, mean over pairs. Null at M = 1.",
+    Metric("double_fault", "fraction", "Images that both of a pair get wrong, mean over pairs. Null with one classifier.",
            "lower"),
     Metric("kl_divergence", "nats", "From the probabilities of one subnetwork to those of another, mean over ordered "
-           "pairs. Null at M = 1."),
+           "pairs. Null with one classifier."),
     *(Metric(f"filter_activity_{percent}", "fraction", "3x3 filters of the core network whose l1 norm is "
              f"above 0.{percent} of their layer's largest, mean over layers.") for percent in (20, 30, 40, 50)),
     Metric("cifar_c_top1", "fraction", "top1 on the published corrupted test images, 19 corruptions at 5 severities as "
