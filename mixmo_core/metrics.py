@@ -40,11 +40,11 @@ METRICS: tuple[Metric, ...] = (
            "Null where all are right, or none.", "higher"),
     Metric("subnetwork_top1_max", "fraction", "Accuracy of the strongest subnetwork.", "higher"),
     Metric("q_statistic", "1", "Yule's Q of two subnetworks' mistakes, from -1 to 1, 0 if independent; mean over "
-           "pairs. Null at M = 1 and where it is 0/0."),
-    Metric("error_correlation", "1", "Correlation of two subnetworks' mistakes, mean over pairs. Null at M = 1 and "
-           "where one of them is always right, or always wrong."),
-    Metric("double_fault", "fraction", "Images that both of a pair get wrong, mean over pairs. Null with one classifier.",
-           "lower"),
+           "pairs. Null with one classifier, and where it is 0/0."),
+    Metric("error_correlation", "1", "Correlation of two subnetworks' mistakes, mean over pairs. Null with one "
+           "classifier, and where one of them is always right, or always wrong."),
+    Metric("double_fault", "fraction", "Images that both of a pair get wrong, mean over pairs. Null with one "
+           "classifier.", "lower"),
     Metric("kl_divergence", "nats", "From the probabilities of one subnetwork to those of another, mean over ordered "
            "pairs. Null with one classifier."),
     *(Metric(f"filter_activity_{percent}", "fraction", "3x3 filters of the core network whose l1 norm is "
