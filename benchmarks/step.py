@@ -35,7 +35,7 @@ from typing import Any
 import machine
 import parity
 import torch
-from reference import Reference, ready
+from reference import L2, Reference, ready
 from torch import nn
 
 from mixmo_core import cost, networks
@@ -162,7 +162,8 @@ def gate(bench: Bench, losses: dict[tuple[str, str], float]) -> dict[str, bool]:
     """Whether each precision of ours has the reference's numbers."""
     if bench.reference is None:
         return dict.fromkeys(SAME_LOSS, False)
-    found = parity.compare_networks(bench.reference, bench.flat | {"optim.lr": 1.0}, seed=0, steps=1)
+    flat = bench.flat | {"optim.lr": 1.0, "optim.weight_decay": 2 * L2}  # the decay that parity.py's loss has
+    found = parity.compare_networks(bench.reference, flat, seed=0, steps=1)
     exact = max(found.values()) <= parity.BOUND
     expected = losses["reference", "fp32"]
     apart = {precision: abs(losses["default", precision] / expected - 1) for precision in SAME_LOSS}
