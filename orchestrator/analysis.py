@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mixmo_core.config import DATASETS
 from orchestrator.errors import UsageError
@@ -56,6 +55,8 @@ class Results:
 
     def at_epoch(self, epoch: int) -> list[EpochRow]:
         """The rows of one epoch, of all trials that have reached it: what `table` takes for `at=epoch`."""
+        import pyarrow.compute as pc  # tables of the last epoch do without
+
         found = self.epochs()
         return epoch_rows(found.filter(pc.field("epoch") == epoch)) if len(found) else []
 
