@@ -35,6 +35,8 @@ seeds: 2
 resources: {gpus_per_worker: 0}
 checkpoints: {every_s: 0.2}
 """
+LONG = SWEEP.replace("train_images: 200", "train_images: 800").replace("epochs: 6", "epochs: 12")
+"""Seconds of training on the fastest machine: what is to be disturbed must not be over before it is looked at."""
 
 
 def reached(epochs: int) -> Callable[[list[TrialRow]], bool]:
@@ -121,8 +123,10 @@ def test_parquet_opens_in_duckdb_and_pandas(undisturbed: Mixmo) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_driver_killed_at_random_moments_loses_nothing(undisturbed: Mixmo, tmp_path: Path) -> None:
-    mixmo, moments = Mixmo(tmp_path, SWEEP), random.Random(os.environ.get("MIXMO_TEST_SEED", "1"))
+def test_a_driver_killed_at_random_moments_loses_nothing(tmp_path: Path) -> None:
+    undisturbed, mixmo = (Mixmo(tmp_path / name, LONG) for name in ("undisturbed", "killed"))
+    moments = random.Random(os.environ.get("MIXMO_TEST_SEED", "1"))
+    undisturbed("run", "sweep.yaml")
     for _ in range(2):
         enough = mixmo.epochs() + moments.randint(1, 8)
         running = mixmo.start("run", "sweep.yaml")
@@ -137,7 +141,7 @@ def test_a_driver_killed_at_random_moments_loses_nothing(undisturbed: Mixmo, tmp
 @pytest.mark.ray
 @pytest.mark.slow
 def test_one_driver_at_a_time_and_ctrl_c_lets_running_trials_finish(tmp_path: Path) -> None:
-    mixmo = Mixmo(tmp_path, SWEEP)
+    mixmo = Mixmo(tmp_path, LONG)
     first = mixmo.start("run", "sweep.yaml")
     mixmo.until(first, lambda rows: any(row.state == "RUNNING" for row in rows))
     refused = mixmo("run", "sweep.yaml", code=6)
@@ -178,7 +182,7 @@ def test_sigterm_ends_at_once_with_all_that_had_arrived(tmp_path: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_trial_that_loses_its_worker_too_often_fails_alone_and_can_be_run_again(tmp_path: Path) -> None:
-    mixmo = Mixmo(tmp_path, SWEEP + "retry: {crash: 0}\n")
+    mixmo = Mixmo(tmp_path, LONG + "retry: {crash: 0}\n")
     running = mixmo.start("run", "sweep.yaml")
     mixmo.until(running, lambda rows: any(row.state == "RUNNING" and row.epoch >= 1 for row in rows))
     victims = workers(running.pid)
