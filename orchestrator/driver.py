@@ -5,7 +5,6 @@ The main thread does this and owns the signals; Tune's loop and the gangs live i
 """
 
 import contextlib
-import secrets
 import signal
 import subprocess
 import sys
@@ -20,7 +19,8 @@ from typing import Any
 from mixmo_core.config import flatten
 from orchestrator import plan as planning
 from orchestrator import sweep as sweeps
-from orchestrator.dispatcher import NAMESPACE, Order, Update
+from orchestrator.dispatcher import Order, Update
+from orchestrator.engine import Crew, Engine, Job, Queue, on_ray
 from orchestrator.errors import ExitCode, UnreachableError, UsageError
 from orchestrator.ledger import Ledger
 from orchestrator.rows import FINAL, TrialRow
@@ -43,6 +43,7 @@ def run(
     data_dir: Path | None = None,
     retry_failed: bool = False,
     observer: Observer | None = None,
+    engine: Engine = on_ray,
     talk: Callable[[str], None] = lambda line: print(line, file=sys.stderr),  # noqa: T201
 ) -> ExitCode:
     """Run what is missing of a sweep, and return how it ended.
@@ -68,7 +69,7 @@ def run(
         )  # once more, now that no other driver writes
         ledger = _open_books(sweep, planned, store, writer)
         if planned.to_run:
-            _Session(sweep, planned, store, writer, ledger, signals, heartbeat, data_dir, observer, talk).run()
+            _Session(sweep, planned, store, writer, ledger, signals, heartbeat, data_dir, observer, engine, talk).run()
         done = all(row.state in FINAL for row in ledger.rows.values())
         writer.close(done=done)
     if done:
@@ -209,37 +210,26 @@ class _Session:
     heartbeat: "Heartbeat"
     data_dir: Path | None
     observer: Observer | None
+    engine: Engine
     talk: Callable[[str], None]
     store_silent_since: float | None = None
     spent: list[str] = field(default_factory=list)
     """Trials that have ended and whose checkpoints nobody wants."""
 
     def run(self) -> None:
-        from orchestrator import fleet, tune
-
-        resources = self.sweep.resources
         self._say(
             f"{self.sweep.name}: {len(self.planned.to_run)} of {len(self.sweep.trials)} trials to run; starting Ray"
         )
-        cpus = max(1, round(resources.workers * resources.cpus_per_worker))
-        with self._watched(), fleet.cluster(cpus=cpus) as cluster:
+        job = Job(
+            sweep=self.sweep, orders=self._orders(), fence=self.writer.fence, store_uri=self.store.uri,
+            data_dir=self.data_dir,
+        )  # fmt: skip
+        with self._watched(), self.engine(job) as (crew, queue):
             self.signals.take_back()
-            plan = self._gang_plan(cluster)
-            limit = None if resources.max_gangs == "auto" else resources.max_gangs
-            gangs = fleet.gangs_for(cluster, plan, trials=len(self.planned.to_run), limit=limit)
-            retries = sys.maxsize if self.sweep.retry.crash == "unlimited" else self.sweep.retry.crash
-            crew = fleet.Fleet(self._orders(), plan, fence=self.writer.fence, crash_retries=retries)
-            tuning = tune.Tuning(
-                [(trial.position, trial.config.optim.epochs) for trial in self.planned.to_run],
-                dispatcher=plan.dispatcher, namespace=plan.namespace, metric=self.sweep.scheduler.metric,
-                at_once=gangs, slots=cluster.slots,
-            )  # fmt: skip
             try:
-                crew.form(gangs)
-                tuning.start()
-                self._follow(crew, tuning)
+                self._follow(crew, queue)
             finally:
-                self._part(crew, tuning)
+                self._part(crew, queue)
         self.signals.take_back()
         self._settle()
 
@@ -252,23 +242,7 @@ class _Session:
             for trial in self.planned.to_run
         ]  # fmt: skip
 
-    def _gang_plan(self, cluster: Any) -> Any:
-        from orchestrator.gang import GangPlan
-
-        resources, every_s = self.sweep.resources, self.sweep.checkpoints.every_s
-        gpus = resources.gpus_per_worker
-        return GangPlan(
-            workers=resources.workers,
-            cpus_per_worker=resources.cpus_per_worker,
-            gpus_per_worker=float(cluster.gpus >= 1) if gpus == "auto" else gpus,
-            checkpoint_every_s=None if every_s == "auto" else every_s,
-            store=self.store.uri,
-            data_dir=str(self.data_dir.resolve()) if self.data_dir else None,
-            namespace=NAMESPACE,
-            dispatcher=f"dispatcher-{self.sweep.name}-{self.writer.fence}-{secrets.token_hex(3)}",
-        )
-
-    def _follow(self, crew: Any, tuning: Any) -> None:
+    def _follow(self, crew: Crew, queue: Queue) -> None:
         """Turn what happens into rows until every trial has ended, or the user wants no more."""
         left = {trial.position for trial in self.planned.to_run}
         drained = resubmitted = False
@@ -285,19 +259,19 @@ class _Session:
                 break
             if self.signals.drain and not drained:
                 drained = True
-                tuning.drain()
+                queue.drain()
                 crew.drain()
                 self._say("stopping: running trials finish, nothing new starts. Ctrl-C again stops now.")
-            if not (drained or resubmitted or tuning.is_alive()):
+            if not (drained or resubmitted or queue.is_alive()):
                 resubmitted = True
                 crew.submit(left)  # whatever became of Tune: a grid needs no more than its order
-                if tuning.error is not None:
-                    self._say(f"Ray Tune ended ({tuning.error}); the trials that are left run without it")
+                if queue.error is not None:
+                    self._say(f"Ray Tune ended ({queue.error}); the trials that are left run without it")
             if time.monotonic() > silent_until:
                 silent_until = float("inf")
                 self._say(f"no worker group has formed in {FORMING_S:.0f} s: Ray is still starting it or has no room")
 
-    def _part(self, crew: Any, tuning: Any) -> None:
+    def _part(self, crew: Crew, queue: Queue) -> None:
         """The end of the fleet: write what has arrived, send the gangs home, take what they still say."""
         with contextlib.suppress(UnreachableError):
             self.writer.flush(force=True)
@@ -307,7 +281,7 @@ class _Session:
             if row.state == "RUNNING":
                 self.ledger.rows[position] = row.replace(state="PENDING")
                 self.writer.put([self.ledger.rows[position]])
-        tuning.join(5.0)
+        queue.join(5.0)
 
     def _record(self, update: Update) -> None:
         trial_id = None

@@ -108,10 +108,18 @@ class TestContract:
         assert (objects.names("nothing"), objects.names("x/a")) == ([], [])
         assert (objects.names(""), objects.names("", folders=True)) == (["y"], ["x"])
 
+    def test_sizes_are_of_every_object_at_any_depth(self, objects: Objects) -> None:
+        for key, data in {"x/a": b"1", "x/deep/er/b": b"four", "x/.hidden": b"", "x/.in/c": b"1", "xy": b"12"}.items():
+            objects.put(key, data)
+        assert objects.sizes("x") == {"x/a": 1, "x/deep/er/b": 4}
+        assert objects.sizes("") == {"x/a": 1, "x/deep/er/b": 4, "xy": 2}
+        assert (objects.sizes("nothing"), objects.sizes("x/a")) == ({}, {})
+
     def test_more_names_than_one_answer_holds_are_listed(self, objects: Objects) -> None:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda number: objects.put(f"many/{number:04}", b""), range(1003)))
         assert objects.names("many") == [f"{number:04}" for number in range(1003)]
+        assert len(objects.sizes("many")) == 1003
 
     def test_odd_names_are_kept(self, objects: Objects) -> None:
         for name in ("a b", "a+b", "a%20b", "ä", "a=b&c"):

@@ -15,7 +15,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
@@ -227,18 +227,19 @@ class Bucket(Objects):
         self._ask("delete", key, lambda: self._client.delete_object(**self._named(key)))
 
     def names(self, prefix: str, *, folders: bool = False) -> list[str]:
-        start = f"{self._root}{prefix}/" if prefix else self._root
-        listing: dict[str, Any] = {"Bucket": self.address.bucket, "Prefix": start, "Delimiter": "/"}
+        start = self._start(prefix)
         found: list[str] = []
-        while True:
-            page = self._ask("list", prefix, functools.partial(self._client.list_objects_v2, **listing))
+        for page in self._pages(prefix, Delimiter="/"):
             if folders:
                 found += [each["Prefix"].removeprefix(start).rstrip("/") for each in page.get("CommonPrefixes", ())]
             else:
                 found += [each["Key"].removeprefix(start) for each in page.get("Contents", ())]
-            if not page.get("IsTruncated"):
-                return sorted(name for name in found if name and not name.startswith("."))
-            listing["ContinuationToken"] = page["NextContinuationToken"]
+        return sorted(name for name in found if name and not name.startswith("."))
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        objects = [each for page in self._pages(prefix) for each in page.get("Contents", ())]
+        found = {each["Key"].removeprefix(self._root): int(each["Size"]) for each in objects}
+        return {key: size for key, size in sorted(found.items()) if not re.search(r"(^|/)\.|/$", key)}
 
     def modified(self, key: str) -> float:
         head = self._ask("read", key, lambda: self._head(key))
@@ -262,6 +263,19 @@ class Bucket(Objects):
         self.delete(key)
 
     # ---- requests
+
+    def _start(self, prefix: str) -> str:
+        return f"{self._root}{prefix}/" if prefix else self._root
+
+    def _pages(self, prefix: str, **wanted: str) -> Iterator[dict[str, Any]]:
+        """The pages of a listing."""
+        listing: dict[str, Any] = {"Bucket": self.address.bucket, "Prefix": self._start(prefix), **wanted}
+        while True:
+            page = self._ask("list", prefix, functools.partial(self._client.list_objects_v2, **listing))
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            listing["ContinuationToken"] = page["NextContinuationToken"]
 
     def _named(self, key: str) -> dict[str, str]:
         return {"Bucket": self.address.bucket, "Key": self._root + key}

@@ -95,6 +95,10 @@ class Objects(abc.ABC):
         """Sorted names of the objects (or the folders) right under a prefix; names that begin with a dot are ours."""
 
     @abc.abstractmethod
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """The bytes of every object under a prefix, at any depth, by its key; without those that begin with a dot."""
+
+    @abc.abstractmethod
     def modified(self, key: str) -> float:
         """When the object was written, in seconds by the place's own clock; 0 where there is none."""
 
@@ -194,6 +198,18 @@ class Folder(Objects):
                 return []
         return sorted(name for name in found if not name.startswith("."))
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        found: dict[str, int] = {}
+        with self._explained("list", prefix):
+            for folder, inner, names in os.walk(self.path(prefix), onerror=_unless_gone):
+                inner[:] = [name for name in inner if not name.startswith(".")]
+                for name in names:
+                    with contextlib.suppress(FileNotFoundError):
+                        if not name.startswith("."):
+                            path = Path(folder, name)
+                            found[path.relative_to(self.root).as_posix()] = path.stat().st_size
+        return dict(sorted(found.items()))
+
     def modified(self, key: str) -> float:
         with self._explained("read", key):
             try:
@@ -271,6 +287,11 @@ def _link(source: Path, target: Path) -> bool:
             return False
         os.replace(source, target)
     return True
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
 
 
 def _sync_folder(folder: Path) -> None:
