@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import made_tls
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -67,6 +68,9 @@ def test_an_address_says_where_and_no_more() -> None:
         ("s3://bucket/a#b", "what follows # means nothing"),
         ("s3://bucket/a?endpoint_override=http://host", "endpoint_override is host:port"),
         ("s3://bucket/a?scheme=ftp", "scheme is http or https"),
+        ("s3://bucket/a?sse=on", "sse is AES256 or aws:kms"),
+        ("s3://bucket/a?sse=aws:kms&sse_kms_key_id=a%20b", "the id, the ARN or the alias of a key"),
+        ("s3://bucket/a?sse=AES256&sse_kms_key_id=a", "names a key of sse=aws:kms"),
         (f"gs://key:{SECRET}@bucket/a", "at s3://bucket/prefix"),
     ],
 )
@@ -217,6 +221,63 @@ def test_the_credentials_of_a_role_are_found_and_made_anew(bucket: str, role: ty
     assert made.storage_options()["aws_session_token"] == "a-session-token"
 
 
+# ----------------------------------------------------------------------- encryption, and an authority of one's own
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("sse=AES256", {"ServerSideEncryption": "AES256"}),
+        (
+            "sse=aws:kms&sse_kms_key_id=arn:aws:kms:eu-west-3:111122223333:key/a-b",
+            {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "arn:aws:kms:eu-west-3:111122223333:key/a-b"},
+        ),
+    ],
+)
+def test_every_object_is_encrypted_as_the_address_asks(bucket: str, asked: str, told: dict[str, str]) -> None:
+    """By whatever way it was written, and by a worker that has only the store's address."""
+    made = Bucket.open(ResultStore.open(f"{bucket}&{asked}", create=True).uri)
+    assert made.uri.endswith(f"&{asked}")
+    made.put("a", b"1")
+    assert made.create("b", b"1")
+    tag = made.swap("c", b"1", None)
+    assert made.swap("c", b"2", tag)
+    for key in ("a", "b", "c"):
+        head = made._head(key)
+        assert {name: head[name] for name in told} == told
+    Bucket.open(bucket).put("d", b"1")
+    assert made._head("d").get("ServerSideEncryption") != told["ServerSideEncryption"]  # or the above would say nothing
+
+
+def test_a_store_that_does_not_encrypt_is_told(faulty: Callable[..., Bucket], bucket: str) -> None:
+    made = Bucket.open(f"{bucket}&sse=AES256")
+    made._client = Faulty(made._client, refusal(400, "InvalidRequest"))
+    with pytest.raises(UnreachableError, match="leave sse out of the address"):
+        made.put("a", b"1")
+
+
+def test_an_object_that_no_server_would_take_is_not_sent(bucket: str, tmp_path: Path) -> None:
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(5 * 2**30 + 1)
+    with pytest.raises(UnreachableError, match=r"5,368,709,121 bytes are more than .*in a folder"):
+        Bucket.open(bucket).upload("a", tmp_path / "huge")
+
+
+def test_an_authority_of_ones_own_is_believed_if_it_is_named(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with made_tls.before(bucket.partition("=")[2].partition("&")[0], tmp_path) as (address, authority):
+        place = f"{bucket.partition('?')[0]}?endpoint_override={address}"
+        monkeypatch.setattr(buckets, "TRIES", 1)
+        with pytest.raises(UnreachableError, match=r"CERTIFICATE_VERIFY_FAILED.*AWS_CA_BUNDLE"):
+            ResultStore.open(place)
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(authority))
+        made = Bucket.open(place)
+        made.put("a.parquet", parquet([1]))
+        filesystem, path = made.filesystem()
+        assert pq.read_table(f"{path}/a.parquet", filesystem=filesystem).column("number").to_pylist() == [1]
+
+
 def parquet(numbers: list[int]) -> bytes:
     file = io.BytesIO()
     pq.write_table(pa.table({"number": numbers}), file)
@@ -266,9 +327,10 @@ class Cut:
         self._content.close()
 
 
-def refusal(status: int, code: str, message: str = "so it is") -> faults.ClientError:
-    answer = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    return faults.ClientError(answer, "PutObject")
+def refusal(status: int, code: str, message: str = "so it is", **headers: str) -> faults.ClientError:
+    answer = {"HTTPStatusCode": status, "HTTPHeaders": headers}
+    error = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": answer}
+    return faults.ClientError(error, "PutObject")
 
 
 RESET = faults.ConnectionClosedError(endpoint_url="http://server")
@@ -410,6 +472,8 @@ def test_a_store_that_hangs_is_not_waited_for_eight_times(
     [
         (refusal(403, "AccessDenied"), "allow to list the bucket", 1),
         (refusal(403, "RequestTimeTooSkewed"), "clocks", 1),
+        (refusal(403, "403", date="Sat, 21 Nov 2020 12:00:00 GMT"), "clocks", 1),
+        (refusal(400, "ExpiredToken"), "get new ones", 1),
         (refusal(404, "NoSuchBucket"), "Make the bucket", 1),
         (faults.NoCredentialsError(), "AWS_PROFILE", 1),
         (faults.CredentialRetrievalError(provider="role", error_msg="over"), "AWS_PROFILE", 1),

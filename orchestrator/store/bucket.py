@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -42,6 +43,8 @@ FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 5.0
 CONNECT_S, ANSWER_S = 5, 20
 """How long one try waits for a connection, and for anything to come over it."""
+LARGEST = 5 * 2**30
+"""Bytes of an object that is sent whole. Sent in pieces, Ceph 16 forgets that it must not replace another."""
 SETTLE_S = 0.5
 """How long one waits to see whether another wrote at the same moment, on a server that cannot rule it out."""
 
@@ -52,18 +55,24 @@ PASSING = frozenset({
 """Refusals that are worth another try, besides all with a status of 500 or above but 501."""
 ADVICE: Mapping[str, str] = {
     "NoSuchBucket": "Make the bucket, or name another one with --results or MIXMO_RESULTS",
-    "RequestTimeTooSkewed": "The clocks of this machine and of the store differ by minutes: set this machine's",
+    "RequestTimeTooSkewed": "The clocks of this machine and of the store differ by many minutes: set this machine's",
+    "ExpiredToken": "The session token of the credentials is over: get new ones and run the same command again",
+    "InvalidToken": "The session token is not the one that belongs to the keys",
     "credentials": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run where a role gives them",
     "refused": (
         "The credentials (of the environment, of the profile, or of the machine's role) must be the right ones, and "
         "allow to list the bucket and to get, put and delete its objects"
     ),
+    "encryption": "Does this store encrypt when asked to? Some do over https alone; else leave sse out of the address",
+    "certificate": "If the store's certificate is of a CA of your own, name its file with AWS_CA_BUNDLE",
     "away": "Run the same command again when the store answers",
 }
 _NO_CREDENTIALS = (
     faults.NoCredentialsError, faults.PartialCredentialsError, faults.CredentialRetrievalError,
     faults.TokenRetrievalError, faults.SSOError,
 )  # fmt: skip
+SKEW_S = 600.0
+"""Servers refuse what is signed by a clock that differs from theirs by 15 minutes."""
 _FOUND_BY_ARROW = frozenset({
     "env", "shared-credentials-file", "config-file", "container-role", "iam-role", "assume-role-with-web-identity",
 })  # fmt: skip
@@ -83,6 +92,10 @@ class Address:
     endpoint: str | None = None
     """With its scheme. None is Amazon's, or the environment's."""
     region: str | None = None
+    sse: str | None = None
+    """How the server is asked to encrypt: AES256 or aws:kms. None leaves it to the bucket's own rule."""
+    sse_kms_key_id: str | None = None
+    """Which key of aws:kms, which is a name and no secret. None is the account's own for S3."""
 
     @classmethod
     def parse(cls, uri: str) -> Self:
@@ -94,17 +107,19 @@ class Address:
             )
         parts = urlsplit(uri)
         given = dict(parse_qsl(parts.query, keep_blank_values=True))
-        unknown = sorted(given.keys() - {"endpoint_override", "scheme", "region"})
+        unknown = sorted(given.keys() - _SAID.keys())
         if unknown or parts.fragment:
             raise UsageError(f"s3://...: {' '.join(unknown) or 'what follows #'} means nothing here. {_FORM}")
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]", parts.netloc):
             raise UsageError(f"s3://...: what follows is no name of a bucket. {_FORM}")
-        scheme, host = given.get("scheme", "https"), given.get("endpoint_override")
-        if scheme not in ("http", "https") or (
-            host is not None and not re.fullmatch(r"[\w.-]+(:\d+)?|\[[\da-f:]+\](:\d+)?", host)
-        ):
-            raise UsageError(f"s3://{parts.netloc}: endpoint_override is host:port, scheme is http or https. {_FORM}")
-        return cls(parts.netloc, parts.path.strip("/"), f"{scheme}://{host}" if host else None, given.get("region"))
+        for name, value in given.items():
+            form, meaning = _SAID[name]
+            if not re.fullmatch(form, value):
+                raise UsageError(f"s3://{parts.netloc}: {name} is {meaning}. {_FORM}")
+        if "sse_kms_key_id" in given and given.get("sse") != "aws:kms":
+            raise UsageError(f"s3://{parts.netloc}: sse_kms_key_id names a key of sse=aws:kms, which is not asked for")
+        scheme, host = given.pop("scheme", "https"), given.pop("endpoint_override", None)
+        return cls(parts.netloc, parts.path.strip("/"), f"{scheme}://{host}" if host else None, **given)
 
     def __str__(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
@@ -113,11 +128,24 @@ class Address:
     def uri(self) -> str:
         where = urlsplit(self.endpoint) if self.endpoint else None
         said = {"endpoint_override": where.netloc, "scheme": where.scheme} if where else {}
-        query = urlencode(said | ({"region": self.region} if self.region else {}), safe=":[]")
+        for name in ("region", "sse", "sse_kms_key_id"):
+            said |= {name: getattr(self, name)} if getattr(self, name) else {}
+        query = urlencode(said, safe=":[]/")
         return f"{self}?{query}" if query else str(self)
 
 
-_FORM = "An address reads s3://bucket/prefix?endpoint_override=host:port&scheme=http&region=name"
+_SAID: Mapping[str, tuple[str, str]] = {
+    "endpoint_override": (r"[\w.-]+(:\d+)?|\[[\da-f:]+\](:\d+)?", "host:port"),
+    "scheme": ("https?", "http or https"),
+    "region": (r"[\w-]+", "a name such as eu-west-3"),
+    "sse": ("AES256|aws:kms", "AES256 or aws:kms"),
+    "sse_kms_key_id": (r"[\w:/-]+", "the id, the ARN or the alias of a key"),
+}
+"""What a URI may say after its `?`, in which form."""
+_FORM = (
+    "An address reads s3://bucket/prefix?endpoint_override=host:port&scheme=http&region=name&sse=AES256; "
+    "docs/storage.md has more"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +160,12 @@ class _Body:
     def of(cls, source: bytes | Path) -> Self:
         md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
         with _opened(source) as file:
+            if (size := file.seek(0, io.SEEK_END)) > LARGEST:
+                raise UnreachableError(
+                    f"{size:,} bytes are more than the {LARGEST:,} that S3 takes as one object, and nothing of mixmo's "
+                    f"is sent in pieces. Keep results of such networks in a folder (--results)"
+                )
+            file.seek(0)
             while chunk := file.read(1 << 20):
                 md5.update(chunk)
                 sha256.update(chunk)
@@ -159,6 +193,8 @@ class Bucket(Objects):
         """`authorities` is the file of a CA of one's own: AWS_CA_BUNDLE, or `ca_bundle` of the profile."""
         self.address, self._session, self._client, self._authorities = address, session, client, authorities
         self._root = f"{address.prefix}/" if address.prefix else ""
+        asked = {"ServerSideEncryption": address.sse, "SSEKMSKeyId": address.sse_kms_key_id}
+        self._encryption = {name: value for name, value in asked.items() if value}
         self._found: _Conditions | None = None
         self._finding = threading.Lock()
 
@@ -351,7 +387,9 @@ class Bucket(Objects):
     def _send(self, key: str, body: _Body, **condition: str) -> str:
         """One request. The tag of what was written."""
         with _opened(body.source) as file:
-            answer = self._client.put_object(**self._named(key), Body=file, ContentMD5=body.md5, **condition)
+            answer = self._client.put_object(
+                **self._named(key), Body=file, ContentMD5=body.md5, **self._encryption, **condition
+            )
         return _bare(answer["ETag"])
 
     def _copy(self, key: str, file: BinaryIO | None) -> "_Copied | None":
@@ -468,14 +506,25 @@ class Bucket(Objects):
 
     # ---- failures
 
+    def _cause(self, error: Exception) -> str:
+        """Under which ADVICE tells what to do."""
+        status, code = _status(error), _code(error)
+        if code in ADVICE:
+            return code
+        if status in (401, 403):  # an answer without content says no code, and may mean the clocks all the same
+            return "RequestTimeTooSkewed" if abs(_ahead_s(error)) > SKEW_S else "refused"
+        if status in (400, 501) and self._encryption:
+            return "encryption"
+        if isinstance(error, faults.SSLError):
+            return "certificate"
+        return "credentials" if isinstance(error, _NO_CREDENTIALS) else "away"
+
     def _explained(self, verb: str, key: str, error: Exception) -> UnreachableError:
+        what = str(error)
         if isinstance(error, faults.ClientError):
-            status, code = _status(error), _code(error)
-            what = f"{code}: {error.response.get('Error', {}).get('Message') or f'status {status}'}"
-            advice = ADVICE.get(code) or ADVICE["refused" if status in (401, 403) else "away"]
-        else:
-            what, advice = str(error), ADVICE["credentials" if isinstance(error, _NO_CREDENTIALS) else "away"]
-        text = f"cannot {verb} {self}/{key}: {what.rstrip('.')}. What was stored before is unharmed. {advice}."
+            what = f"{_code(error)}: {error.response.get('Error', {}).get('Message') or f'status {_status(error)}'}"
+        text = f"cannot {verb} {self}/{key}: {what.rstrip('.')}. What was stored before is unharmed. "
+        text += ADVICE[self._cause(error)] + "."
         for secret in _secrets_of(self._session):
             text = text.replace(secret, "***")
         unknown = _code(error) in ("NotImplemented", "InvalidArgument")
@@ -524,6 +573,15 @@ def _status(error: Exception) -> int:
 
 def _code(error: Exception) -> str:
     return str((getattr(error, "response", None) or {}).get("Error", {}).get("Code") or "")
+
+
+def _ahead_s(error: Exception) -> float:
+    """How far this machine's clock is ahead of the server's, which dates its answers; 0 where it does not."""
+    headers = (getattr(error, "response", None) or {}).get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    try:
+        return time.time() - parsedate_to_datetime(headers["date"]).timestamp()
+    except (KeyError, ValueError):
+        return 0.0
 
 
 def _bare(etag: str) -> str:
