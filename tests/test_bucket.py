@@ -24,10 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from botocore import exceptions as faults
-from made_rows import DEAD, advance, begin, finished, keys, trial
+from made_rows import DEAD, ELSEWHERE, advance, begin, finished, keys, trial
 
 from orchestrator import doctor
-from orchestrator.errors import ExitCode, UnreachableError, UsageError
+from orchestrator.errors import ExitCode, RefusedError, UnreachableError, UsageError
 from orchestrator.rows import TrialRow
 from orchestrator.store import LeaseLostError, ResultStore, SweepWriter
 from orchestrator.store import bucket as buckets
@@ -629,9 +629,63 @@ def test_of_two_drivers_that_a_server_without_conditions_let_in_one_is_told(buck
     assert [number for _, number in keys(ResultStore(made))] == [1, 2, 3]
 
 
-def finish(writer: SweepWriter, row: TrialRow) -> None:
+class KilledError(BaseException):
+    """What a kill is to a driver: nothing of its own runs after it."""
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["lives", "is killed"])
+@pytest.mark.parametrize("ended", [False, True], ids=["later one runs", "later one has ended"])
+def test_what_a_stale_driver_overwrites_is_put_right(bucket: str, killed: bool, ended: bool) -> None:
+    """It is held up between its look at the trials and its write, on a server that forgets conditions."""
+    made, other = Bucket.open(bucket), Bucket.open(bucket)
+    client = made._client = Unconditional(made._client, forgets=BOTH)
+    other._client = Unconditional(other._client, forgets=BOTH)
+    store, later = ResultStore(other), list[SweepWriter]()
+    stale = begin(ResultStore(made), process=DEAD)
+
+    def meanwhile(key: str) -> None:
+        if key.endswith("/trials.parquet") and not later:
+            later.append(begin(store))
+            finish(later[0], trial(0))
+            if ended:
+                later[0].close(done=True)
+            client.after = land
+
+    def land() -> None:
+        client.after = lambda: None
+        assert [row.state for row in store.trial_rows("made")] == ["RUNNING"]  # it did land
+        if killed:
+            raise KilledError
+
+    client.before = meanwhile
+    advance(stale, trial(0), 1, seq=1)
+    with pytest.raises(KilledError if killed else LeaseLostError):
+        stale.flush(force=True)
+    if ended and killed:  # then nobody is left to see it but the next driver
+        begin(store).close(done=True)
+    elif not ended:
+        later[0].renew()
+        later[0].flush(force=True)
+    assert [(row.trial_id, row.state) for row in store.trial_rows("made")] == [(trial(0).trial_id, "TERMINATED")]
+    assert [number for _, number in keys(store)] == [1, 2, 3]
+    if not ended:
+        later[0].close(done=True)
+    assert store.verify("made") == []
+
+
+def test_a_second_driver_is_refused_also_where_conditions_are_forgotten(bucket: str) -> None:
+    made = Bucket.open(bucket)
+    made._client = Unconditional(made._client, forgets=BOTH)
+    with begin(ResultStore(made), process=ELSEWHERE) as first:
+        with pytest.raises(RefusedError, match="heard of"):
+            begin(ResultStore(made))
+        first.renew()
+        finish(first, trial(0))
+
+
+def finish(writer: SweepWriter, row: TrialRow, attempt: int = 1) -> None:
     for number in (1, 2, 3):
-        row = advance(writer, row, number, seq=number)
+        row = advance(writer, row, number, seq=number, attempt=attempt)
     writer.flush(force=True)
 
 

@@ -96,6 +96,11 @@ class Objects(abc.ABC):
     def swap(self, key: str, data: bytes, tag: str | None) -> str | None:
         """Replace the object whose tag this is (None: there is none yet). The new tag; None where it has changed."""
 
+    @property
+    @abc.abstractmethod
+    def fenced(self) -> bool:
+        """Whether `swap` sees every change, also one in the middle of it. Else it replaces that now and then."""
+
     @abc.abstractmethod
     def delete(self, key: str) -> None:
         """Delete an object; nothing where there is none."""
@@ -194,6 +199,10 @@ class Folder(Objects):
                     return None
                 self.put(key, data)
         return _tag(data)
+
+    @property
+    def fenced(self) -> bool:
+        return True
 
     def delete(self, key: str) -> None:
         with self._explained("delete", key):
