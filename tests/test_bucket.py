@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 from botocore import exceptions as faults
 from made_rows import DEAD, ELSEWHERE, advance, begin, finished, keys, trial
+from odd_servers import BOTH, Unconditional, Unquoted, refusal
 
 from orchestrator import doctor
 from orchestrator.errors import ExitCode, RefusedError, UnreachableError, UsageError
@@ -327,12 +328,6 @@ class Cut:
         self._content.close()
 
 
-def refusal(status: int, code: str, message: str = "so it is", **headers: str) -> faults.ClientError:
-    answer = {"HTTPStatusCode": status, "HTTPHeaders": headers}
-    error = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": answer}
-    return faults.ClientError(error, "PutObject")
-
-
 RESET = faults.ConnectionClosedError(endpoint_url="http://server")
 PASSING = [refusal(503, "SlowDown"), refusal(500, "InternalError"), refusal(400, "BadDigest"), RESET]
 
@@ -535,36 +530,6 @@ def test_no_secret_is_in_an_error(faulty: Callable[..., Bucket], monkeypatch: py
 # ------------------------------------------------------------------------------------------ servers without conditions
 
 
-class Unconditional:
-    """A client of a server that forgets conditions silently, or that knows none (501)."""
-
-    def __init__(self, client: Any, *, forgets: tuple[str, ...] = (), refuses: tuple[str, ...] = ()) -> None:
-        self._client, self._forgets, self._refuses = client, forgets, refuses
-        self.before: Callable[[str], None] = lambda key: None
-        self.after: Callable[[], None] = lambda: None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._client, name)
-
-    def put_object(self, **given: Any) -> Any:
-        if set(given) & set(self._refuses):
-            raise refusal(501, "NotImplemented")
-        self.before(given["Key"])
-        answer = self._client.put_object(**{name: each for name, each in given.items() if name not in self._forgets})
-        self.after()
-        return answer
-
-
-class Unquoted(Unconditional):
-    """Of a server that compares the tag as it is, without quotation marks, as Ceph 16 does."""
-
-    def put_object(self, **given: Any) -> Any:
-        if '"' in given.get("IfMatch", ""):
-            raise refusal(412, "PreconditionFailed")
-        return self._client.put_object(**given)
-
-
-BOTH = ("IfNoneMatch", "IfMatch")
 SERVERS: dict[str, tuple[Callable[[Any], Any], bool, str | None]] = {
     "as the standard has it": (lambda client: client, True, '"{}"'),
     "without quotation marks": (Unquoted, True, "{}"),

@@ -362,6 +362,16 @@ class Bucket(Objects):
         finally:
             self.delete(beside)
 
+    def encrypts(self) -> bool:
+        """Whether the server says of an object that it encrypted it as the address asks: some forget that silently."""
+        key = f".probe-{secrets.token_hex(6)}"
+        self.put(key, b"mixmo")
+        try:
+            head = self._ask("read", key, lambda: self._head(key))
+            return head is not None and head.get("ServerSideEncryption") == self.address.sse
+        finally:
+            self.delete(key)
+
     def tidy(self, prefix: str) -> None:
         """Nothing to do: an object that was not written whole is not there."""
 
