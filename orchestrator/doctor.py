@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import unquote, urlsplit
 
 from orchestrator.errors import ExitCode, MixmoError
 
@@ -67,13 +68,14 @@ def examine(results: str, data: Path | None) -> Iterator[Check]:
 
 def place(results: str) -> Iterator[Check]:
     """The place of the results: whether it can be written, and what it can do."""
-    if results.lower().startswith("s3://"):
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", results)
+    if scheme and scheme[1].lower() != "file":
         writable = results_bucket(results)
         yield writable
         if writable.verdict == "good":
             yield from _bucket(results)
         return
-    folder = Path(results)
+    folder = Path(unquote(urlsplit(results).path) if scheme else results)
     writable = results_folder(folder)
     yield writable
     yield _space(shutil.disk_usage(_existing(folder)).free, folder)

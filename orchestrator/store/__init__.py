@@ -263,14 +263,14 @@ def _why_no_logits(row: TrialRow) -> str:
 
 
 def _place(uri: str) -> Objects:
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", uri)  # one slash too few is no folder with a password in its name
     if scheme and scheme[1].lower() == "s3":
         from orchestrator.store.bucket import Bucket
 
         return Bucket.open(uri)
     if scheme and scheme[1].lower() != "file":
         known = "results lie in a folder, or in a bucket at s3://bucket/prefix"
-        raise UsageError(f"{scheme[0]}...: {known}")
+        raise UsageError(f"{scheme[1]}://...: {known}")
     folder = Folder(Path(unquote(urlsplit(uri).path)) if scheme else _absolute(uri))
     if folder.is_file():
         raise UnreachableError(f"{folder} is a file; --results (or MIXMO_RESULTS) names a folder")

@@ -15,7 +15,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -266,22 +266,30 @@ class Bucket(Objects):
         return {name: value for name, value in found.items() if value is not None}
 
     def _keys(self) -> dict[str, str]:
-        given = self._session.get_credentials()
-        held = None if given is None or given.method in _FOUND_BY_ARROW else self._credentials()
-        if held is None:
-            return {}
-        token = {"session_token": held.token} if held.token else {}
-        return {"access_key": held.access_key, "secret_key": held.secret_key, **token}
+        held = self._credentials(but=_FOUND_BY_ARROW)
+        token = {"session_token": held.token} if held and held.token else {}
+        return {"access_key": held.access_key, "secret_key": held.secret_key, **token} if held else {}
 
-    def _credentials(self) -> Any:
-        """As they are now. Raises UnreachableError where a role or a login does not give them."""
+    def _credentials(self, but: Collection[str] = ()) -> Any:
+        """As they are now; None where there are none, or they come from where `but` says.
+
+        Raises UnreachableError where a role or a login does not give them.
+        """
         try:
-            given = self._session.get_credentials()
-            return given.get_frozen_credentials() if given else None
+            return _frozen(self._session, but)
         except faults.BotoCoreError as error:
             raise self._explained("read", "", error) from None
 
     # ---- the contract
+
+    @property
+    def secrets(self) -> list[str]:
+        """Of the credentials as they are now, which a profile or a role may have given."""
+        try:
+            held = _frozen(self._session)
+        except faults.BotoCoreError:  # those of a role or a login that are over and do not come anew
+            return []
+        return [each for each in (held.secret_key, held.token) if each] if held else []
 
     def read(self, key: str) -> Stored | None:
         file = io.BytesIO()
@@ -539,7 +547,7 @@ class Bucket(Objects):
             what = f"{_code(error)}: {error.response.get('Error', {}).get('Message') or f'status {_status(error)}'}"
         text = f"cannot {verb} {self}/{key}: {what.rstrip('.')}. What was stored before is unharmed. "
         text += ADVICE[self._cause(error)] + "."
-        for secret in _secrets_of(self._session):
+        for secret in self.secrets:
             text = text.replace(secret, "***")
         unknown = _code(error) in ("NotImplemented", "InvalidArgument")
         return (_UnknownError if unknown else UnreachableError)(without_secrets(text, os.environ))
@@ -570,15 +578,9 @@ def _client(session: Any, endpoint: str | None, addressing: str = "auto") -> Any
     return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
 
 
-def _secrets_of(session: Any) -> list[str]:
-    try:
-        credentials = session.get_credentials()
-        held = credentials.get_frozen_credentials() if credentials else None
-    except faults.BotoCoreError:  # those of a role or a login that are over and do not come anew
-        held = None
-    if held is None:
-        return []
-    return [each for each in (held.secret_key, held.token) if each]
+def _frozen(session: Any, but: Collection[str] = ()) -> Any:
+    given = session.get_credentials()
+    return None if given is None or given.method in but else given.get_frozen_credentials()
 
 
 def _status(error: Exception) -> int:

@@ -68,6 +68,11 @@ class Objects(abc.ABC):
         Only in the process that asked: a file system may hold credentials, and is never pickled or stored.
         """
 
+    @property
+    def secrets(self) -> list[str]:
+        """What must be in no text that is stored or shown, as far as this place knows more than the environment."""
+        return []
+
     @abc.abstractmethod
     def read(self, key: str) -> Stored | None:
         """The object, or None where there is none."""
