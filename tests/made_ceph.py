@@ -119,9 +119,12 @@ class Ceph:
         """As a power cut would: what was acknowledged is in the disk's process, which lives on."""
         self._end("radosgw", signal.SIGKILL)
 
-    def freeze(self, *, frozen: bool) -> None:
-        """Whether the gateway stands still: it takes connections, and answers none."""
-        self._running["radosgw"].send_signal(signal.SIGSTOP if frozen else signal.SIGCONT)
+    def freeze(self) -> None:
+        """The gateway stands still: it takes connections, and answers none."""
+        self._running["radosgw"].send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._running["radosgw"].send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         """The gateway first and the monitor last: a disk without its monitor does not end."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import botocore.auth
 import pytest
+from made_rows import finished, in_a_folder
 from odd_servers import BOTH, Elsewhen, Lagging, Unconditional
 
 from orchestrator import doctor
@@ -17,8 +18,9 @@ from orchestrator.errors import ExitCode
 from orchestrator.store import ResultStore
 from orchestrator.store import bucket as buckets
 from orchestrator.store.abilities import Abilities, find
-from orchestrator.store.bucket import Bucket
+from orchestrator.store.bucket import Address, Bucket
 
+PAGE = (Path(__file__).parent.parent / "docs" / "storage.md").read_text()
 ALL = Abilities(read_back=True, listed=True, created=1, swapped=1, fenced=True, ahead_s=0.0)
 
 
@@ -118,6 +120,40 @@ def test_a_real_server_that_refuses_to_encrypt_is_told(ceph_bucket: str) -> None
     (check,) = doctor.place(f"{ceph_bucket}&sse=AES256")
     assert (check.verdict, check.code) == ("bad", ExitCode.UNREACHABLE)
     assert "Some do over https alone; else leave sse out of the address" in check.found
+
+
+def test_the_page_tells_all_that_the_doctor_may_say(bucket: str) -> None:
+    """Each remark and each fault, by its check and in its words."""
+    worst = replace(ALL, read_back=False, listed=False, created=2, fenced=False, ahead_s=95.0)
+    forgetful = Bucket.open(f"{bucket}&sse=AES256")
+    forgetful._client = Unconditional(forgetful._client, forgets=("ServerSideEncryption",))
+    checks = [*doctor.abilities_mean(worst), doctor.encryption(forgetful)]
+    assert len(checks) == 6
+    for check in checks:
+        assert check.verdict != "good"
+        assert f"| {check.name} | {check.found.partition(' (')[0]} |" in PAGE
+
+
+def test_addresses_of_the_page_are_understood() -> None:
+    listed = re.search(r"## Addresses\n\n```text\n(.*?)```", PAGE, re.DOTALL)
+    assert listed
+    addresses = listed[1].split()
+    assert len(addresses) == 8
+    for each in addresses:
+        if each.startswith("s3:"):
+            assert Address.parse(each).bucket == "bucket"
+            assert Address.parse(Address.parse(each).uri) == Address.parse(each)
+
+
+@in_a_folder
+def test_the_code_of_the_page_runs(place: str) -> None:
+    code = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert code
+    rows = finished(ResultStore.open(place, create=True))
+    names: dict[str, Any] = {}
+    told = code[1].replace('"results"', repr(place)).replace("quickstart", "made")
+    exec(compile(told, "docs/storage.md", "exec"), names)
+    assert names["trials"].column("trial_id").to_pylist() == [row.trial_id for row in rows]
 
 
 @pytest.mark.slow

@@ -13,7 +13,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from botocore import exceptions as faults
+from made_ceph import Ceph
 from made_rows import DEAD, ELSEWHERE, advance, begin, finished, keys, trial
 from odd_servers import BOTH, Unconditional, Unquoted, refusal
 
@@ -269,7 +272,6 @@ def test_an_authority_of_ones_own_is_believed_if_it_is_named(
 ) -> None:
     with made_tls.before(bucket.partition("=")[2].partition("&")[0], tmp_path) as (address, authority):
         place = f"{bucket.partition('?')[0]}?endpoint_override={address}"
-        monkeypatch.setattr(buckets, "TRIES", 1)
         with pytest.raises(UnreachableError, match=r"CERTIFICATE_VERIFY_FAILED.*AWS_CA_BUNDLE"):
             ResultStore.open(place)
         monkeypatch.setenv("AWS_CA_BUNDLE", str(authority))
@@ -329,7 +331,8 @@ class Cut:
 
 
 RESET = faults.ConnectionClosedError(endpoint_url="http://server")
-PASSING = [refusal(503, "SlowDown"), refusal(500, "InternalError"), refusal(400, "BadDigest"), RESET]
+GONE = faults.EndpointConnectionError(endpoint_url="http://server")
+PASSING = [refusal(503, "SlowDown"), refusal(500, "InternalError"), refusal(400, "BadDigest"), RESET, GONE]
 
 
 @pytest.fixture
@@ -348,7 +351,7 @@ def faulty(bucket: str) -> Callable[..., Bucket]:
 def test_what_passes_is_waited_out(faulty: Callable[..., Bucket]) -> None:
     made = faulty(*PASSING)
     made.put("a", b"1")
-    assert made._client.calls == 5
+    assert made._client.calls == 6
     for act in (lambda: made.read("a"), lambda: made.names(""), lambda: made.digest("a"), lambda: made.modified("a")):
         made._client.plan = [refusal(503, "SlowDown"), RESET]
         assert act()
@@ -409,6 +412,13 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
         finally:
             server.shutdown()
             thread.join()
+
+
+def test_a_lost_answer_is_not_taken_from_another_who_wrote_the_same(faulty: Callable[..., Bucket], bucket: str) -> None:
+    """Its own try was never carried out."""
+    made, other = faulty(RESET), Bucket.open(bucket)
+    assert other.create("a", b"1")
+    assert not made.create("a", b"1")
 
 
 class Rude(BaseHTTPRequestHandler):
@@ -663,3 +673,43 @@ def test_a_file_that_cannot_be_read_is_told(bucket: str, tmp_path: Path) -> None
     with pytest.raises(UnreachableError, match=r"cannot write .*file/a: "):
         made.download("a", tmp_path / "file" / "a", lambda _: True)
     assert os.listdir(tmp_path) == ["file"]
+
+
+# ----------------------------------------------------------------------------------------- a real server that goes away
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "frozen"])
+def test_a_server_that_goes_away_and_comes_back_loses_nothing(
+    ceph_server: Ceph, ceph_bucket: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What four threads count meanwhile is right to the last one, though some of their answers are lost."""
+    monkeypatch.setattr(buckets, "FIRST_WAIT_S", 0.1)
+    monkeypatch.setattr(buckets, "ANSWER_S", 2)
+    made = Bucket.open(ceph_bucket)
+    made.put("count", b"0")
+    begun = threading.Barrier(5)
+
+    def count(thread: int) -> None:
+        begun.wait()
+        for number in range(20):
+            assert made.create(f"{thread}/{number}", b"1")
+            while True:
+                stored = made.read("count")
+                assert stored is not None
+                if made.swap("count", b"%d" % (int(stored.data) + 1), stored.tag):
+                    break
+
+    with ThreadPoolExecutor(4) as pool:
+        counts = [pool.submit(count, thread) for thread in range(4)]
+        begun.wait()
+        for _ in range(2):
+            time.sleep(0.1)
+            (ceph_server.kill_gateway if how == "killed" else ceph_server.freeze)()
+            time.sleep(0.3 if how == "killed" else 3.0)
+            (ceph_server.start_gateway if how == "killed" else ceph_server.thaw)()
+        for each in counts:
+            each.result()
+    stored = made.read("count")
+    assert stored is not None
+    assert stored.data == b"80"

@@ -45,6 +45,8 @@ CONNECT_S, ANSWER_S = 5, 20
 """How long one try waits for a connection, and for anything to come over it."""
 LARGEST = 5 * 2**30
 """Bytes of an object that is sent whole. Sent in pieces, Ceph 16 forgets that it must not replace another."""
+MARK = "mixmo-write"
+"""The name under which an object tells which write made it."""
 SETTLE_S = 0.5
 """How long one waits to see whether another wrote at the same moment, on a server that cannot rule it out."""
 
@@ -67,6 +69,11 @@ ADVICE: Mapping[str, str] = {
     "certificate": "If the store's certificate is of a CA of your own, name its file with AWS_CA_BUNDLE",
     "away": "Run the same command again when the store answers",
 }
+_CUT = (
+    faults.HTTPClientError, faults.IncompleteReadError, faults.ResponseStreamingError, faults.ReadTimeoutError,
+    faults.EndpointConnectionError, faults.ConnectTimeoutError, faults.ProxyConnectionError,
+)  # fmt: skip
+"""A connection that was not made or did not last: the server may be on its way up again."""
 _NO_CREDENTIALS = (
     faults.NoCredentialsError, faults.PartialCredentialsError, faults.CredentialRetrievalError,
     faults.TokenRetrievalError, faults.SSOError,
@@ -154,11 +161,12 @@ class _Body:
 
     source: bytes | Path
     md5: str
-    sha256: str
+    mark: str
+    """Of this write alone, and stored with the object: another may have the same content."""
 
     @classmethod
     def of(cls, source: bytes | Path) -> Self:
-        md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
+        md5 = hashlib.md5(usedforsecurity=False)
         with _opened(source) as file:
             if (size := file.seek(0, io.SEEK_END)) > LARGEST:
                 raise UnreachableError(
@@ -168,8 +176,7 @@ class _Body:
             file.seek(0)
             while chunk := file.read(1 << 20):
                 md5.update(chunk)
-                sha256.update(chunk)
-        return cls(source, base64.b64encode(md5.digest()).decode(), sha256.hexdigest())
+        return cls(source, base64.b64encode(md5.digest()).decode(), secrets.token_hex(8))
 
 
 def _opened(source: bytes | Path) -> BinaryIO:
@@ -408,10 +415,9 @@ class Bucket(Objects):
 
     def _send(self, key: str, body: _Body, **condition: str) -> str:
         """One request. The tag of what was written."""
+        marked = {"Metadata": {MARK: body.mark}, **self._encryption, **condition}
         with _opened(body.source) as file:
-            answer = self._client.put_object(
-                **self._named(key), Body=file, ContentMD5=body.md5, **self._encryption, **condition
-            )
+            answer = self._client.put_object(**self._named(key), Body=file, ContentMD5=body.md5, **marked)
         return _bare(answer["ETag"])
 
     def _copy(self, key: str, file: BinaryIO | None) -> "_Copied | None":
@@ -494,9 +500,9 @@ class Bucket(Objects):
         return self._ask("read", key, lambda: self._own(key, body))
 
     def _own(self, key: str, body: _Body) -> str | None:
-        """The tag of the object if it has this content."""
-        there = self._copy(key, None)
-        return there.tag if there and there.digest == body.sha256 else None
+        """The tag of the object if it was written by this write."""
+        head = self._head(key)
+        return _bare(head["ETag"]) if head and head["Metadata"].get(MARK) == body.mark else None
 
     def _conditions(self) -> _Conditions:
         with self._finding:
@@ -504,25 +510,26 @@ class Bucket(Objects):
                 key = f".probe-{secrets.token_hex(6)}"
                 self.put(key, b"mixmo")
                 try:
-                    self._found = self._try_conditions(key, _Body.of(b"mixmo"))
+                    self._found = self._try_conditions(key)
                 finally:
                     self.delete(key)
             return self._found
 
-    def _try_conditions(self, key: str, body: _Body) -> _Conditions:
-        """On an object of ours, which has this content. Some servers refuse a condition, others forget it silently."""
+    def _try_conditions(self, key: str) -> _Conditions:
+        """On an object of ours. Some servers refuse a condition, others forget it silently."""
 
         def holds(**condition: str) -> bool | None:
             """None where the server knows no such condition."""
             try:
-                return self._send_if(key, body, **condition) is not None
+                return self._send_if(key, _Body.of(b"mixmo"), **condition) is not None
             except _UnknownError:
                 return None
 
         create = holds(IfNoneMatch="*") is False
         if holds(IfMatch='"0123456789abcdef0123456789abcdef"') is not False:
             return _Conditions(create, None)
-        tag = self._ask("read", key, lambda: self._own(key, body))
+        head = self._ask("read", key, lambda: self._head(key))
+        tag = _bare(head["ETag"]) if head else None
         forms = ['"{}"', "{}"]  # as the standard has it, and as Ceph 16 wants it
         return _Conditions(create, next((form for form in forms if tag and holds(IfMatch=form.format(tag))), None))
 
@@ -609,7 +616,4 @@ def _passes(error: Exception) -> bool:
     """Whether the same request may succeed in a moment."""
     if isinstance(error, faults.ClientError):
         return _code(error) in PASSING or (_status(error) >= 500 and _status(error) != 501) or _status(error) == 429
-    return isinstance(
-        error,
-        (faults.HTTPClientError, faults.IncompleteReadError, faults.ResponseStreamingError, faults.ReadTimeoutError),
-    )
+    return isinstance(error, _CUT)
