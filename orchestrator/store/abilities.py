@@ -41,7 +41,7 @@ def find(objects: Objects, folder: str) -> Abilities:
             listed=all(listed for _, listed in seen),
             created=_furthest([_makers(objects, key) for key in creating]),
             swapped=_furthest([_swappers(objects, key) for key in swapping]),
-            fenced=objects.fenced,
+            fenced=objects.atomic,
             ahead_s=_ahead_s(objects, f"{folder}/clock"),
         )
     finally:

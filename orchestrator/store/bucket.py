@@ -343,7 +343,7 @@ class Bucket(Objects):
         return self._send_if(key, body, **condition)
 
     @property
-    def fenced(self) -> bool:
+    def atomic(self) -> bool:
         return self._conditions().swap is not None
 
     def delete(self, key: str) -> None:

@@ -151,12 +151,6 @@ class HeldLease:
             if not self._lease.released:
                 self._swap(replace(self._lease, renewed_at=self._now()))
 
-    def confirm(self) -> None:
-        """Raises LeaseLostError if another has the lease by now. Cheaper than `renew`: it writes nothing."""
-        held = read_lease(self._folder, self._key)
-        if held is None or held.nonce != self._lease.nonce:
-            raise self.lost()
-
     def release(self) -> None:
         with self._lock:
             self._swap(replace(self._lease, released=True))

@@ -102,9 +102,9 @@ class Objects(abc.ABC):
         """Replace the object whose tag this is (None: there is none yet). The new tag; None where it has changed."""
 
     @property
-    @abc.abstractmethod
-    def fenced(self) -> bool:
-        """Whether `swap` sees every change, also one in the middle of it. Else it replaces that now and then."""
+    def atomic(self) -> bool:
+        """Whether `swap` always refuses. Where not, a writer that is held up may overwrite what is newer, once."""
+        return True
 
     @abc.abstractmethod
     def delete(self, key: str) -> None:
@@ -204,10 +204,6 @@ class Folder(Objects):
                     return None
                 self.put(key, data)
         return _tag(data)
-
-    @property
-    def fenced(self) -> bool:
-        return True
 
     def delete(self, key: str) -> None:
         with self._explained("delete", key):

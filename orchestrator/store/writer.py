@@ -29,7 +29,6 @@ from orchestrator.rows import (
     to_table,
     trial_rows,
 )
-from orchestrator.store import kept
 from orchestrator.store.lease import HeldLease, LeaseLostError, Process
 from orchestrator.store.objects import DamagedError
 from orchestrator.store.tables import (
@@ -177,9 +176,6 @@ class SweepWriter:
     def renew(self) -> None:
         """Keep the lease: at least every third of a minute. Raises LeaseLostError."""
         self._lease.renew()
-        if not self._folder.fenced:  # the next flush sees whether an older driver overwrote the trials
-            with self._lock:
-                self._changes["trials"] += 1
 
     # ---- writing
 
@@ -274,8 +270,6 @@ class SweepWriter:
     def _write_trials(self, rows: Sequence[TrialRow], parts: Mapping[str, int], merged: Iterable[str]) -> None:
         header, data = self._trials_object(rows, parts, self._retire(parts, merged))
         self._swap_trials(data)
-        if not self._folder.fenced:
-            self._confirm()
         self._header = header
         self._loose.clear()
 
@@ -305,7 +299,6 @@ class SweepWriter:
 
     def _swap_trials(self, data: bytes) -> None:
         key = f"{self._key}/trials.parquet"
-        kept.keep(self._files, self.fence, data)
         for _ in range(3):
             tag = self._folder.swap(key, data, self._tag)
             if tag is not None:
@@ -319,14 +312,6 @@ class SweepWriter:
             if held.fence > self.fence:
                 raise self._lease.lost()
         raise UnreachableError(f"{self._folder}/{key} keeps changing under this driver; an older one must still run")
-
-    def _confirm(self) -> None:
-        """Whether what was just written was this driver's to write. If not, what it overwrote is put back."""
-        try:
-            self._lease.confirm()
-        except LeaseLostError:
-            kept.put_back(self._files)
-            raise
 
     def _adopt(self, sealed: Sequence[EpochRow]) -> None:
         """The trials name the part of these rows now: from here on they only linger in the live file."""
@@ -350,15 +335,12 @@ class SweepWriter:
 
         Should an earlier driver still write in between, the swap fails and its rows are taken in as well.
         """
-        kept.put_back(self._files)
         for _ in range(8):
             self._load()
             self._write_live(list(self._live.values()), [])
             header, data = self._trials_object(self.rows, self._header.parts, self._header.retired)
-            kept.keep(self._files, self.fence, data)
             self._tag = self._folder.swap(f"{self._key}/trials.parquet", data, self._tag)
             if self._tag is not None:
-                kept.forget(self._files, self._header, self.fence)
                 self._header = header
                 return
         raise UnreachableError(f"{self._folder}/{self._key} keeps changing: an older driver must still run; stop it")
