@@ -19,7 +19,7 @@ new driver makes every later one of its predecessor fail.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
@@ -28,7 +28,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 
 from orchestrator.errors import NotFoundError, UnreachableError, UsageError
-from orchestrator.rows import TRIALS_SCHEMA, EpochRow, TrialRow, epoch_rows, newest, trial_rows
+from orchestrator.rows import EPOCHS_SCHEMA, TRIALS_SCHEMA, EpochRow, TrialRow, epoch_rows, newest, trial_rows
 from orchestrator.store.attempts import (
     ATTEMPT,
     LOG_BYTES,
@@ -41,7 +41,19 @@ from orchestrator.store.attempts import (
 )
 from orchestrator.store.lease import Lease, LeaseLostError, Process, read_lease
 from orchestrator.store.objects import DamagedError, Folder, Objects
-from orchestrator.store.tables import Event, Header, Snapshot, SweepFiles, fit, merge, only, sweep_names, totals
+from orchestrator.store.tables import (
+    KEYS,
+    Event,
+    Header,
+    Snapshot,
+    SweepFiles,
+    Wanted,
+    fit,
+    merge,
+    only,
+    sweep_names,
+    totals,
+)
 from orchestrator.store.verify import Fault, faults_of
 from orchestrator.store.writer import SweepWriter
 
@@ -98,19 +110,25 @@ class ResultStore:
     def trial_rows(self, sweep: str) -> list[TrialRow]:
         return trial_rows(SweepFiles(self.folder, sweep).trials()[0])
 
-    def epochs(self, sweep: str) -> pa.Table:
-        """One row per trial and epoch, sorted by both; columns of EPOCHS_SCHEMA.
+    def epochs(self, sweep: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """One row per trial and epoch, sorted by both; columns of EPOCHS_SCHEMA, or these of them.
 
-        Of a trial that begins again, the epochs that it has yet to repeat are left out.
+        Of a trial that begins again, the epochs that it has yet to repeat are left out. Raises UsageError for a column
+        that there is not.
         """
-        seen = SweepFiles(self.folder, sweep).look()
+        names = EPOCHS_SCHEMA.names if columns is None else columns
+        unknown = [name for name in names if name not in EPOCHS_SCHEMA.names]
+        if unknown:
+            raise UsageError(f"rows of epochs have no {', '.join(unknown)}; they have {', '.join(EPOCHS_SCHEMA.names)}")
+        read = pa.schema([spec for spec in EPOCHS_SCHEMA if spec.name in names or spec.name in KEYS])
+        seen = SweepFiles(self.folder, sweep).look(Wanted(None if columns is None else read.names))
         ids, reached = seen.trials.column("trial_id").to_pylist(), seen.trials.column("epoch").to_pylist()
-        return merge([seen.live, *seen.parts], dict(zip(ids, reached, strict=True)))
+        return merge([seen.live, *seen.parts], dict(zip(ids, reached, strict=True)), read).select(names)
 
     def epoch_rows(self, sweep: str, trial_id: str | None = None) -> list[EpochRow]:
         if trial_id is None:
             return epoch_rows(self.epochs(sweep))
-        seen = SweepFiles(self.folder, sweep).look()
+        seen = SweepFiles(self.folder, sweep).look(Wanted(trial_id=trial_id))
         rows = newest([row for each in (seen.live, *seen.parts) for row in epoch_rows(only(each, trial_id))])
         reached = [row.epoch for row in trial_rows(only(seen.trials, trial_id))]
         return [row for row in rows if row.epoch <= max(reached, default=row.epoch)]
@@ -121,7 +139,7 @@ class ResultStore:
 
     def snapshot(self, sweep: str) -> Snapshot:
         """What a screen shows, from three objects whose size does not grow with the epochs done."""
-        seen = SweepFiles(self.folder, sweep).look(parts=False)
+        seen = SweepFiles(self.folder, sweep).look(None)
         return Snapshot(seen.header, trial_rows(seen.trials), newest(epoch_rows(seen.live)), self.events(sweep))
 
     def find(self, prefix: str) -> list[TrialRow]:

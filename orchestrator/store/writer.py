@@ -350,7 +350,7 @@ class SweepWriter:
             self._folder.tidy(prefix)
         left = [match[0] for match in self._files.files() if int(match[2]) < self.fence]
         try:
-            seen = self._files.look(parts=False)
+            seen = self._files.look(None)
         except NotFoundError:
             self._header, self._tag = Header(retired=dict.fromkeys(left, self._now().isoformat())), None
             return
