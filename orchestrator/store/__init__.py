@@ -5,6 +5,7 @@ A store is a folder, or a prefix of a bucket (`s3://bucket/prefix`); either has 
     sweeps/<name>/sweep.yaml               the sweep file as it was given
     sweeps/<name>/lease.json               which driver may write here, and its fence
     sweeps/<name>/trials.parquet           one row per trial; its footer names the parts that count
+    sweeps/<name>/trials-<fence>.parquet   a copy of it, only in a place that cannot compare and swap
     sweeps/<name>/epochs/live-<fence>.parquet         rows of running trials, replaced whole
     sweeps/<name>/epochs/part-<fence>-<seq>.parquet   rows that are settled; never changed
     sweeps/<name>/events.parquet           what happened, the last 1,000
@@ -15,7 +16,8 @@ before the trials name it, and leave the live file after; a read goes live, then
 a row is in at least one place at every moment, and of two rows with one key the highest (fence, attempt, seq) holds.
 
 `trials.parquet` and `lease.json` change only by compare-and-swap. That makes the fence a fence: the first write of a
-new driver makes every later one of its predecessor fail.
+new driver makes every later one of its predecessor fail. Where a place cannot do that, a predecessor may overwrite the
+trials once: readers take the copy then, whose name has the higher fence, and a driver that lives writes them again.
 """
 
 import re
@@ -55,11 +57,11 @@ from orchestrator.store.tables import (
     totals,
 )
 from orchestrator.store.verify import Fault, faults_of
-from orchestrator.store.writer import SweepWriter
+from orchestrator.store.writer import Compaction, SweepWriter
 
 __all__ = [
-    "LOG_BYTES", "AttemptFolder", "DamagedError", "Event", "Fault", "Folder", "Header", "Lease", "LeaseLostError",
-    "Logits", "Objects", "Process", "ResultStore", "Snapshot", "SweepWriter", "merge", "totals", "without_secrets",
+    "LOG_BYTES", "AttemptFolder", "Compaction", "DamagedError", "Event", "Fault", "Folder", "Header", "Lease",
+    "LeaseLostError", "Logits", "Objects", "Process", "ResultStore", "Snapshot", "SweepWriter", "merge", "totals", "without_secrets",
 ]  # fmt: skip
 
 
@@ -250,6 +252,15 @@ class ResultStore:
         return [name for name in self.folder.names(f"trials/{trial_id}", folders=True) if ATTEMPT.fullmatch(name)]
 
     # ---- checking and writing
+
+    def compact(self, sweep: str) -> Compaction:
+        """Make one file of a sweep's epochs, and delete what has outlived its hour; again does no harm.
+
+        Raises NotFoundError, and RefusedError while a driver runs the sweep.
+        """
+        text = SweepFiles(self.folder, sweep).text()
+        with self.writer(sweep, sweep_text=text) as writer:
+            return writer.compact()
 
     def verify(self, sweep: str) -> list[Fault]:
         """Everything that is not as this module would have left it. Reads every object that the sweep names."""

@@ -223,6 +223,10 @@ class Bucket(Objects):
         condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": swaps.format(tag)}
         return self._send_if(key, body, **condition)
 
+    @property
+    def atomic(self) -> bool:
+        return self._conditions().swap is not None
+
     def delete(self, key: str) -> None:
         self._ask("delete", key, lambda: self._client.delete_object(**self._named(key)))
 

@@ -86,6 +86,11 @@ class Objects(abc.ABC):
     def swap(self, key: str, data: bytes, tag: str | None) -> str | None:
         """Replace the object whose tag this is (None: there is none yet). The new tag; None where it has changed."""
 
+    @property
+    def atomic(self) -> bool:
+        """Whether `swap` always refuses. Where not, a writer that is held up may overwrite what is newer, once."""
+        return True
+
     @abc.abstractmethod
     def delete(self, key: str) -> None:
         """Delete an object; nothing where there is none."""

@@ -4,6 +4,7 @@ A read goes live, then trials, then the parts named there. A row that moves from
 met at least once; of two rows with one key the highest (fence, attempt, seq) holds.
 """
 
+import contextlib
 import json
 import re
 import time
@@ -31,6 +32,7 @@ from orchestrator.rows import (
 from orchestrator.store.objects import DamagedError, Objects, Stored
 
 NAME = re.compile(r"[a-z0-9_-]{1,128}")
+COPY = re.compile(r"trials-(\d+)\.parquet")
 EPOCHS_FILE = re.compile(r"(live|part)-(\d+)(?:-(\d+))?\.parquet")
 
 
@@ -49,6 +51,8 @@ class Header:
     written_at: datetime | None = None
     done: bool = False
     """Whether the driver ended because nothing was left to run."""
+    copied: bool = False
+    """Whether `trials-<fence>.parquet` has the same, since this place cannot refuse what an old driver writes late."""
 
     def encode(self) -> bytes:
         record = {**asdict(self), "written_at": self.written_at.isoformat() if self.written_at else None}
@@ -321,8 +325,25 @@ class SweepFiles:
         return [Event(**record) for record in records(fit(table, EVENTS_SCHEMA))]
 
     def trials(self) -> tuple[pa.Table, Header, str]:
-        """The trials, what their footer says, and the tag of their object. Raises NotFoundError, DamagedError."""
-        key = f"{self.key}/trials.parquet"
+        """The trials, what their footer says, and the tag of `trials.parquet`. Raises NotFoundError, DamagedError.
+
+        Where an older driver has overwritten them, the copy that has a higher fence holds.
+        """
+        for _ in range(4):
+            table, header, tag = self._trials("trials.parquet")
+            above = max(self._copies() if header.copied else [0])
+            if above <= header.fence:
+                return table, header, tag
+            with contextlib.suppress(NotFoundError):  # a newer driver has put its own in this one's place
+                return *self._trials(f"trials-{above}.parquet")[:2], tag
+        raise ChangedError(f"{self.folder}/{self.key}/trials.parquet keeps changing", "Try again")
+
+    def overwritten(self) -> bool:
+        """Whether `trials.parquet` is an older driver's, and readers take a copy instead."""
+        return self._trials("trials.parquet")[1].fence < self.trials()[1].fence
+
+    def _trials(self, name: str) -> tuple[pa.Table, Header, str]:
+        key = f"{self.key}/{name}"
         stored = self.folder.read(key)
         if stored is None:
             raise self._missing()
@@ -332,6 +353,19 @@ class SweepFiles:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             text = f"{self.folder}/{key} was not written by mixmo: its footer is not ours"
             raise DamagedError(text, _RESTORE) from error
+
+    def _copies(self) -> list[int]:
+        """The fences of the copies of the trials, and 0."""
+        return [0, *(int(match[1]) for match in map(COPY.fullmatch, self.folder.names(self.key)) if match)]
+
+    def copy_key(self, fence: int) -> str:
+        return f"{self.key}/trials-{fence}.parquet"
+
+    def drop_copies(self, below: int) -> None:
+        """Delete the copies of drivers that were before this fence."""
+        for fence in self._copies():
+            if 0 < fence < below:
+                self.folder.delete(self.copy_key(fence))
 
     def look(self, wanted: Wanted | None = ALL, *, tries: int = 8) -> Look:
         """Everything at one moment, without the parts if none of them is wanted. Begins again when an object that was
@@ -382,6 +416,10 @@ class SweepFiles:
     def files(self) -> list[re.Match[str]]:
         """The files of epochs that lie there, whether they count or not: (kind, fence, seq)."""
         return [match for match in map(EPOCHS_FILE.fullmatch, self.folder.names(f"{self.key}/epochs")) if match]
+
+    def strangers(self) -> list[str]:
+        """Names in the folder of epochs that are of no file of epochs."""
+        return [name for name in self.folder.names(f"{self.key}/epochs") if not EPOCHS_FILE.fullmatch(name)]
 
     def _gone(self, key: str) -> ChangedError:
         return ChangedError(f"{self.folder}/{key} is named but not there", _RESTORE)
