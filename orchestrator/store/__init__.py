@@ -61,7 +61,8 @@ from orchestrator.store.writer import Compaction, SweepWriter
 
 __all__ = [
     "LOG_BYTES", "AttemptFolder", "Compaction", "DamagedError", "Event", "Fault", "Folder", "Header", "Lease",
-    "LeaseLostError", "Logits", "Objects", "Process", "ResultStore", "Snapshot", "SweepWriter", "merge", "totals", "without_secrets",
+    "LeaseLostError", "Logits", "Objects", "Process", "ResultStore", "Snapshot", "SweepWriter", "merge", "totals",
+    "without_secrets",
 ]  # fmt: skip
 
 
