@@ -169,9 +169,10 @@ class _Body:
         md5 = hashlib.md5(usedforsecurity=False)
         with _opened(source) as file:
             if (size := file.seek(0, io.SEEK_END)) > LARGEST:
+                what = source if isinstance(source, Path) else "an object"
                 raise UnreachableError(
-                    f"{size:,} bytes are more than the {LARGEST:,} that S3 takes as one object, and nothing of mixmo's "
-                    f"is sent in pieces. Keep results of such networks in a folder (--results)"
+                    f"{what} of {size:,} bytes is larger than the {LARGEST:,} that S3 takes as one, and nothing of "
+                    f"mixmo's is sent in pieces. Keep results of such networks in a folder (--results)"
                 )
             file.seek(0)
             while chunk := file.read(1 << 20):
