@@ -41,13 +41,25 @@ from orchestrator.store.attempts import (
 )
 from orchestrator.store.lease import Lease, LeaseLostError, Process, read_lease
 from orchestrator.store.objects import DamagedError, Folder, Objects
-from orchestrator.store.tables import Event, Header, Snapshot, SweepFiles, fit, merge, only, sweep_names, totals
+from orchestrator.store.tables import (
+    Event,
+    Header,
+    Snapshot,
+    SweepFiles,
+    encode,
+    fit,
+    merge,
+    only,
+    sweep_names,
+    totals,
+)
 from orchestrator.store.verify import Fault, faults_of
 from orchestrator.store.writer import SweepWriter
 
 __all__ = [
     "LOG_BYTES", "AttemptFolder", "DamagedError", "Event", "Fault", "Folder", "Header", "Lease", "LeaseLostError",
-    "Logits", "Objects", "Process", "ResultStore", "Snapshot", "SweepWriter", "merge", "totals", "without_secrets",
+    "Logits", "Objects", "Process", "ResultStore", "Snapshot", "SweepWriter", "encode", "merge", "totals",
+    "without_secrets",
 ]  # fmt: skip
 
 
@@ -103,9 +115,14 @@ class ResultStore:
 
         Of a trial that begins again, the epochs that it has yet to repeat are left out.
         """
+        return self.tables(sweep)[1]
+
+    def tables(self, sweep: str) -> tuple[pa.Table, pa.Table]:
+        """The trials and the epochs of one moment, as `trials` and `epochs` give them."""
         seen = SweepFiles(self.folder, sweep).look()
         ids, reached = seen.trials.column("trial_id").to_pylist(), seen.trials.column("epoch").to_pylist()
-        return merge([seen.live, *seen.parts], dict(zip(ids, reached, strict=True)))
+        epochs = merge([seen.live, *seen.parts], dict(zip(ids, reached, strict=True)))
+        return fit(seen.trials, TRIALS_SCHEMA), epochs
 
     def epoch_rows(self, sweep: str, trial_id: str | None = None) -> list[EpochRow]:
         if trial_id is None:
