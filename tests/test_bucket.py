@@ -3,6 +3,9 @@
 What all places have in common is in test_objects.py.
 """
 
+import contextlib
+import io
+import json
 import os
 import pickle
 import re
@@ -10,11 +13,14 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from botocore import exceptions as faults
 from made_rows import DEAD, advance, begin, finished, keys, trial
@@ -96,7 +102,10 @@ def test_a_profile_names_the_server_and_has_the_credentials(
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_PROFILE", "lab")
     found = Bucket.open(bucket.partition("?")[0])
-    found.probe()
+    found.put("a.parquet", parquet([1]))
+    filesystem, path = found.filesystem()
+    assert pq.read_table(f"{path}/a.parquet", filesystem=filesystem).column("number").to_pylist() == [1]
+    assert SECRET.encode() not in pickle.dumps(filesystem)
     assert found.uri == f"{bucket}&region=eu-west-3"
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(UsageError, match=r"settings of AWS cannot be used.*nobody"):
@@ -142,6 +151,76 @@ def test_boto3_is_loaded_for_buckets_alone(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False False\n"
+
+
+# --------------------------------------------------------------------------------------- how other readers find it
+
+
+def test_polars_reads_it_with_the_options_of_the_store(bucket: str) -> None:
+    polars = pytest.importorskip("polars")
+    made = Bucket.open(bucket)
+    made.put("x/a.parquet", parquet([1, 2]))
+    options = made.storage_options()
+    frame = polars.read_parquet(f"{made}/x/*.parquet", storage_options=options)
+    assert frame["number"].to_list() == [1, 2]
+    assert options["aws_endpoint_url"] == f"http://{bucket.partition('=')[2].partition('&')[0]}"
+
+
+class Role(BaseHTTPRequestHandler):
+    """Gives the credentials of a machine's role, as the agent of a container does, for a few minutes each."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        expires = datetime.now(UTC) + timedelta(minutes=5)
+        content = json.dumps({
+            "AccessKeyId": "rolekey", "SecretAccessKey": SECRET, "Token": "a-session-token", "RoleArn": "role",
+            "Expiration": expires.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }).encode()  # fmt: skip
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def role(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Role]]:
+    """Instead of keys in the environment."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    Role.asked.clear()
+    with serving(Role) as address:
+        monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"http://{address}/role")
+        yield Role
+
+
+def test_the_credentials_of_a_role_are_found_and_made_anew(bucket: str, role: type[Role]) -> None:
+    """Five minutes are so few that each request asks again; Arrow asks by itself, and holds no key that could age."""
+    made = Bucket.open(bucket)
+    sent: list[str] = []
+    made._client.meta.events.register("before-send.s3", lambda request, **_: sent.append(str(request.headers)))
+    made.put("x/a.parquet", parquet([1, 2]))
+    asked = len(role.asked)
+    assert made.read("x/a.parquet")
+    assert len(role.asked) > asked > 0
+    assert all("a-session-token" in headers for headers in sent)
+    asked = len(role.asked)
+    filesystem, path = made.filesystem()
+    assert pq.read_table(f"{path}/x/a.parquet", filesystem=filesystem).column("number").to_pylist() == [1, 2]
+    assert len(role.asked) > asked
+    assert SECRET.encode() not in pickle.dumps(filesystem)
+    assert made.storage_options()["aws_session_token"] == "a-session-token"
+
+
+def parquet(numbers: list[int]) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"number": numbers}), file)
+    return file.getvalue()
 
 
 # -------------------------------------------------------------------------------------------- requests that go wrong
@@ -262,6 +341,19 @@ def test_a_lost_answer_is_no_licence_to_overwrite(faulty: Callable[..., Bucket],
     assert stored.data == b"another"
 
 
+@contextlib.contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """host:port of a server that answers so."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 class Rude(BaseHTTPRequestHandler):
     """Hangs up before it answers, cuts its first answers short, and then behaves."""
 
@@ -294,16 +386,10 @@ class Rude(BaseHTTPRequestHandler):
 def test_connections_that_break_are_made_anew(bucket: str) -> None:
     """Real ones: what boto3 makes of them is no assumption of ours."""
     Rude.calls.clear()
-    with ThreadingHTTPServer(("127.0.0.1", 0), Rude) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            made = Bucket.open(f"s3://bucket/a?endpoint_override=127.0.0.1:{server.server_port}&scheme=http")
-            made.put("a", b"12345")
-            stored = made.read("a")
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(Rude) as address:
+        made = Bucket.open(f"s3://bucket/a?endpoint_override={address}&scheme=http")
+        made.put("a", b"12345")
+        stored = made.read("a")
     assert stored is not None
     assert (stored.data, stored.tag) == (b"12345", "tag")
     assert Rude.calls == ["PUT"] * 3 + ["GET"] * 3

@@ -3,11 +3,16 @@
 import errno
 import fcntl
 import hashlib
+import io
 import os
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.dataset as dataset
+import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.errors import UnreachableError
@@ -148,9 +153,29 @@ class TestContract:
         objects.tidy("")
         assert (objects.names(""), objects.names("", folders=True)) == ([], [])
 
+    def test_arrow_reads_it_in_place(self, objects: Objects) -> None:
+        table = pa.table({"number": [1, 2]})
+        for name in ("a", "b"):
+            objects.put(f"x/{name}.parquet", parquet(table))
+        objects.put("x/.hidden", b"no Parquet")
+        filesystem, path = objects.filesystem()
+        read = dataset.dataset(f"{path}/x", filesystem=filesystem).to_table()
+        assert sorted(read.column("number").to_pylist()) == [1, 1, 2, 2]
+        assert filesystem.get_file_info(f"{path}/x/c.parquet").type.name == "NotFound"
+
+    def test_a_pickle_finds_it_again(self, objects: Objects) -> None:
+        objects.put("a", b"1")
+        assert held(pickle.loads(pickle.dumps(objects)), "a") == b"1"
+
     def test_another_process_finds_it_by_its_uri(self, objects: Objects) -> None:
         objects.put("a", b"1")
         assert held(open_place(objects.uri), "a") == b"1"
+
+
+def parquet(table: pa.Table) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    return file.getvalue()
 
 
 def in_threads(act: Callable[[int], bool]) -> list[bool]:

@@ -18,16 +18,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import boto3
 import botocore.exceptions as faults
+import botocore.session
 from botocore.config import Config
 
 from orchestrator.errors import UnreachableError, UsageError
 from orchestrator.store.attempts import without_secrets
 from orchestrator.store.objects import Objects, Stored
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
 
 TRIES = 8
 """How often a request is made before the store counts as away."""
@@ -36,6 +40,8 @@ PATIENCE_S = 40.0
 FIRST_WAIT_S = 0.1
 """The longest wait before the second try. It doubles from try to try, up to LONGEST_WAIT_S."""
 LONGEST_WAIT_S = 5.0
+CONNECT_S, ANSWER_S = 5, 20
+"""How long one try waits for a connection, and for anything to come over it."""
 SETTLE_S = 0.5
 """How long one waits to see whether another wrote at the same moment, on a server that cannot rule it out."""
 
@@ -58,6 +64,10 @@ _NO_CREDENTIALS = (
     faults.NoCredentialsError, faults.PartialCredentialsError, faults.CredentialRetrievalError,
     faults.TokenRetrievalError, faults.SSOError,
 )  # fmt: skip
+_FOUND_BY_ARROW = frozenset({
+    "env", "shared-credentials-file", "config-file", "container-role", "iam-role", "assume-role-with-web-identity",
+})  # fmt: skip
+"""Where botocore says that credentials come from, and Arrow looks too. It makes those of roles anew itself."""
 _T = TypeVar("_T")
 
 
@@ -145,8 +155,9 @@ class _Conditions:
 class Bucket(Objects):
     """Objects under a prefix of a bucket. Threads may share it."""
 
-    def __init__(self, address: Address, client: Any, secrets_of: Callable[[], list[str]]) -> None:
-        self.address, self._client, self._secrets_of = address, client, secrets_of
+    def __init__(self, address: Address, session: Any, client: Any, authorities: str | None) -> None:
+        """`authorities` is the file of a CA of one's own: AWS_CA_BUNDLE, or `ca_bundle` of the profile."""
+        self.address, self._session, self._client, self._authorities = address, session, client, authorities
         self._root = f"{address.prefix}/" if address.prefix else ""
         self._found: _Conditions | None = None
         self._finding = threading.Lock()
@@ -156,8 +167,9 @@ class Bucket(Objects):
         """Of a URI and the environment, which is read here and nowhere else. Raises UsageError, UnreachableError."""
         address = Address.parse(uri)
         try:
-            session = boto3.Session(region_name=address.region)
-            client = _client(session, address.endpoint)
+            found = botocore.session.get_session()
+            session = boto3.Session(botocore_session=found, region_name=address.region)
+            client, authorities = _client(session, address.endpoint), found.get_config_variable("ca_bundle")
         except (faults.BotoCoreError, ValueError) as error:  # no such profile, a file that cannot be parsed, no URL
             text = without_secrets(str(error), os.environ)
             raise UsageError(f"{address}: the settings of AWS cannot be used: {text}") from None
@@ -167,7 +179,11 @@ class Bucket(Objects):
                 raise UsageError("AWS_ENDPOINT_URL has a user name or a password in it. " + ADVICE["credentials"])
             client = _client(session, endpoint, addressing="path")
             address = replace(address, endpoint=endpoint)
-        return cls(replace(address, region=session.region_name), client, lambda: _secrets_of(session))
+        return cls(replace(address, region=session.region_name), session, client, authorities)
+
+    def __reduce__(self) -> tuple[Callable[[str], "Bucket"], tuple[str]]:
+        """A pickle has the address alone: who loads it finds the credentials as this process did."""
+        return type(self).open, (self.uri,)
 
     def __str__(self) -> str:
         return str(self.address)
@@ -176,6 +192,58 @@ class Bucket(Objects):
     def uri(self) -> str:
         """With the endpoint and the region that were found, so that a worker elsewhere finds the same."""
         return self.address.uri
+
+    def filesystem(self) -> "tuple[FileSystem, str]":
+        """With explicit keys only where Arrow would not find the same ones: those of a login or of an assumed role.
+        They are good for an hour or less, so ask for a file system when you read and not long before.
+        """
+        from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
+
+        where = urlsplit(self.address.endpoint) if self.address.endpoint else None
+        made = S3FileSystem(
+            region=self._client.meta.region_name,
+            endpoint_override=where.netloc if where else None,
+            scheme=where.scheme if where else "https",
+            retry_strategy=AwsStandardS3RetryStrategy(max_attempts=TRIES),
+            connect_timeout=CONNECT_S,
+            request_timeout=ANSWER_S,
+            **self._keys(),
+            **({"tls_ca_file_path": self._authorities} if self._authorities else {}),
+        )
+        return made, f"{self.address.bucket}/{self.address.prefix}".rstrip("/")
+
+    def storage_options(self) -> dict[str, str]:
+        """The same for polars and others that read with Rust's object_store: `aws_region` and its like.
+
+        The keys are in it where there are any; those of a role are good for minutes to hours.
+        """
+        held = self._credentials()
+        found = {
+            "aws_region": self._client.meta.region_name,
+            "aws_endpoint_url": self.address.endpoint,
+            "aws_virtual_hosted_style_request": None if self.address.endpoint is None else "false",
+            "aws_allow_http": "true" if str(self.address.endpoint).startswith("http://") else None,
+            "aws_access_key_id": held.access_key if held else None,
+            "aws_secret_access_key": held.secret_key if held else None,
+            "aws_session_token": held.token if held else None,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _keys(self) -> dict[str, str]:
+        given = self._session.get_credentials()
+        held = None if given is None or given.method in _FOUND_BY_ARROW else self._credentials()
+        if held is None:
+            return {}
+        token = {"session_token": held.token} if held.token else {}
+        return {"access_key": held.access_key, "secret_key": held.secret_key, **token}
+
+    def _credentials(self) -> Any:
+        """As they are now. Raises UnreachableError where a role or a login does not give them."""
+        try:
+            given = self._session.get_credentials()
+            return given.get_frozen_credentials() if given else None
+        except faults.BotoCoreError as error:
+            raise self._explained("read", "", error) from None
 
     # ---- the contract
 
@@ -408,7 +476,7 @@ class Bucket(Objects):
         else:
             what, advice = str(error), ADVICE["credentials" if isinstance(error, _NO_CREDENTIALS) else "away"]
         text = f"cannot {verb} {self}/{key}: {what.rstrip('.')}. What was stored before is unharmed. {advice}."
-        for secret in self._secrets_of():
+        for secret in _secrets_of(self._session):
             text = text.replace(secret, "***")
         unknown = _code(error) in ("NotImplemented", "InvalidArgument")
         return (_UnknownError if unknown else UnreachableError)(without_secrets(text, os.environ))
@@ -428,8 +496,8 @@ def _client(session: Any, endpoint: str | None, addressing: str = "auto") -> Any
     """Checksums only where they are a must: some servers take no others, and Content-MD5 guards what we write."""
     config = Config(
         retries={"total_max_attempts": 1, "mode": "standard"},
-        connect_timeout=5,
-        read_timeout=20,
+        connect_timeout=CONNECT_S,
+        read_timeout=ANSWER_S,
         signature_version="s3v4",
         s3={"addressing_style": addressing},
         request_checksum_calculation="when_required",

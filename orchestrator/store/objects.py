@@ -12,7 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import TYPE_CHECKING, BinaryIO, Self
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
 
 from orchestrator.errors import UnreachableError
 
@@ -57,6 +60,13 @@ class Objects(abc.ABC):
     @abc.abstractmethod
     def uri(self) -> str:
         """What `ResultStore.open` takes to find the same place from another machine. No secrets are in it."""
+
+    @abc.abstractmethod
+    def filesystem(self) -> "tuple[FileSystem, str]":
+        """For readers of Parquet that want more than whole objects: Arrow's file system, and this place's path in it.
+
+        Only in the process that asked: a file system may hold credentials, and is never pickled or stored.
+        """
 
     @abc.abstractmethod
     def read(self, key: str) -> Stored | None:
@@ -127,6 +137,11 @@ class Folder(Objects):
 
     def __str__(self) -> str:
         return str(self.root)
+
+    def filesystem(self) -> "tuple[FileSystem, str]":
+        from pyarrow.fs import LocalFileSystem
+
+        return LocalFileSystem(), str(self.root)
 
     def path(self, key: str) -> Path:
         return self.root / key
