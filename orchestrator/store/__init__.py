@@ -22,13 +22,13 @@ import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 
 from orchestrator.errors import NotFoundError, UnreachableError, UsageError
-from orchestrator.rows import TRIALS_SCHEMA, EpochRow, TrialRow, epoch_rows, newest, trial_rows
+from orchestrator.rows import TRIALS_SCHEMA, EpochRow, TrialRow, epoch_rows, newest, records, trial_rows
 from orchestrator.store.attempts import (
     ATTEMPT,
     LOG_BYTES,
@@ -55,6 +55,9 @@ from orchestrator.store.tables import (
 )
 from orchestrator.store.verify import Fault, faults_of
 from orchestrator.store.writer import SweepWriter
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
 
 __all__ = [
     "LOG_BYTES", "AttemptFolder", "DamagedError", "Event", "Fault", "Folder", "Header", "Lease", "LeaseLostError",
@@ -115,14 +118,9 @@ class ResultStore:
 
         Of a trial that begins again, the epochs that it has yet to repeat are left out.
         """
-        return self.tables(sweep)[1]
-
-    def tables(self, sweep: str) -> tuple[pa.Table, pa.Table]:
-        """The trials and the epochs of one moment, as `trials` and `epochs` give them."""
         seen = SweepFiles(self.folder, sweep).look()
         ids, reached = seen.trials.column("trial_id").to_pylist(), seen.trials.column("epoch").to_pylist()
-        epochs = merge([seen.live, *seen.parts], dict(zip(ids, reached, strict=True)))
-        return fit(seen.trials, TRIALS_SCHEMA), epochs
+        return merge([seen.live, *seen.parts], dict(zip(ids, reached, strict=True)))
 
     def epoch_rows(self, sweep: str, trial_id: str | None = None) -> list[EpochRow]:
         if trial_id is None:
@@ -140,6 +138,16 @@ class ResultStore:
         """What a screen shows, from three objects whose size does not grow with the epochs done."""
         seen = SweepFiles(self.folder, sweep).look(parts=False)
         return Snapshot(seen.header, trial_rows(seen.trials), newest(epoch_rows(seen.live)), self.events(sweep))
+
+    def tables(self, sweep: str) -> tuple[pa.Table, pa.Table]:
+        """The trials and the epochs of one moment, as `trials` and `epochs` give them."""
+        seen = SweepFiles(self.folder, sweep).look()
+        reached = {row["trial_id"]: row["epoch"] for row in records(seen.trials.select(["trial_id", "epoch"]))}
+        return fit(seen.trials, TRIALS_SCHEMA), merge([seen.live, *seen.parts], reached)
+
+    def filesystem(self) -> "tuple[FileSystem, str]":
+        """For tools that read Parquet by themselves: Arrow's file system, and the path of this store in it."""
+        return self.folder.filesystem()
 
     def find(self, prefix: str) -> list[TrialRow]:
         """The rows, one for each sweep that has it, of the one trial whose id begins so. Raises NotFoundError."""

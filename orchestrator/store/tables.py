@@ -4,6 +4,7 @@ A read goes live, then trials, then the parts named there. A row that moves from
 met at least once; of two rows with one key the highest (fence, attempt, seq) holds.
 """
 
+import contextlib
 import json
 import re
 import time
@@ -30,6 +31,10 @@ from orchestrator.rows import (
 from orchestrator.store.objects import DamagedError, Objects, Stored
 
 NAME = re.compile(r"[a-z0-9_-]{1,128}")
+LAYOUT = 1
+"""Which objects there are and how they hang together. It rises when an older version could not read them rightly; that
+a table has more columns is no reason.
+"""
 EPOCHS_FILE = re.compile(r"(live|part)-(\d+)(?:-(\d+))?\.parquet")
 
 
@@ -48,6 +53,7 @@ class Header:
     written_at: datetime | None = None
     done: bool = False
     """Whether the driver ended because nothing was left to run."""
+    layout: int = LAYOUT
 
     def encode(self) -> bytes:
         record = {**asdict(self), "written_at": self.written_at.isoformat() if self.written_at else None}
@@ -212,6 +218,13 @@ class Look:
     parts: tuple[pa.Table, ...] = ()
 
 
+class NewerError(DamagedError):
+    """A sweep that a later version of mixmo wrote, in a way that this one cannot read, or cannot write without loss."""
+
+    def __init__(self, what: str, advice: str = "Upgrade mixmo, here and wherever this sweep is read or run") -> None:
+        super().__init__(what, advice)
+
+
 class ChangedError(DamagedError):
     """An object that was named is gone: the sweep moved on while it was read, or, if it did not, the object is lost."""
 
@@ -248,12 +261,21 @@ class SweepFiles:
         stored = self.folder.read(key)
         if stored is None:
             raise self._missing()
+        self._check_layout(stored.data, key)
         table = decode(stored.data, f"{self.folder}/{key}", TRIALS_SCHEMA, TRIALS_REQUIRED)
         try:
             return table, Header.of(table), stored.tag
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             text = f"{self.folder}/{key} was not written by mixmo: its footer is not ours"
             raise DamagedError(text, _RESTORE) from error
+
+    def _check_layout(self, data: bytes, key: str) -> None:
+        """Before anything else is made of the table: of a later layout, nothing can be told but its number."""
+        with contextlib.suppress(pa.ArrowException, OSError, ValueError, TypeError, KeyError, AttributeError):
+            layout = json.loads(pq.read_schema(pa.BufferReader(data)).metadata[b"mixmo"]).get("layout", LAYOUT)
+            if layout > LAYOUT:
+                text = f"{self.folder}/{key} was written by a later mixmo (layout {layout}; this one reads {LAYOUT})"
+                raise NewerError(text)
 
     def look(self, *, parts: bool = True, tries: int = 8) -> Look:
         """Everything at one moment. Begins again when an object that was named is gone: the sweep moved on."""

@@ -12,7 +12,7 @@ from orchestrator.rows import FINAL, EpochRow, TrialRow, epoch_rows, newest, tri
 from orchestrator.store.attempts import NO_LOGITS, matches
 from orchestrator.store.lease import read_lease
 from orchestrator.store.objects import DamagedError, Objects
-from orchestrator.store.tables import ChangedError, Header, SweepFiles, sweep_names
+from orchestrator.store.tables import ChangedError, Header, NewerError, SweepFiles, sweep_names
 
 _ROWS_LOST = "its rows are lost to this table: put the file back from a copy, or run those trials under a new store"
 _HARMLESS = "harmless: no reader takes it, and the next run deletes it after an hour"
@@ -41,6 +41,8 @@ def faults_of(files: SweepFiles) -> list[Fault]:
             tables, faults = _tables(files, header)
             if files.trials()[2] == tag:  # else it moved on while we read
                 break
+        except NewerError:
+            raise
         except DamagedError as error:
             return [Fault("damaged", None, error.what, "put the file back from a copy"), *_other_damage(files)]
     rows = trial_rows(trials)

@@ -35,6 +35,8 @@ from orchestrator.store.tables import (
     EVENTS_SCHEMA,
     Event,
     Header,
+    Look,
+    NewerError,
     Snapshot,
     SweepFiles,
     encode,
@@ -356,6 +358,7 @@ class SweepWriter:
             return
         if seen.header.fence > self.fence:
             raise self._lease.lost()
+        _check_columns(seen)
         self._tag = seen.tag
         self._rows = {row.trial_id: row for row in trial_rows(seen.trials)}
         ended = {trial_id for trial_id, row in self._rows.items() if row.state in FINAL}  # theirs are in the parts
@@ -366,6 +369,17 @@ class SweepWriter:
         counted, now = {*seen.header.parts, *seen.header.retired}, self._now().isoformat()
         retired = {**seen.header.retired, **{name: now for name in left if name not in counted}}
         self._header = replace(seen.header, done=False, retired=retired)
+
+
+def _check_columns(seen: Look) -> None:
+    """To write a table again without the columns that only a later version knows would lose what they say."""
+    for table, schema in ((seen.trials, TRIALS_SCHEMA), (seen.live, EPOCHS_SCHEMA)):
+        unknown = [name for name in table.schema.names if name not in schema.names]
+        if unknown:
+            raise NewerError(
+                f"a later mixmo ran this sweep: its tables have columns that this one does not know, and would lose by "
+                f"running it ({', '.join(unknown)}). Nothing was changed, and everything else can be read"
+            )
 
 
 def _succeeds(row: TrialRow, held: TrialRow) -> bool:
