@@ -378,7 +378,7 @@ def _check_columns(seen: Look) -> None:
         if unknown:
             raise NewerError(
                 f"a later mixmo ran this sweep: its tables have columns that this one does not know, and would lose by "
-                f"running it ({', '.join(unknown)}). Nothing was changed, and everything else can be read"
+                f"running it ({', '.join(unknown)}). No result was changed, and all else can be read"
             )
 
 
