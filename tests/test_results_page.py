@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mixmo_core.config import leaves
 from mixmo_core.metrics import METRICS
 from orchestrator import cli
 from orchestrator.rows import EPOCHS_SCHEMA, TRIALS_SCHEMA, to_table
-from orchestrator.store import ResultStore, SweepWriter, encode, merge
+from orchestrator.store import Folder, ResultStore, SweepWriter, encode, merge
 from orchestrator.store import writer as writing
 
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
@@ -218,6 +218,52 @@ def test_the_sql_blocks(results: ResultStore) -> None:
 def test_the_polars_block(results: ResultStore) -> None:
     frame = run(block("polars"))["epochs"]
     assert sorted(frame.select("trial_id", "epoch", "fence", "top1").rows()) == expected(results)
+
+
+class Watched(Folder):
+    """Calls back after every change of an object."""
+
+    def __init__(self, root: Path, look: Callable[[], None]) -> None:
+        super().__init__(root)
+        self._look = look
+
+    def put(self, key: str, data: bytes) -> None:
+        super().put(key, data)
+        self._look()
+
+    def create(self, key: str, data: bytes) -> bool:
+        made = super().create(key, data)
+        self._look()
+        return made
+
+    def delete(self, key: str) -> None:
+        super().delete(key)
+        self._look()
+
+
+def test_the_blocks_are_right_after_every_single_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the store's own reader says, which `test_writer.py` holds to what was acknowledged."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(writing, "MERGED_AT", 2)
+    seen: list[int] = []
+
+    def look() -> None:
+        store = ResultStore.open("results")
+        if not store.sweeps():
+            return
+        known = {row.trial_id for row in store.trial_rows("quickstart")}  # a new trial's rows come before its own row
+        rows = [row for row in store.epoch_rows("quickstart") if row.trial_id in known]
+        wanted = sorted((row.trial_id, row.epoch, row.fence, row.metrics["top1"]) for row in rows)
+        for title in ("pandas", "polars"):
+            frame = run(block(title))["epochs"]
+            columns = frame[["trial_id", "epoch", "fence", "top1"]]
+            assert sorted(columns.itertuples(index=False, name=None) if title == "pandas" else columns.rows()) == wanted
+        assert tuples(query(block("DuckDB", "sql", 1))) == wanted
+        seen.append(len(wanted))
+
+    caught(ResultStore(Watched(Path("results"), look))).close(done=False)
+    assert seen[-1] == 10
+    assert len(seen) > 20
 
 
 @pytest.fixture
