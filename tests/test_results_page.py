@@ -3,6 +3,7 @@
 The store is caught at a bad moment: a driver was killed and another is at work, in the middle of a merge.
 """
 
+import importlib.util
 import os
 import re
 import shlex
@@ -18,7 +19,7 @@ from made_rows import DEAD, advance, content, epoch, trial
 
 from mixmo_core.config import leaves
 from mixmo_core.metrics import METRICS
-from orchestrator import cli
+from orchestrator import analysis, cli
 from orchestrator.rows import EPOCHS_SCHEMA, TRIALS_SCHEMA, to_table
 from orchestrator.store import Folder, ResultStore, SweepWriter, encode, merge
 from orchestrator.store import writer as writing
@@ -304,6 +305,31 @@ def test_the_block_of_sql(results: ResultStore, monkeypatch: pytest.MonkeyPatch,
     assert table.splitlines()[-1].split()[:3] == ["2", "cutmix", f"{MEAN_TOP1:.6g}"]
     counts = [int(line.rpartition(",")[2]) for line in curve.splitlines()[1:]]
     assert counts == [sum(number == each for _, each, _, _ in expected(results)) for number in (1, 2, 3)]
+
+
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("example", PAGE.parent / "analysis.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_draws_what_all_three_tools_say(results: ResultStore, capsys: pytest.CaptureFixture[str]) -> None:
+    example, loaded = script(), analysis.load(results.uri, "quickstart")
+    rows = expected(results)
+    means = [sum(top1 or 0 for _, at, _, top1 in rows if at == number) / [4, 3, 3][number - 1] for number in (1, 2, 3)]
+    for curves in (example.with_duckdb(loaded), example.with_polars(loaded), example.with_pandas(loaded)):
+        assert curves.columns == ["label", "mixing_method", "epoch", "mean", "std", "n"]
+        assert curves.select("label", "mixing_method", "epoch", "n").rows() == [
+            (None, "cutmix", 1, 4), (None, "cutmix", 2, 3), (None, "cutmix", 3, 3),
+        ]  # fmt: skip
+        assert curves["mean"].to_list() == pytest.approx(means)
+        assert curves["std"].min() > 0
+    example.main(results.uri, "quickstart", "curves.png")
+    assert Path("curves.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == "curves.png\n"
 
 
 # ------------------------------------------------------------------------------------------------------- from a bucket
