@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from orchestrator.errors import NotFoundError, RefusedError, UnreachableError, UsageError
 from orchestrator.progress import driven
@@ -191,7 +192,9 @@ def as_csv(table: pa.Table) -> bytes:
     import pyarrow.csv
 
     sink = io.BytesIO()
-    pyarrow.csv.write_csv(_without_nests(table), sink)
+    pyarrow.csv.write_csv(_flat(table), sink)
+    if not any(pa.types.is_floating(column.type) and pc.any(pc.is_nan(column)).as_py() for column in table.columns):
+        return sink.getvalue()  # to look for them costs more than all else
     return _PLAIN_NAN.sub(lambda found: b"NaN" if found[0] == b"nan" else found[0], sink.getvalue())
 
 
@@ -199,11 +202,14 @@ _PLAIN_NAN = re.compile(rb'"(?:[^"]|"")*"|(?<=[,\n])nan(?=[,\n])')
 """A word in quotation marks, or a bare nan, which polars takes for a word."""
 
 
-def _without_nests(table: pa.Table) -> pa.Table:
+def _flat(table: pa.Table) -> pa.Table:
+    """Lists and the like as JSON, spans of time as words."""
     for index, spec in enumerate(table.schema):
-        if pa.types.is_nested(spec.type):
-            values = [
-                None if each is None else json.dumps(each, default=str) for each in table.column(index).to_pylist()
-            ]
-            table = table.set_column(index, spec.name, pa.array(values, pa.string()))
+        if pa.types.is_nested(spec.type) or pa.types.is_interval(spec.type):
+            written = [None if each is None else _written(each) for each in table.column(index).to_pylist()]
+            table = table.set_column(index, spec.name, pa.array(written, pa.string()))
     return table
+
+
+def _written(value: object) -> str:
+    return json.dumps(value, default=str) if isinstance(value, list | dict) else str(value)

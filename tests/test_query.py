@@ -70,6 +70,7 @@ def test_all_sweeps_or_those_that_are_named(store: ResultStore) -> None:
         asked(store, text, "others")
 
 
+@in_a_folder
 def test_an_empty_store_has_both_tables_and_no_rows(store: ResultStore) -> None:
     assert asked(store, "select count(top1), (select count(top1) from epochs) from trials") == [(0, 0)]
 
@@ -97,6 +98,7 @@ def test_a_damaged_sweep_does_not_hide_the_others(store: ResultStore, mixmo: Com
     assert (code, out.split(), err) == (0, ["sweep", "─────", "other"], "")
 
 
+@in_a_folder
 @pytest.mark.parametrize("text", [
     "select trial_id, max(top1) from epochs group by all",
     "from trials", "describe epochs", "summarize trials", "show tables", "explain select 1 from trials",
@@ -174,6 +176,7 @@ def test_without_duckdb_the_command_says_how_to_get_it(
 # --------------------------------------------------------------------------------------------------------- the formats
 
 
+@in_a_folder
 def test_every_format_has_the_same_rows(store: ResultStore, mixmo: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = finished(store)
     text = "select seed, trial_id, top1 / 3 as third, updated_at, error, 'a|b' as bar from trials order by seed"
@@ -223,10 +226,30 @@ def test_a_terminal_gets_the_first_rows_of_many(store: ResultStore, mixmo: Comma
     assert len(mixmo("select unnest(range(3000)) as n", "--format", "csv")[1].splitlines()) == 3001
 
 
+@in_a_folder
 def test_two_columns_of_one_name_are_told_apart(store: ResultStore) -> None:
     text = "select 1 as a, 2 as a, 3 as a_1, 4 as a"
     answer = query.ask(text, query.tables(store, (), text))
     assert answer.to_records() == [{"a": 1, "a_1": 2, "a_1_1": 3, "a_2": 4}]
+
+
+@in_a_folder
+def test_every_type_of_duckdb_can_be_printed(store: ResultStore, mixmo: Command) -> None:
+    text = (
+        "select sum(x)::hugeint as s, interval 1 day as i, {'a': [1, 2]} as n, map {'k': 1} as m,"
+        " 1.5::decimal(9, 2) as d, 'x'::blob as b, date '2026-11-24' as t, 'a'::enum('a', 'b') as e, 'nan'::double as f, null as u, true as y,"
+        " uuid() as v, timestamp '2026-11-24 01:02:03' as w, time '01:02:03' as c, 3::uint8 as k"
+        " from (values (1), (2)) v(x)"
+    )
+    told = json.loads(mixmo(text, "--json")[1])["rows"][0]
+    assert {name: told[name] for name in "sndbtefuyk"} == {
+        "s": 3, "n": {"a": [1, 2]}, "d": 1.5, "b": "78", "t": "2026-11-24", "e": "a", "f": None, "u": None, "y": True,
+        "k": 3,
+    }  # fmt: skip
+    for shape in ("terminal", "markdown", "csv"):
+        code, out, err = mixmo(text, "--format", shape)
+        assert (code, err) == (0, "")
+        assert "2026-11-24" in out
 
 
 def test_values_of_any_type_are_shown() -> None:
