@@ -4,18 +4,28 @@ A cell is all trials that share the fields of a row and a column; with the defau
 Only finished trials count: one that was stopped early, failed or still runs leaves its cell marked as incomplete.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from mixmo_core.config import DATASETS
 from orchestrator.errors import UsageError
 from orchestrator.result_table import At, Cell, Key, Reported, ResultTable, short, shown
-from orchestrator.rows import CONFIG_COLUMNS, METRIC_COLUMNS, EpochRow, TrialRow, epoch_rows, trial_rows
+from orchestrator.rows import (
+    CONFIG_COLUMNS,
+    EPOCHS_SCHEMA,
+    METRIC_COLUMNS,
+    TRIALS_SCHEMA,
+    EpochRow,
+    TrialRow,
+    epoch_rows,
+    trial_rows,
+)
 from orchestrator.significance import compare, holm
 from orchestrator.store import ResultStore
 from orchestrator.sweep import Published
@@ -24,6 +34,7 @@ __all__ = ["At", "Cell", "EnsembleRow", "ResultTable", "Results", "load", "short
 
 _FIELDS = ("label", "sweep", "cell_id", "workers", "members", *CONFIG_COLUMNS)
 _OPEN = frozenset({"PENDING", "RUNNING", "PAUSED"})
+TableName = Literal["trials", "epochs"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +62,8 @@ class Results:
 
     def epochs(self) -> pa.Table:
         """As `ResultStore.epochs`, one sweep below the other."""
-        return pa.concat_tables([self.store.epochs(sweep) for sweep in self.sweeps])
+        tables = [self.store.epochs(sweep) for sweep in self.sweeps]
+        return pa.concat_tables(tables) if tables else EPOCHS_SCHEMA.empty_table()
 
     def at_epoch(self, epoch: int) -> list[EpochRow]:
         """The rows of one epoch, of all trials that have reached it: what `table` takes for `at=epoch`."""
@@ -60,8 +72,32 @@ class Results:
         found = self.epochs()
         return epoch_rows(found.filter(pc.field("epoch") == epoch)) if len(found) else []
 
-    def to_pandas(self) -> Any:
-        return self.table.to_pandas()
+    def to_pandas(self, name: TableName = "trials") -> Any:
+        """A table as a pandas.DataFrame. Counts and truth values may be missing (`Int64`, `boolean`) and so stay what
+        they are, whatever the sweep; a missing float is NaN. Raises ModuleNotFoundError where pandas is not installed.
+        """
+        pandas = _package("pandas")
+        kinds = {pa.int64(): pandas.Int64Dtype(), pa.bool_(): pandas.BooleanDtype()}
+        return self._named(name).to_pandas(types_mapper=kinds.get)
+
+    def to_polars(self, name: TableName = "trials") -> Any:
+        """A table as a polars.DataFrame, null where a value is missing. Raises ModuleNotFoundError."""
+        return _package("polars").from_arrow(self._named(name))
+
+    def _named(self, name: TableName) -> pa.Table:
+        if name not in ("trials", "epochs"):
+            raise UsageError(f"no table {name}; there are trials and epochs")
+        return self.table if name == "trials" else self.epochs()
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        told = f"{name} is not installed: pip install {name}. Results.table and Results.epochs() do without it"
+        raise ModuleNotFoundError(told, name=name) from error
 
 
 def load(uri: str | Path, *sweeps: str) -> Results:
@@ -69,7 +105,7 @@ def load(uri: str | Path, *sweeps: str) -> Results:
     store = ResultStore.open(uri)
     names = sweeps or tuple(store.sweeps())
     tables = [store.trials(sweep) for sweep in names]
-    return Results(store, names, pa.concat_tables(tables) if tables else pa.table({}))
+    return Results(store, names, pa.concat_tables(tables) if tables else TRIALS_SCHEMA.empty_table())
 
 
 # ------------------------------------------------------------------------------------------------------------ tables

@@ -7,10 +7,13 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +23,7 @@ from mixmo_core.config import leaves
 from orchestrator import analysis
 from orchestrator.analysis import Cell, ResultTable, table, varied
 from orchestrator.errors import UsageError
-from orchestrator.rows import TrialRow
+from orchestrator.rows import EPOCHS_SCHEMA, TRIALS_SCHEMA, TrialRow
 from orchestrator.store import ResultStore
 from orchestrator.sweep import Published
 
@@ -479,6 +482,44 @@ def test_sweeps_are_loaded_one_below_the_other(stored: Path) -> None:
     assert list(frame.groupby("sweep").size()) == [9, 12]
     assert loaded.epochs().num_rows == 0
     assert analysis.load(stored / "nothing").rows == []
+
+
+def test_frames_have_the_types_of_the_columns_whatever_is_missing(stored: Path, tmp_path: Path) -> None:
+    """A count of which some are missing is no float, and a sweep without rows has the same columns."""
+    for loaded in (analysis.load(stored, "one"), analysis.load(tmp_path / "nothing")):
+        pandas, polars = loaded.to_pandas(), loaded.to_polars()
+        names = ("best_epoch", "git_dirty", "top1", "trial_id", "updated_at", "epoch")
+        assert [str(pandas.dtypes[name]) for name in names] == [
+            "Int64", "boolean", "float64", "str" if pd.__version__ >= "3" else "object", "datetime64[us, UTC]", "Int64",
+        ]  # fmt: skip
+        assert [polars.schema[name] for name in names] == [
+            pl.Int64, pl.Boolean, pl.Float64, pl.String, pl.Datetime("us", "UTC"), pl.Int64,
+        ]  # fmt: skip
+        assert polars.schema["optim_decay_at"] == pl.List(pl.Float64)
+        assert (len(pandas), list(pandas.columns)) == (polars.height, polars.columns)
+    assert polars.columns == TRIALS_SCHEMA.names
+    assert analysis.load(stored).to_pandas("epochs").columns.tolist() == EPOCHS_SCHEMA.names
+    assert analysis.load(stored).to_polars("epochs").columns == EPOCHS_SCHEMA.names
+    with pytest.raises(UsageError, match="no table epoch; there are trials and epochs"):
+        analysis.load(stored).to_pandas("epoch")  # type: ignore[arg-type]
+
+
+def test_frames_keep_every_value(stored: Path) -> None:
+    loaded = analysis.load(stored, "one")
+    pandas, polars = loaded.to_pandas(), loaded.to_polars()
+    assert polars["top1"].to_list() == [row.metrics["top1"] for row in loaded.rows]
+    assert pandas.seed.tolist() == polars["seed"].to_list() == [row.config["seed"] for row in loaded.rows]
+    assert pandas.best_epoch.isna().tolist() == polars["best_epoch"].is_null().to_list()
+    finished = pandas[(pandas.state == "TERMINATED") & ~pandas.stopped_early]
+    assert len(finished) == sum(row.state == "TERMINATED" and not row.stopped_early for row in loaded.rows)
+
+
+@pytest.mark.parametrize("name", ["pandas", "polars"])
+def test_a_package_that_is_not_there_is_told(stored: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"{name} is not installed: pip install {name}") as told:
+        getattr(analysis.load(stored), f"to_{name}")()
+    assert told.value.name == name
 
 
 def test_published_numbers_stand_below_ours() -> None:

@@ -24,13 +24,22 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 
 from orchestrator.errors import NotFoundError, UnreachableError, UsageError
-from orchestrator.rows import EPOCHS_SCHEMA, TRIALS_SCHEMA, EpochRow, TrialRow, epoch_rows, newest, trial_rows
+from orchestrator.rows import (
+    EPOCHS_SCHEMA,
+    TRIALS_SCHEMA,
+    EpochRow,
+    TrialRow,
+    epoch_rows,
+    newest,
+    records,
+    trial_rows,
+)
 from orchestrator.store.attempts import (
     ATTEMPT,
     LOG_BYTES,
@@ -50,6 +59,7 @@ from orchestrator.store.tables import (
     Snapshot,
     SweepFiles,
     Wanted,
+    encode,
     fit,
     merge,
     only,
@@ -59,10 +69,13 @@ from orchestrator.store.tables import (
 from orchestrator.store.verify import Fault, faults_of
 from orchestrator.store.writer import Compaction, SweepWriter
 
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
 __all__ = [
     "LOG_BYTES", "AttemptFolder", "Compaction", "DamagedError", "Event", "Fault", "Folder", "Header", "Lease",
-    "LeaseLostError", "Logits", "Objects", "Process", "ResultStore", "Snapshot", "SweepWriter", "merge", "totals",
-    "without_secrets",
+    "LeaseLostError", "Logits", "Objects", "Process", "ResultStore", "Snapshot", "SweepWriter", "encode", "merge",
+    "totals", "without_secrets",
 ]  # fmt: skip
 
 
@@ -144,6 +157,16 @@ class ResultStore:
         """What a screen shows, from three objects whose size does not grow with the epochs done."""
         seen = SweepFiles(self.folder, sweep).look(None)
         return Snapshot(seen.header, trial_rows(seen.trials), newest(epoch_rows(seen.live)), self.events(sweep))
+
+    def tables(self, sweep: str) -> tuple[pa.Table, pa.Table]:
+        """The trials and the epochs of one moment, as `trials` and `epochs` give them."""
+        seen = SweepFiles(self.folder, sweep).look()
+        reached = {row["trial_id"]: row["epoch"] for row in records(seen.trials.select(["trial_id", "epoch"]))}
+        return fit(seen.trials, TRIALS_SCHEMA), merge([seen.live, *seen.parts], reached)
+
+    def filesystem(self) -> "tuple[FileSystem, str]":
+        """For tools that read Parquet by themselves: Arrow's file system, and the path of this store in it."""
+        return self.folder.filesystem()
 
     def find(self, prefix: str) -> list[TrialRow]:
         """The rows, one for each sweep that has it, of the one trial whose id begins so. Raises NotFoundError."""

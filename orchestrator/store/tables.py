@@ -33,6 +33,10 @@ from orchestrator.store.objects import DamagedError, Objects, Stored
 
 NAME = re.compile(r"[a-z0-9_-]{1,128}")
 COPY = re.compile(r"trials-(\d+)\.parquet")
+LAYOUT = 1
+"""Which objects there are and how they hang together. It rises when an older version could not read them rightly; that
+a table has more columns is no reason.
+"""
 EPOCHS_FILE = re.compile(r"(live|part)-(\d+)(?:-(\d+))?\.parquet")
 
 
@@ -53,6 +57,7 @@ class Header:
     """Whether the driver ended because nothing was left to run."""
     copied: bool = False
     """Whether `trials-<fence>.parquet` has the same, since this place cannot refuse what an old driver writes late."""
+    layout: int = LAYOUT
 
     def encode(self) -> bytes:
         record = {**asdict(self), "written_at": self.written_at.isoformat() if self.written_at else None}
@@ -294,6 +299,13 @@ READERS = 10
 """So many objects are read at once: a bucket takes milliseconds to answer, and boto3 keeps this many connections."""
 
 
+class NewerError(DamagedError):
+    """A sweep that a later version of mixmo wrote, in a way that this one cannot read, or cannot write without loss."""
+
+    def __init__(self, what: str, advice: str = "Upgrade mixmo, here and wherever this sweep is read or run") -> None:
+        super().__init__(what, advice)
+
+
 class ChangedError(DamagedError):
     """An object that was named is gone: the sweep moved on while it was read, or, if it did not, the object is lost."""
 
@@ -347,6 +359,7 @@ class SweepFiles:
         stored = self.folder.read(key)
         if stored is None:
             raise self._missing()
+        self._check_layout(stored.data, key)
         table = decode(stored.data, f"{self.folder}/{key}", TRIALS_SCHEMA, TRIALS_REQUIRED)
         try:
             return table, Header.of(table), stored.tag
@@ -366,6 +379,14 @@ class SweepFiles:
         for fence in self._copies():
             if 0 < fence < below:
                 self.folder.delete(self.copy_key(fence))
+
+    def _check_layout(self, data: bytes, key: str) -> None:
+        """Before anything else is made of the table: of a later layout, nothing can be told but its number."""
+        with contextlib.suppress(pa.ArrowException, OSError, ValueError, TypeError, KeyError, AttributeError):
+            layout = json.loads(pq.read_schema(pa.BufferReader(data)).metadata[b"mixmo"]).get("layout", LAYOUT)
+            if layout > LAYOUT:
+                text = f"{self.folder}/{key} was written by a later mixmo (layout {layout}; this one reads {LAYOUT})"
+                raise NewerError(text)
 
     def look(self, wanted: Wanted | None = ALL, *, tries: int = 8) -> Look:
         """Everything at one moment, without the parts if none of them is wanted. Begins again when an object that was

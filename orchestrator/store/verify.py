@@ -25,7 +25,7 @@ from orchestrator.rows import (
 from orchestrator.store.attempts import ATTEMPT, CHECKPOINT, LOGITS, NO_LOGITS, matches
 from orchestrator.store.lease import read_lease
 from orchestrator.store.objects import DamagedError, Objects
-from orchestrator.store.tables import COPY, READERS, ChangedError, Header, SweepFiles, fit, sweep_names
+from orchestrator.store.tables import COPY, READERS, ChangedError, Header, NewerError, SweepFiles, fit, sweep_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,6 +57,8 @@ def faults_of(files: SweepFiles) -> list[Fault]:
     try:
         rows, header, faults = _table_faults(files)
         stale = files.overwritten()
+    except NewerError:
+        raise
     except DamagedError as error:
         return [Fault("damaged", None, error.what, "put the file back from a copy"), *_other_damage(files)]
     if stale:

@@ -36,6 +36,8 @@ from orchestrator.store.tables import (
     EVENTS_SCHEMA,
     Event,
     Header,
+    Look,
+    NewerError,
     Snapshot,
     SweepFiles,
     encode,
@@ -458,6 +460,7 @@ class SweepWriter:
             return
         if seen.header.fence > self.fence:
             raise self._lease.lost()
+        _check_columns(seen)
         self._tag = seen.tag
         self._rows = {row.trial_id: row for row in trial_rows(seen.trials)}
         ended = {trial_id for trial_id, row in self._rows.items() if row.state in FINAL}  # theirs are in the parts
@@ -501,6 +504,17 @@ def _still(lingering: Sequence[tuple[float, pa.Table]], limit: float) -> list[tu
 def _news(row: TrialRow, held: TrialRow) -> bool:
     """Whether a row says anything that the one held does not; under which fence it is said is no news."""
     return (row if row.fence == held.fence else row.replace(fence=held.fence)) != held
+
+
+def _check_columns(seen: Look) -> None:
+    """To write a table again without the columns that only a later version knows would lose what they say."""
+    for table, schema in ((seen.trials, TRIALS_SCHEMA), (seen.live, EPOCHS_SCHEMA)):
+        unknown = [name for name in table.schema.names if name not in schema.names]
+        if unknown:
+            raise NewerError(
+                f"a later mixmo ran this sweep: its tables have columns that this one does not know, and would lose by "
+                f"running it ({', '.join(unknown)}). No result was changed, and all else can be read"
+            )
 
 
 def _succeeds(row: TrialRow, held: TrialRow) -> bool:
