@@ -306,14 +306,17 @@ class Dispatcher:
             self._drop_from_queue(standing)
             self._end(standing, "CANCELLED", cause=cause)
 
-    def retry(self, indices: Iterable[int], text: str) -> None:
-        """Queue trials again that have ended without a result, past Tune: it has finished with them."""
-        for standing in [self._standings[index] for index in indices]:
-            if standing.ended:
-                standing.ended, standing.stopped_early, standing.crashes, standing.reports = False, False, 0, {}
+    def retry(self, orders: Iterable[Order], text: str) -> None:
+        """Queue trials that have ended, in this driver's time or before, past Tune: it has finished with them. What an
+        ended trial is worth is for the driver to know.
+        """
+        for order in orders:
+            before = self._standings.get(order.index)
+            if before is None or before.ended:
+                standing = _Standing(order, before.attempts if before else order.attempts)
+                self._standings[order.index] = standing
                 self._tell("retried", standing, text=text)
-                standing.submitted = False
-                self.submit(standing.order.index)
+                self.submit(order.index)
 
     def hold_back(self, indices: Iterable[int]) -> None:
         """Do not hand out these trials until they are released. One in hand goes on."""

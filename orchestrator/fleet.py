@@ -182,7 +182,7 @@ class Fleet:
         try:
             news: list[Update] = ray.get(self.dispatcher.updates.remote(self._acknowledged, wait_s))
         except ray.exceptions.RayError as error:
-            raise UnreachableError(f"Ray lost the dispatcher: {error}. Run the same command again.") from error
+            raise _lost(error) from error
         if news:
             self._acknowledged = news[-1].seq
         elif self._threads and len(self._ended) == len(self._threads):
@@ -197,7 +197,7 @@ class Fleet:
         return found
 
     def drain(self) -> None:
-        ray.get(self.dispatcher.drain.remote())
+        self._tell("drain")
 
     def in_hand(self) -> int:
         """How many trials are being trained."""
@@ -206,6 +206,33 @@ class Fleet:
     def submit(self, indices: Iterable[int]) -> None:
         """Queue trials past Tune. Those that it has submitted are left as they are."""
         ray.get([self.dispatcher.submit.remote(index) for index in sorted(indices)])
+
+    def pause(self) -> None:
+        self._tell("pause")
+
+    def resume(self) -> None:
+        self._tell("resume")
+
+    def cancel(self, indices: Iterable[int], cause: str) -> None:
+        self._tell("cancel", list(indices), cause)
+
+    def retry(self, orders: Iterable[Order], text: str) -> None:
+        self._tell("retry", list(orders), text)
+
+    def hold_back(self, indices: Iterable[int]) -> None:
+        self._tell("hold_back", list(indices))
+
+    def release(self, indices: Iterable[int]) -> None:
+        self._tell("release", list(indices))
+
+    def withdraw(self, indices: Iterable[int], text: str) -> None:
+        self._tell("withdraw", list(indices), text)
+
+    def _tell(self, method: str, *words: Any) -> None:
+        try:
+            ray.get(getattr(self.dispatcher, method).remote(*words))
+        except ray.exceptions.RayError as error:
+            raise _lost(error) from error
 
     def close(self, wait_s: float = 15.0) -> list[Update]:
         """Send the gangs home, wait a while until they are gone, and return what they still said."""
@@ -251,6 +278,10 @@ class Fleet:
                 failure_config=ray.train.FailureConfig(max_failures=-1, controller_failure_limit=3),
             ),
         )
+
+
+def _lost(error: BaseException) -> UnreachableError:
+    return UnreachableError(f"Ray lost the dispatcher: {error}. Run the same command again.")
 
 
 def gangs_for(capacity: Cluster, plan: GangPlan, *, trials: int, limit: int | None) -> int:

@@ -188,8 +188,8 @@ class MadeCrew:
     def cancel(self, indices: Iterable[int], cause: str) -> None:
         self._loop.call(self.desk.cancel, list(indices), cause)
 
-    def retry(self, indices: Iterable[int], text: str) -> None:
-        self._loop.call(self.desk.retry, list(indices), text)
+    def retry(self, orders: Iterable[Order], text: str) -> None:
+        self._loop.call(self.desk.retry, list(orders), text)
 
     def hold_back(self, indices: Iterable[int]) -> None:
         self._loop.call(self.desk.hold_back, list(indices))

@@ -48,6 +48,8 @@ class Header:
     written_at: datetime | None = None
     done: bool = False
     """Whether the driver ended because nothing was left to run."""
+    paused_by: str | None = None
+    """Who had the running driver pause; None while it goes on."""
 
     def encode(self) -> bytes:
         record = {**asdict(self), "written_at": self.written_at.isoformat() if self.written_at else None}

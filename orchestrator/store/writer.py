@@ -166,6 +166,12 @@ class SweepWriter:
                     del self._rows[trial_id]
                     self._changes["trials"] += 1
 
+    def pause(self, by: str | None) -> None:
+        """Say in the header who has had the sweep paused; None: it goes on."""
+        with self._lock:
+            self._header = replace(self._header, paused_by=by)
+            self._changes["trials"] += 1
+
     def snapshot(self) -> Snapshot:
         """As `ResultStore.snapshot`, from memory: with what is not written yet."""
         with self._lock:
@@ -203,7 +209,7 @@ class SweepWriter:
                 return
             with self._lock:
                 self._changes["trials"] += 1
-                self._header = replace(self._header, done=done)
+                self._header = replace(self._header, done=done, paused_by=None)
             self._write(self._batch())
             self._lease.release()
             self._closed = True
@@ -365,7 +371,7 @@ class SweepWriter:
             self._events = self._files.events()
         counted, now = {*seen.header.parts, *seen.header.retired}, self._now().isoformat()
         retired = {**seen.header.retired, **{name: now for name in left if name not in counted}}
-        self._header = replace(seen.header, done=False, retired=retired)
+        self._header = replace(seen.header, done=False, retired=retired, paused_by=None)
 
 
 def _succeeds(row: TrialRow, held: TrialRow) -> bool:
