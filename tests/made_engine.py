@@ -5,6 +5,7 @@ trial reaches is a function of its id and its epoch. `Pace` says how fast, or le
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import hashlib
 import json
@@ -96,6 +97,10 @@ class Threads:
             loop.close()
 
 
+class GoneError(Exception):
+    """The driver has ended, and its dispatcher with it: a gang that worked on hears of it so, as one that is killed."""
+
+
 class _Loop:
     """The dispatcher lives in one asyncio loop, as in its actor."""
 
@@ -111,6 +116,8 @@ class _Loop:
             result = function(*arguments, **named)
             return await result if asyncio.iscoroutine(result) else result
 
+        if self.loop.is_closed():
+            raise GoneError
         return asyncio.run_coroutine_threadsafe(act(), self.loop).result(120)
 
     def close(self) -> None:
@@ -147,6 +154,8 @@ class MadeCrew:
     def _work(self, name: str) -> None:
         try:
             MadeGang(name, self._threads_of.pace, self._job, self._loop, self.desk, self._threads_of.wait_s).work()
+        except (GoneError, asyncio.CancelledError, concurrent.futures.CancelledError):
+            pass
         except BaseException as error:
             self.faults.append(error)
             self._loop.call(self.desk.gang_ended, name, repr(error))
@@ -249,6 +258,8 @@ class MadeGang:
         self._loop.call(self.desk.accept, given.token)
         try:
             self._train(given)
+        except GoneError:
+            raise
         except MixmoError as error:
             self._loop.call(self.desk.abandon, given.token, f"the store is away: {error}", charge=False)
         except Exception as error:
