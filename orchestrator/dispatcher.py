@@ -139,6 +139,8 @@ class Dispatcher:
         """What each gang holds."""
         self._asking: dict[str, object] = {}
         """Each gang's latest question. Ray does not cancel those of a worker that has died."""
+        self._idle: dict[str, object] = {}
+        """The questions that wait for a trial."""
         self._workers: dict[str, dict[int, Worker]] = {}
         self._updates: deque[Update] = deque()
         """Those that the driver has not acknowledged."""
@@ -164,10 +166,7 @@ class Dispatcher:
             index = self._first_free()
             if index is not None:
                 return self._hand_out(index, gang)
-            self._work.clear()
-            try:
-                await asyncio.wait_for(self._work.wait(), deadline - time.monotonic())
-            except TimeoutError:
+            if not await self._wait_for_work(gang, ask, deadline - time.monotonic()):
                 return "wait"
         return "leave" if self._closed else "wait"
 
@@ -280,6 +279,7 @@ class Dispatcher:
     def gang_ended(self, gang: str, why: str) -> None:
         """A gang will not come back: what it held goes to another."""
         self._asking.pop(gang, None)
+        self._idle.pop(gang, None)
         if gang in self._hands:
             self._lose(self._hands[gang], why)
         self._workers.pop(gang, None)
@@ -291,6 +291,10 @@ class Dispatcher:
 
     def in_hand(self) -> int:
         return len(self._hands)
+
+    def idle(self) -> int:
+        """How many gangs wait for a trial."""
+        return len(self._idle)
 
     def pause(self) -> None:
         """Hand out nothing, and have every trial in hand saved and given back at its next report."""
@@ -348,6 +352,19 @@ class Dispatcher:
 
     def _unended(self, indices: Iterable[int]) -> list[_Standing]:
         return [standing for index in indices if not (standing := self._standings[index]).ended]
+
+    async def _wait_for_work(self, gang: str, ask: object, wait_s: float) -> bool:
+        """Whether there may be some."""
+        self._work.clear()
+        self._idle[gang] = ask
+        try:
+            await asyncio.wait_for(self._work.wait(), wait_s)
+        except TimeoutError:
+            return False
+        finally:
+            if self._idle.get(gang) is ask:
+                del self._idle[gang]
+        return True
 
     def _first_free(self) -> int | None:
         """The next trial to hand out, taken from the queue."""

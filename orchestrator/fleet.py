@@ -201,7 +201,10 @@ class Fleet:
 
     def in_hand(self) -> int:
         """How many trials are being trained."""
-        return int(ray.get(self.dispatcher.in_hand.remote()))
+        return int(self._tell("in_hand"))
+
+    def idle(self) -> int:
+        return int(self._tell("idle"))
 
     def submit(self, indices: Iterable[int]) -> None:
         """Queue trials past Tune. Those that it has submitted are left as they are."""
@@ -228,9 +231,9 @@ class Fleet:
     def withdraw(self, indices: Iterable[int], text: str) -> None:
         self._tell("withdraw", list(indices), text)
 
-    def _tell(self, method: str, *words: Any) -> None:
+    def _tell(self, method: str, *words: Any) -> Any:
         try:
-            ray.get(getattr(self.dispatcher, method).remote(*words))
+            return ray.get(getattr(self.dispatcher, method).remote(*words))
         except ray.exceptions.RayError as error:
             raise _lost(error) from error
 

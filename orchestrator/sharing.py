@@ -1,8 +1,9 @@
 """Trials that another running sweep of the store wants as well: each is trained once, and both have it.
 
-Such a trial is held back until its claim is ours, or its result is there. Whoever trains it claims it before; whoever
-finishes it writes its row before the claim goes. A driver that has others' trials tells theirs by a command, `share`,
-so that sweeps which share nothing ask the store for nothing. All this saves work; no result hangs on it.
+Such a trial is held back until a gang would else be idle and its claim is ours, or until its result is there. Whoever
+trains it claims it before; whoever finishes it writes its row before the claim goes. A driver that wants what others
+have begun tells theirs by a command, `share`, so that sweeps which share nothing ask the store for nothing. All this
+saves work; no result hangs on it.
 """
 
 import contextlib
@@ -20,11 +21,9 @@ from orchestrator.store import Claim, DamagedError, ResultStore
 PERIOD_S = 10.0
 """Between two looks at what others do."""
 EAGER_S = 1.0
-"""The same where all that was claimed is being trained."""
+"""The same where a gang is idle, as long as there is something to claim."""
 ANSWER_S = 15.0
 """How long the other driver has to say that it knows what is shared, before its rows are taken as they are."""
-AHEAD = 2
-"""So many trials may be claimed before a gang has them, or as many as are being trained."""
 
 
 class Sharing:
@@ -40,8 +39,8 @@ class Sharing:
         self._taken: dict[int, tuple[TrialRow, list[EpochRow]]] = {}
         self._asked: dict[str, str] = {}
         """The commands to partners that are not answered yet."""
-        self._asked_until = self._next_look = 0.0
-        self._resting = False
+        self._asked_until = self._looked = self._next_look = 0.0
+        self._resting, self._more = False, True
 
     @classmethod
     def begin(cls, store: ResultStore, planned: Plan, fence: int, ledger: Ledger) -> Self:
@@ -86,18 +85,21 @@ class Sharing:
     def look(self, crew: Crew) -> None:
         """Release the trials that are ours to train, and take those that others have finished. Now and then."""
         now = time.monotonic()
-        spare = sum(self._ledger.rows[position].state != "RUNNING" for position in self._claimed)
-        eager = spare == 0 and now >= self._next_look - PERIOD_S + EAGER_S
-        if self._resting or not self._waiting or not (eager or now >= self._next_look):
+        if self._resting or not self._waiting or now < self._looked + EAGER_S:
+            return
+        waking = sum(self._ledger.rows[position].state != "RUNNING" for position in self._claimed)
+        room = max(0, crew.idle() - waking)
+        if now < self._next_look and not (room and self._more):
             return
         free: list[int] = []
         try:
             if self._are_told(now):
-                free = self._free(max(AHEAD, crew.in_hand()) - spare)
+                free = self._free(room)
+                self._more = len(free) >= room
         except (UnreachableError, NotFoundError):
-            pass  # the store is away, or the other sweep is gone: later
-        took = time.monotonic() - now
-        self._next_look = now + max(PERIOD_S, 20 * took)
+            self._more = False  # the store is away, or the other sweep is gone: later
+        self._looked = time.monotonic()
+        self._next_look = self._looked + max(PERIOD_S, 20 * (self._looked - now))
         if free:
             crew.release(free)
         finished = [position for position in self._waiting if position in self._taken]
@@ -114,7 +116,7 @@ class Sharing:
                 self._put_back(crew, position)
 
     def wake(self) -> None:
-        self._resting, self._next_look = False, 0.0
+        self._resting, self._more, self._next_look = False, True, 0.0
 
     def started(self, position: int) -> None:
         """A gang has the trial: one that was to wait for others was handed out before it could be held back."""
@@ -155,7 +157,7 @@ class Sharing:
         """Whether the others know what is shared, or have had their time."""
         for partner, asked in list(self._asked.items()):
             command = self._store.commands(partner).get(asked)
-            if command is None or command.answer is not None:
+            if command is None or command.answer is not None or self._fence_of(partner) != command.fence:
                 del self._asked[partner]
         return not self._asked or now > self._asked_until
 

@@ -181,6 +181,9 @@ class MadeCrew:
     def in_hand(self) -> int:
         return int(self._loop.call(self.desk.in_hand))
 
+    def idle(self) -> int:
+        return int(self._loop.call(self.desk.idle))
+
     def drain(self) -> None:
         self._loop.call(self.desk.drain)
 

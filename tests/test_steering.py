@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from made_engine import Pace, Steps, Threads
@@ -52,11 +51,11 @@ def load(folder: Path, *, name: str = "made", seeds: int | list[int] = 4, epochs
 class Running:
     """A driver in a thread of its own."""
 
-    def __init__(self, sweep: sweeps.Sweep, store: ResultStore, threads: Threads, **options: Any) -> None:
+    def __init__(self, sweep: sweeps.Sweep, store: ResultStore, threads: Threads) -> None:
         self.store, self.name, self.said = store, sweep.name, list[str]()
         self._ended: list[ExitCode | BaseException] = []
-        self._run = lambda: driver.run(
-            sweep, ResultStore.open(store.uri), engine=threads.engine, talk=self.said.append, **options
+        self._run: Callable[[], ExitCode] = lambda: driver.run(
+            sweep, ResultStore.open(store.uri), engine=threads.engine, talk=self.said.append
         )
         self._thread = threading.Thread(target=self._live, name=sweep.name)
         self._thread.start()
