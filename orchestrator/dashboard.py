@@ -131,7 +131,9 @@ def _running(snapshot: Snapshot, names: Mapping[str, str], width: int, driven: b
     columns += [Column("epoch", 7, "right"), Column("top-1", 7, "right")]
     columns += [Column("", curve)] if curve else []
     columns += [Column("images/s", 8, "right"), Column("attempt", 7, "right")] if width >= 100 else []
-    busy = sorted((row for row in snapshot.rows if row.state in ("RUNNING", "PAUSED")), key=lambda row: row.position)
+    resting = driven is False or snapshot.header.paused_by
+    shown = ("RUNNING", "PAUSED") if resting else ("RUNNING",)
+    busy = sorted((row for row in snapshot.rows if row.state in shown), key=lambda row: row.position)
     lines = [
         _running_line(row, names[row.cell_id], curves[row.trial_id], stretch, curve)[: len(columns)] for row in busy
     ]

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -142,6 +142,7 @@ class Dispatcher:
         self._idle: dict[str, object] = {}
         """The questions that wait for a trial."""
         self._workers: dict[str, dict[int, Worker]] = {}
+        self._formed: Counter[str] = Counter()
         self._updates: deque[Update] = deque()
         """Those that the driver has not acknowledged."""
         self._told = 0
@@ -154,6 +155,7 @@ class Dispatcher:
         """A rank introduces itself, each time its process starts."""
         if worker.rank == 0:
             self._asking.pop(worker.gang, None)
+            self._formed[worker.gang] += 1
         self._workers.setdefault(worker.gang, {})[worker.rank] = worker
 
     async def next(self, gang: str, wait_s: float) -> Assignment | Literal["wait", "leave"]:
@@ -275,6 +277,10 @@ class Dispatcher:
 
     def workers(self) -> list[Worker]:
         return [worker for gang in self._workers.values() for worker in gang.values()]
+
+    def formed(self, gang: str) -> int:
+        """How often the gang has been formed so that its first rank came to work."""
+        return self._formed[gang]
 
     def gang_ended(self, gang: str, why: str) -> None:
         """A gang will not come back: what it held goes to another."""

@@ -56,6 +56,9 @@ from orchestrator.dispatcher import NAMESPACE, SLOT, Dispatcher, Order, Update, 
 from orchestrator.errors import UnreachableError, UsageError  # noqa: E402
 from orchestrator.gang import GangPlan  # noqa: E402
 
+FORMATIONS = 8
+"""A gang that was formed so often, and whose first rank never came to work, is given up."""
+
 # --------------------------------------------------------------------------------------------------------- the Ray
 
 
@@ -253,12 +256,24 @@ class Fleet:
         """One gang's life, from its first worker to its last."""
         why = "it was sent home"
         try:
-            self._trainer(name).fit()
+            self._fit(name)
         except BaseException as error:  # whatever ended it, the sweep goes on with the others
             why = f"{type(error).__name__}: {error}"
         self._ended[name] = why
         with contextlib.suppress(Exception):  # at the end of a sweep the dispatcher may be gone before its gangs
             ray.get(self.dispatcher.gang_ended.remote(name, why))
+
+    def _fit(self, name: str) -> None:
+        """Have Ray Train keep the gang: again after so many failures, unless no worker of it ever came to work."""
+        formed = 0
+        while True:
+            try:
+                self._trainer(name).fit()
+                return
+            except ray.train.TrainingFailedError:
+                before, formed = formed, int(self._tell("formed", name))
+                if formed == before:
+                    raise
 
     def _trainer(self, name: str) -> Any:
         plan = self.plan
@@ -277,8 +292,8 @@ class Fleet:
             run_config=ray.train.RunConfig(
                 name=name,
                 storage_path=self._scratch,
-                # The dispatcher counts a trial's attempts; over a gang's life there is no limit to count to.
-                failure_config=ray.train.FailureConfig(max_failures=-1, controller_failure_limit=3),
+                # The dispatcher counts a trial's attempts; over a gang's life there is no limit to count to (`_fit`).
+                failure_config=ray.train.FailureConfig(max_failures=FORMATIONS - 1, controller_failure_limit=3),
             ),
         )
 

@@ -33,6 +33,8 @@ from orchestrator.store import DamagedError, Logits, ResultStore
 from orchestrator.store.attempts import LOG_BYTES, AttemptFolder, without_secrets
 
 LOG_PERIOD_S = 30.0
+STORE_PATIENCE_S = 600.0
+"""How long a gang waits for a store that is away."""
 LOGITS_PATIENCE_S = 60.0
 """How long a finished trial waits for a store that does not take its logits. Only training again would bring them."""
 
@@ -74,7 +76,7 @@ class Gang:
         self.world_size: int = context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
         torch.set_num_threads(max(1, int(plan.cpus_per_worker)))
-        self._store = ResultStore.open(plan.store)
+        self._store = _opened(plan)
         self.dispatcher = ray.get_actor(plan.dispatcher, namespace=plan.namespace)
         self.host = socket.gethostname()
         self.device_name = _device_name(self.device)
@@ -345,6 +347,18 @@ class LogTail(io.TextIOBase):
         self._put_at = time.monotonic()
         with contextlib.suppress(OSError, MixmoError):
             self._folder.put_log(self._rank, self._text)
+
+
+def _opened(plan: GangPlan) -> ResultStore:
+    """The store. One that is away is waited for: a gang that is formed meanwhile is none the worse for it."""
+    deadline = time.monotonic() + min(STORE_PATIENCE_S, plan.group_timeout_s / 2)
+    while True:
+        try:
+            return ResultStore.open(plan.store)
+        except UnreachableError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(2.0)
 
 
 def _device_name(device: torch.device) -> str:
