@@ -59,7 +59,7 @@ def run(
     if planned.to_run:
         check(sweep, data_dir)
     elif not planned.changes:
-        talk(f"{sweep.name}: nothing to run, all {len(sweep.trials)} trials have ended")
+        talk(f"{sweep.name}: nothing to run, all {len(sweep.trials)} trials have ended{_without_result(planned)}")
         return _verdict(store.trial_rows(sweep.name))
     with (
         Signals() as signals,
@@ -96,6 +96,13 @@ def check(sweep: sweeps.Sweep, data_dir: Path | None) -> None:
             data.check(name, data_dir)
         except data.DatasetError as error:
             raise UsageError(str(error)) from error
+
+
+def _without_result(planned: planning.Plan) -> str:
+    """What has ended without a result, and how it is run again."""
+    named = [(planned.counts.get("failed", 0), "failed"), (planned.counts.get("cancelled", 0), "cancelled")]
+    told = ", ".join(f"{count} {word}" for count, word in named if count)
+    return f" ({told}: `mixmo retry` queues them again)" if told else ""
 
 
 def _verdict(rows: Sequence[TrialRow]) -> ExitCode:

@@ -242,7 +242,9 @@ def test_a_cancelled_trial_ends_alone_and_stays_cancelled_until_it_is_asked_for(
     )
     assert (0, 3) not in steps.begun  # the gang heard of it at its next report
     assert store.verify("made") == []
-    assert driver.run(sweep, store, engine=Threads().engine) == ExitCode.OK
+    said: list[str] = []
+    assert driver.run(sweep, store, engine=Threads().engine, talk=said.append) == ExitCode.OK
+    assert said == ["made: nothing to run, all 4 trials have ended (2 cancelled: `mixmo retry` queues them again)"]
     assert running.states() == ["CANCELLED", "TERMINATED", "TERMINATED", "CANCELLED"]
 
     assert "2 trials queued again" in mixmo("retry", "made", "--cancelled")
