@@ -236,6 +236,7 @@ class _Session:
         self._say(
             f"{self.sweep.name}: {len(self.planned.to_run)} of {len(self.sweep.trials)} trials to run; starting Ray"
         )
+        self._tell_shared()
         job = Job(
             sweep=self.sweep, orders=self._orders(), fence=self.writer.fence, store_uri=self.store.uri,
             data_dir=self.data_dir,
@@ -254,6 +255,12 @@ class _Session:
         self.signals.take_back()
         self._settle()
         return steering.cancelled
+
+    def _tell_shared(self) -> None:
+        shared = len(self.sharing.held_back)
+        if shared:
+            named = ", ".join(self.sharing.partners)
+            self._say(f"{shared} of them are to run in {named} as well, at this moment: each is trained once, for both")
 
     def _orders(self) -> list[Order]:
         held_back = self.sharing.held_back

@@ -20,6 +20,8 @@ from orchestrator.store import Claim, DamagedError, ResultStore
 
 PERIOD_S = 10.0
 """Between two looks at what others do."""
+LONGEST_S = 60.0
+"""The same where a look takes long: it may take a twentieth of the time, but nothing is forgotten over that."""
 EAGER_S = 1.0
 """The same where a gang is idle, as long as there is something to claim."""
 ANSWER_S = 15.0
@@ -51,7 +53,7 @@ class Sharing:
         self = cls(store, planned.sweep.name, fence, ledger)
         items = [item for item in planned.items if item.runs and item.begun_in]
         for partner in sorted({sweep for item in items for sweep in item.begun_in}):
-            with contextlib.suppress(UnreachableError, NotFoundError):  # then it is not known to be running
+            with contextlib.suppress(UnreachableError):  # then it is not known to be running
                 at_work = self._fence_of(partner)
                 if at_work is not None:
                     shared = [item.trial for item in items if partner in item.begun_in]
@@ -68,6 +70,11 @@ class Sharing:
     @property
     def held_back(self) -> frozenset[int]:
         return frozenset(self._waiting)
+
+    @property
+    def partners(self) -> list[str]:
+        """The sweeps that share trials with this one."""
+        return sorted(self._partners)
 
     def join(self, crew: Crew, partner: str, trial_ids: Iterable[str]) -> int:
         """Another sweep has begun that wants these trials; how many of them are not over here."""
@@ -96,10 +103,10 @@ class Sharing:
             if self._are_told(now):
                 free = self._free(room)
                 self._more = len(free) >= room
-        except (UnreachableError, NotFoundError):
-            self._more = False  # the store is away, or the other sweep is gone: later
+        except UnreachableError:
+            self._more = False  # the store is away: later
         self._looked = time.monotonic()
-        self._next_look = self._looked + max(PERIOD_S, 20 * (self._looked - now))
+        self._next_look = self._looked + min(max(PERIOD_S, 20 * (self._looked - now)), LONGEST_S)
         if free:
             crew.release(free)
         finished = [position for position in self._waiting if position in self._taken]
@@ -184,9 +191,10 @@ class Sharing:
         """The partners' rows of the trials that wait, by trial and sweep."""
         wanted, found = set(self._waiting.values()), dict[str, dict[str, TrialRow]]()
         for partner in self._partners:
-            for row in self._store.trial_rows(partner):
-                if row.trial_id in wanted:
-                    found.setdefault(row.trial_id, {})[partner] = row
+            with contextlib.suppress(NotFoundError, DamagedError):  # it says nothing, and nobody waits for it
+                for row in self._store.trial_rows(partner):
+                    if row.trial_id in wanted:
+                        found.setdefault(row.trial_id, {})[partner] = row
         return found
 
     def _take(self, position: int, elsewhere: Mapping[str, TrialRow]) -> bool:
@@ -202,11 +210,11 @@ class Sharing:
 
     def _fence_of(self, sweep: str) -> int | None:
         """The fence under which a living driver holds a sweep; None if none does."""
-        lease = self._store.lease(sweep)
+        try:
+            lease = self._store.lease(sweep)
+        except (NotFoundError, DamagedError):
+            return None
         return None if lease is None or lease.expired else lease.fence
 
     def _holds(self, claim: Claim) -> bool:
-        try:
-            return self._fence_of(claim.sweep) == claim.fence
-        except NotFoundError:
-            return False
+        return self._fence_of(claim.sweep) == claim.fence

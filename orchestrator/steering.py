@@ -13,6 +13,8 @@ from orchestrator.store import Command, Inbox, ResultStore, SweepWriter
 
 PERIOD_S = 3.0
 """Between two looks for commands, where a look is quick: it may take a twentieth of the time."""
+LONGEST_S = 30.0
+"""Between two looks, however long one takes: a store that was away keeps nobody waiting when it is back."""
 
 
 class Steering:
@@ -50,7 +52,8 @@ class Steering:
             new = self._inbox.new()
         except UnreachableError:
             new = []
-        self._next_look = time.monotonic() + max(PERIOD_S, 20 * (time.monotonic() - began))
+        ended = time.monotonic()
+        self._next_look = ended + min(max(PERIOD_S, 20 * (ended - began)), LONGEST_S)
         for command in new:
             self._carry_out(command)
 

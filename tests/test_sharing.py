@@ -1,15 +1,17 @@
 """Two running sweeps that want the same trials: each is trained once, and none waits for ever."""
 
+import shutil
 import threading
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from made_engine import Pace, Steps, Threads
-from made_rows import DEAD, in_a_folder
+from made_rows import DEAD, at, in_a_folder
 from test_steering import Running, Shell, hurried, load, mixmo, steps
 
 from orchestrator import driver
+from orchestrator import plan as planning
 from orchestrator.dispatcher import Order
 from orchestrator.errors import ExitCode
 from orchestrator.store import Claim, ResultStore
@@ -142,6 +144,28 @@ def test_a_sweep_whose_driver_has_died_keeps_no_trial_from_anybody(tmp_path: Pat
     assert [row.cached_from for row in store.trial_rows("second")] == ["first"] * len(with_rows)
     assert driver.run(again, store, engine=Threads().engine) == ExitCode.OK
     assert store.trial_rows("third")[2].cached_from is None
+
+
+@in_a_folder
+@pytest.mark.parametrize("damaged", ["lease.json", "trials.parquet", None])
+def test_a_sweep_that_is_damaged_or_deleted_meanwhile_keeps_no_trial_from_anybody(
+    tmp_path: Path, store: ResultStore, steps: Steps, damaged: str | None
+) -> None:
+    shared = load(tmp_path, name="first", seeds=2)
+    writer = store.writer("first", sweep_text=shared.text)  # it has begun, and answers no command
+    writer.put(planning.initial_row(trial, shared).replace(state="RUNNING") for trial in shared.trials)
+    writer.flush(force=True)
+    second = Running(load(tmp_path, name="second", seeds=3), store, Threads(steps))
+    steps.until(lambda begun: begun == [(2, 1)])
+    at(store, "sweeps/first/lease.json").unlink()
+    if damaged:
+        at(store, f"sweeps/first/{damaged}").write_bytes(b"not what it was")
+    else:
+        shutil.rmtree(at(store, "sweeps/first"))
+    steps.open()
+    assert second.end() == ExitCode.OK
+    assert "2 of them are to run in first as well, at this moment: each is trained once, for both" in second.said
+    assert [row.cached_from for row in second.rows()] == [None] * 3
 
 
 def test_sweeps_that_share_nothing_ask_for_nothing(tmp_path: Path, store: ResultStore, steps: Steps) -> None:
