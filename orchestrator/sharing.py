@@ -92,6 +92,8 @@ class Sharing:
     def look(self, crew: Crew) -> None:
         """Release the trials that are ours to train, and take those that others have finished. Now and then."""
         now = time.monotonic()
+        for position in [each for each in self._waiting if self._ledger.rows[each].state in FINAL]:
+            del self._waiting[position]  # it was cancelled
         if self._resting or not self._waiting or now < self._looked + EAGER_S:
             return
         waking = sum(self._ledger.rows[position].state != "RUNNING" for position in self._claimed)

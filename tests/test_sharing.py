@@ -112,6 +112,21 @@ def test_a_trial_that_fails_in_another_sweep_is_trained_here(tmp_path: Path, sto
 
 
 @in_a_folder
+def test_a_trial_that_is_cancelled_while_it_waits_for_another_sweep_is_over(
+    tmp_path: Path, store: ResultStore, steps: Steps, mixmo: Shell
+) -> None:
+    first = Running(load(tmp_path, name="first", seeds=1), store, Threads(steps))
+    steps.until(lambda begun: begun == [(0, 1)])
+    second = Running(load(tmp_path, name="second", seeds=2), store, Threads(Pace()))
+    second.until(lambda: second.states() == ["PENDING", "TERMINATED"])
+    mixmo("cancel", "second", second.rows()[0].trial_id)
+    assert second.end() == ExitCode.OK
+    assert second.states() == ["CANCELLED", "TERMINATED"]
+    steps.open()
+    assert first.end() == ExitCode.OK
+
+
+@in_a_folder
 def test_a_paused_or_stopping_sweep_leaves_its_trials_to_the_other(
     tmp_path: Path, store: ResultStore, steps: Steps, mixmo: Shell
 ) -> None:
