@@ -56,6 +56,7 @@ WIDE = 110
 _STATUS: dict[progress.Status, tuple[str, str]] = {
     "starting": ("○ starting", FAINT),
     "running": ("● running", BUSY),
+    "paused": ("‖ paused", WARN),
     "finished": ("✓ finished", DONE),
     "stopped": ("◦ stopped before its end", WARN),
     "quiet": ("◌ no news since", WARN),
@@ -67,6 +68,8 @@ def _header(snapshot: Snapshot, state: Progress, now: datetime, width: int) -> l
     word, style = _STATUS[state.status]
     if state.status == "finished" and state.failed:
         word, style = f"✗ finished, {state.failed} failed", BAD
+    if state.status == "paused":
+        word = f"{word} by {snapshot.header.paused_by}"
     status = Text(word, style=style).append(f"  {clock(news, now)}", style=FAINT)
     name = Text(snapshot.rows[0].sweep if snapshot.rows else "(no trials)", style=STRONG)
     name.truncate(max(8, width - status.cell_len - 2), overflow="ellipsis")
@@ -128,11 +131,13 @@ def _running(snapshot: Snapshot, names: Mapping[str, str], width: int, driven: b
     columns += [Column("epoch", 7, "right"), Column("top-1", 7, "right")]
     columns += [Column("", curve)] if curve else []
     columns += [Column("images/s", 8, "right"), Column("attempt", 7, "right")] if width >= 100 else []
-    busy = sorted((row for row in snapshot.rows if row.state == "RUNNING"), key=lambda row: row.position)
+    resting = driven is False or snapshot.header.paused_by
+    shown = ("RUNNING", "PAUSED") if resting else ("RUNNING",)
+    busy = sorted((row for row in snapshot.rows if row.state in shown), key=lambda row: row.position)
     lines = [
         _running_line(row, names[row.cell_id], curves[row.trial_id], stretch, curve)[: len(columns)] for row in busy
     ]
-    title = "To resume" if driven is False else "Running"
+    title = "To resume" if driven is False else "Paused" if snapshot.header.paused_by else "Running"
     return Section(title, f"{STRONG} {BUSY}", tuple(columns), lines, least=4)
 
 
@@ -192,8 +197,11 @@ def _failures(rows: Sequence[TrialRow], width: int) -> Section:
     return Section("Causes of failure", f"{STRONG} {BAD}", columns, lines, least=2)
 
 
-_KINDS = {"running": "started", "terminated": "finished", "error": "failed", "pending": "given back"}
-"""States, as what has happened."""
+_KINDS = {
+    "running": "started", "terminated": "finished", "error": "failed", "pending": "given back", "withdrawn": "cached",
+    "stop_now": "stop now",
+}  # fmt: skip
+"""Kinds of events, as what has happened."""
 
 
 def _events(snapshot: Snapshot, names: Mapping[str, str], now: datetime) -> Section:

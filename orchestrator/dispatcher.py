@@ -3,14 +3,16 @@
 A trial is handed out as (trial, attempt, token). What comes back under another token is refused, and the gang that
 sent it drops the trial. A gang that asks for work while it holds a trial has lost it: its workers were formed anew, and
 the trial is handed out again under the next attempt.
+
+People may pause all, cancel a trial or have it trained again; a trial that another sweep trains is held back.
 """
 
 import asyncio
 import contextlib
 import secrets
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -36,6 +38,12 @@ class Order:
     """Every setting by its dotted name."""
     attempts: int = 0
     """Attempts begun before this driver's time."""
+    held_back: bool = False
+    """Another sweep may be training it: not to be handed out before it is released."""
+
+
+Answer = Literal["go on", "save", "drop"]
+"""To a gang that reports: train on; save the trial and give it back, the sweep pauses; it is not yours any more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +73,7 @@ class Update:
 
     seq: int
     time: datetime
-    kind: Literal["started", "epochs", "lost", "ended", "gang"]
+    kind: Literal["started", "epochs", "lost", "paused", "ended", "retried", "withdrawn", "gang"]
     index: int | None = None
     attempt: int = 0
     epochs: Sequence[EpochReport] = ()
@@ -104,6 +112,7 @@ class _Standing:
     attempts: int
     submitted: bool = False
     crashes: int = 0
+    held_back: bool = False
     held: Assignment | None = None
     accepted: bool = False
     """Whether the gang has said that it has it: before that, a death is no crash of the trial's."""
@@ -122,18 +131,23 @@ class Dispatcher:
 
     def __init__(self, orders: Sequence[Order], *, fence: int, crash_retries: int) -> None:
         self._fence, self._crash_retries = fence, crash_retries
-        self._standings = {order.index: _Standing(order, order.attempts) for order in orders}
+        self._standings = {
+            order.index: _Standing(order, order.attempts, held_back=order.held_back) for order in orders
+        }  # fmt: skip
         self._queue: deque[int] = deque()
         self._hands: dict[str, Assignment] = {}
         """What each gang holds."""
         self._asking: dict[str, object] = {}
         """Each gang's latest question. Ray does not cancel those of a worker that has died."""
+        self._idle: dict[str, object] = {}
+        """The questions that wait for a trial."""
         self._workers: dict[str, dict[int, Worker]] = {}
+        self._formed: Counter[str] = Counter()
         self._updates: deque[Update] = deque()
         """Those that the driver has not acknowledged."""
         self._told = 0
         self._news, self._work = asyncio.Event(), asyncio.Event()
-        self._closed = self._draining = False
+        self._closed = self._draining = self._paused = False
 
     # For gangs
 
@@ -141,6 +155,7 @@ class Dispatcher:
         """A rank introduces itself, each time its process starts."""
         if worker.rank == 0:
             self._asking.pop(worker.gang, None)
+            self._formed[worker.gang] += 1
         self._workers.setdefault(worker.gang, {})[worker.rank] = worker
 
     async def next(self, gang: str, wait_s: float) -> Assignment | Literal["wait", "leave"]:
@@ -150,12 +165,10 @@ class Dispatcher:
         ask = self._asking[gang] = object()
         deadline = time.monotonic() + wait_s
         while not self._closed and self._asking.get(gang) is ask:
-            if self._queue and not self._draining:
-                return self._hand_out(self._queue.popleft(), gang)
-            self._work.clear()
-            try:
-                await asyncio.wait_for(self._work.wait(), deadline - time.monotonic())
-            except TimeoutError:
+            index = self._first_free()
+            if index is not None:
+                return self._hand_out(index, gang)
+            if not await self._wait_for_work(gang, ask, deadline - time.monotonic()):
                 return "wait"
         return "leave" if self._closed else "wait"
 
@@ -165,20 +178,31 @@ class Dispatcher:
         if standing is not None:
             standing.accepted = True
 
-    def report(self, token: str, epochs: Sequence[EpochReport], checkpoint: str | None) -> bool:
-        """Take the rows of a trial; none where only a checkpoint is new, in the middle of an epoch. False: the token is
-        not the trial's any more, or a scheduler stopped it.
+    def report(self, token: str, epochs: Sequence[EpochReport], checkpoint: str | None) -> Answer:
+        """Take the rows of a trial; none where only a checkpoint is new, in the middle of an epoch. `drop`: the token
+        is not the trial's any more, or a scheduler stopped it.
         """
         standing = self._holder(token)
         if standing is None or standing.held is None:
-            return False
+            return "drop"
         standing.reports |= {report.epoch: report for report in epochs}
         self._tell("epochs", standing, epochs=tuple(epochs), checkpoint=checkpoint)
         standing.changed.set()
         if standing.stopped_early:
             self._end(standing, "TERMINATED")
+            return "drop"
+        return "drop" if self._closed else "save" if self._paused else "go on"
+
+    def give_back(self, token: str, checkpoint: str | None) -> bool:
+        """The trial is saved, as an answer asked for: it waits until the sweep goes on, and is then the first."""
+        standing = self._holder(token)
+        if standing is None:
             return False
-        return not self._closed
+        self._tell("paused", standing, checkpoint=checkpoint)
+        self._release(standing)
+        self._queue.appendleft(standing.order.index)
+        self._work.set()
+        return True
 
     def finish(self, token: str, logits: str | None = None) -> bool:
         """The trial has trained all its epochs. `logits` is the key of those of the last one."""
@@ -212,18 +236,19 @@ class Dispatcher:
     def submit(self, index: int) -> None:
         """Queue a trial: the scheduler wants it run. A second time changes nothing."""
         standing = self._standings[index]
-        if not standing.submitted:
+        if not (standing.submitted or standing.ended):
             standing.submitted = True
             self._queue.append(index)
             self._work.set()
 
     async def result(self, index: int, epoch: int) -> EpochReport | None:
-        """What the trial reported of this epoch, once it has; None when it ended before. Earlier epochs are dropped:
-        Tune asks for each once, and a long sweep's would fill the memory.
+        """What the trial reported of this epoch, once it has; None when it ended before, or is held back: its proxy
+        would only keep another trial from being queued. Earlier epochs are dropped: Tune asks for each once, and a long
+        sweep's would fill the memory.
         """
         standing = self._standings[index]
         standing.reports = {each: report for each, report in standing.reports.items() if each >= epoch}
-        while epoch not in standing.reports and not standing.ended:
+        while epoch not in standing.reports and not (standing.ended or standing.held_back):
             standing.changed.clear()
             await standing.changed.wait()
         return standing.reports.get(epoch)
@@ -253,9 +278,14 @@ class Dispatcher:
     def workers(self) -> list[Worker]:
         return [worker for gang in self._workers.values() for worker in gang.values()]
 
+    def formed(self, gang: str) -> int:
+        """How often the gang has been formed so that its first rank came to work."""
+        return self._formed[gang]
+
     def gang_ended(self, gang: str, why: str) -> None:
         """A gang will not come back: what it held goes to another."""
         self._asking.pop(gang, None)
+        self._idle.pop(gang, None)
         if gang in self._hands:
             self._lose(self._hands[gang], why)
         self._workers.pop(gang, None)
@@ -268,12 +298,92 @@ class Dispatcher:
     def in_hand(self) -> int:
         return len(self._hands)
 
+    def idle(self) -> int:
+        """How many gangs wait for a trial."""
+        return len(self._idle)
+
+    def pause(self) -> None:
+        """Hand out nothing, and have every trial in hand saved and given back at its next report."""
+        self._paused = True
+
+    def resume(self) -> None:
+        self._paused = False
+        self._work.set()
+
+    def cancel(self, indices: Iterable[int], cause: str) -> None:
+        """End trials that have not ended. The gang of one in hand hears of it at its next report."""
+        for standing in self._unended(indices):
+            self._drop_from_queue(standing)
+            self._end(standing, "CANCELLED", cause=cause)
+
+    def retry(self, orders: Iterable[Order], text: str) -> None:
+        """Queue trials that have ended, in this driver's time or before, past Tune: it has finished with them. What an
+        ended trial is worth is for the driver to know.
+        """
+        for order in orders:
+            before = self._standings.get(order.index)
+            if before is None or before.ended:
+                standing = _Standing(order, before.attempts if before else order.attempts)
+                self._standings[order.index] = standing
+                self._tell("retried", standing, text=text)
+                self.submit(order.index)
+
+    def hold_back(self, indices: Iterable[int]) -> None:
+        """Do not hand out these trials until they are released. One in hand goes on."""
+        for standing in self._unended(indices):
+            if standing.held is None:
+                standing.held_back = True
+                standing.changed.set()
+
+    def release(self, indices: Iterable[int]) -> None:
+        """Hand out these trials in their turn, past Tune: it was told that they are over."""
+        for standing in self._unended(indices):
+            standing.held_back = False
+            self.submit(standing.order.index)
+            self._work.set()
+
+    def withdraw(self, indices: Iterable[int], text: str) -> None:
+        """End trials that wait: another sweep has their results."""
+        for standing in self._unended(indices):
+            if standing.held is None:
+                self._drop_from_queue(standing)
+                self._conclude(standing, "withdrawn", text=text)
+
     def close(self) -> None:
         """Send every gang home when it next asks."""
         self._closed = True
         self._work.set()
 
     # Inside
+
+    def _unended(self, indices: Iterable[int]) -> list[_Standing]:
+        return [standing for index in indices if not (standing := self._standings[index]).ended]
+
+    async def _wait_for_work(self, gang: str, ask: object, wait_s: float) -> bool:
+        """Whether there may be some."""
+        self._work.clear()
+        self._idle[gang] = ask
+        try:
+            await asyncio.wait_for(self._work.wait(), wait_s)
+        except TimeoutError:
+            return False
+        finally:
+            if self._idle.get(gang) is ask:
+                del self._idle[gang]
+        return True
+
+    def _first_free(self) -> int | None:
+        """The next trial to hand out, taken from the queue."""
+        if self._draining or self._paused:
+            return None
+        index = next((index for index in self._queue if not self._standings[index].held_back), None)
+        if index is not None:
+            self._queue.remove(index)
+        return index
+
+    def _drop_from_queue(self, standing: _Standing) -> None:
+        with contextlib.suppress(ValueError):
+            self._queue.remove(standing.order.index)
 
     def _hand_out(self, index: int, gang: str) -> Assignment:
         assert gang not in self._hands
@@ -309,8 +419,11 @@ class Dispatcher:
         self._queue.appendleft(assignment.order.index)
         self._work.set()
 
-    def _end(self, standing: _Standing, state: Literal["TERMINATED", "ERROR"], **told: Any) -> None:
-        self._tell("ended", standing, state=state, stopped_early=standing.stopped_early, **told)
+    def _end(self, standing: _Standing, state: Literal["TERMINATED", "ERROR", "CANCELLED"], **told: Any) -> None:
+        self._conclude(standing, "ended", state=state, stopped_early=standing.stopped_early, **told)
+
+    def _conclude(self, standing: _Standing, kind: str, **told: Any) -> None:
+        self._tell(kind, standing, **told)
         self._release(standing)
         standing.ended = True
         standing.changed.set()

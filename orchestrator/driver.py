@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from orchestrator.engine import Crew, Engine, Job, Queue, on_ray
 from orchestrator.errors import ExitCode, UnreachableError, UsageError
 from orchestrator.ledger import Ledger
 from orchestrator.rows import FINAL, TrialRow
-from orchestrator.store import DamagedError, ResultStore, Snapshot, SweepWriter
+from orchestrator.sharing import Sharing
+from orchestrator.steering import Steering
+from orchestrator.store import DamagedError, Inbox, ResultStore, Snapshot, SweepWriter
 
 PERIOD_S = 0.5
 """Between two looks at what happened, when nothing does."""
@@ -57,7 +59,7 @@ def run(
     if planned.to_run:
         check(sweep, data_dir)
     elif not planned.changes:
-        talk(f"{sweep.name}: nothing to run, all {len(sweep.trials)} trials have ended")
+        talk(f"{sweep.name}: nothing to run, all {len(sweep.trials)} trials have ended{_without_result(planned)}")
         return _verdict(store.trial_rows(sweep.name))
     with (
         Signals() as signals,
@@ -68,11 +70,16 @@ def run(
             store, sweep, retry_failed=retry_failed
         )  # once more, now that no other driver writes
         ledger = _open_books(sweep, planned, store, writer)
+        cancelled = False
         if planned.to_run:
-            _Session(sweep, planned, store, writer, ledger, signals, heartbeat, data_dir, observer, engine, talk).run()
+            sharing = Sharing.begin(store, planned, writer.fence, ledger)
+            session = _Session(
+                sweep, planned, store, writer, ledger, sharing, signals, heartbeat, data_dir, observer, engine, talk
+            )
+            cancelled = session.run()
         done = all(row.state in FINAL for row in ledger.rows.values())
         writer.close(done=done)
-    if done:
+    if done and not cancelled:
         return _verdict(list(ledger.rows.values()))
     return signals.code or ExitCode.STOPPED
 
@@ -89,6 +96,13 @@ def check(sweep: sweeps.Sweep, data_dir: Path | None) -> None:
             data.check(name, data_dir)
         except data.DatasetError as error:
             raise UsageError(str(error)) from error
+
+
+def _without_result(planned: planning.Plan) -> str:
+    """What has ended without a result, and how it is run again."""
+    named = [(planned.counts.get("failed", 0), "failed"), (planned.counts.get("cancelled", 0), "cancelled")]
+    told = ", ".join(f"{count} {word}" for count, word in named if count)
+    return f" ({told}: `mixmo retry` queues them again)" if told else ""
 
 
 def _verdict(rows: Sequence[TrialRow]) -> ExitCode:
@@ -206,6 +220,7 @@ class _Session:
     store: ResultStore
     writer: SweepWriter
     ledger: Ledger
+    sharing: Sharing
     signals: Signals
     heartbeat: "Heartbeat"
     data_dir: Path | None
@@ -216,51 +231,73 @@ class _Session:
     spent: list[str] = field(default_factory=list)
     """Trials that have ended and whose checkpoints nobody wants."""
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Whether the sweep was cancelled."""
         self._say(
             f"{self.sweep.name}: {len(self.planned.to_run)} of {len(self.sweep.trials)} trials to run; starting Ray"
         )
+        self._tell_shared()
         job = Job(
             sweep=self.sweep, orders=self._orders(), fence=self.writer.fence, store_uri=self.store.uri,
             data_dir=self.data_dir,
         )  # fmt: skip
         with self._watched(), self.engine(job) as (crew, queue):
             self.signals.take_back()
+            inbox = Inbox(self.store.commands(self.sweep.name), self.writer.fence)
+            steering = Steering(
+                inbox=inbox, writer=self.writer, ledger=self.ledger, crew=crew, sharing=self.sharing,
+                order_of=self._order_of, talk=self._say,
+            )  # fmt: skip
             try:
-                self._follow(crew, queue)
+                self._follow(crew, queue, steering)
             finally:
                 self._part(crew, queue)
         self.signals.take_back()
         self._settle()
+        return steering.cancelled
+
+    def _tell_shared(self) -> None:
+        shared = len(self.sharing.held_back)
+        if shared:
+            named = ", ".join(self.sharing.partners)
+            self._say(f"{shared} of them are to run in {named} as well, at this moment: each is trained once, for both")
 
     def _orders(self) -> list[Order]:
-        return [
-            Order(
-                index=trial.position, trial_id=trial.trial_id, settings=flatten(trial.config),
-                attempts=self.ledger.rows[trial.position].attempts,
-            )
-            for trial in self.planned.to_run
-        ]  # fmt: skip
+        held_back = self.sharing.held_back
+        orders = map(self._order_of, (trial.position for trial in self.planned.to_run))
+        return [replace(order, held_back=order.index in held_back) for order in orders]
 
-    def _follow(self, crew: Crew, queue: Queue) -> None:
+    def _order_of(self, position: int) -> Order:
+        trial, row = self.sweep.trials[position], self.ledger.rows[position]
+        settings = flatten(trial.config)
+        return Order(index=position, trial_id=trial.trial_id, settings=settings, attempts=row.attempts)
+
+    def _follow(self, crew: Crew, queue: Queue, steering: Steering) -> None:
         """Turn what happens into rows until every trial has ended, or the user wants no more."""
         left = {trial.position for trial in self.planned.to_run}
         drained = resubmitted = False
         silent_until = time.monotonic() + FORMING_S
-        while left and not self.signals.stop:
+        while left and not (self.signals.stop or steering.stop):
             over = drained and not crew.in_hand()  # asked before the updates, so that none of them is missed
             for update in crew.updates(PERIOD_S):
                 silent_until = float("inf")
                 self._record(update)
-                if update.kind == "ended":
+                if update.kind in ("ended", "withdrawn"):
                     left.discard(update.index)
+                if update.kind == "paused" and update.index is not None:
+                    self.sharing.paused(crew, update.index)
             self._keep()
             if over:
                 break
-            if self.signals.drain and not drained:
+            steering.look()
+            left |= steering.again
+            steering.again.clear()
+            self.sharing.look(crew)
+            if (self.signals.drain or steering.drain) and not drained:
                 drained = True
                 queue.drain()
                 crew.drain()
+                self.sharing.rest(crew)
                 self._say("stopping: running trials finish, nothing new starts. Ctrl-C again stops now.")
             if not (drained or resubmitted or queue.is_alive()):
                 resubmitted = True
@@ -278,7 +315,7 @@ class _Session:
         for update in crew.close():
             self._record(update)
         for position, row in self.ledger.rows.items():
-            if row.state == "RUNNING":
+            if row.state in ("RUNNING", "PAUSED"):
                 self.ledger.rows[position] = row.replace(state="PENDING")
                 self.writer.put([self.ledger.rows[position]])
         queue.join(5.0)
@@ -286,7 +323,12 @@ class _Session:
     def _record(self, update: Update) -> None:
         trial_id = None
         if update.index is not None:
-            row, epochs = self.ledger.apply(update)
+            if update.kind == "withdrawn":
+                row, epochs = self.ledger.take(update, *self.sharing.taken(update.index))
+            else:
+                row, epochs = self.ledger.apply(update)
+            if update.kind == "started":
+                self.sharing.started(update.index)
             trial_id = row.trial_id
             self.writer.add(epochs)
             self.writer.put([row])
@@ -301,9 +343,10 @@ class _Session:
         """Write what changed, and show it. A store that is away for a while costs no trial."""
         self.heartbeat.check()
         try:
-            spent = list(self.spent)
+            spent, over = list(self.spent), self.sharing.over()
             if self.writer.flush(force=force) or force:
                 self._drop_checkpoints(spent)
+                self.sharing.drop(over)
             if self.store_silent_since is not None:
                 self._say("the store takes writes again")
             self.store_silent_since = None

@@ -56,6 +56,9 @@ from orchestrator.dispatcher import NAMESPACE, SLOT, Dispatcher, Order, Update, 
 from orchestrator.errors import UnreachableError, UsageError  # noqa: E402
 from orchestrator.gang import GangPlan  # noqa: E402
 
+FORMATIONS = 8
+"""A gang that was formed so often, and whose first rank never came to work, is given up."""
+
 # --------------------------------------------------------------------------------------------------------- the Ray
 
 
@@ -182,7 +185,7 @@ class Fleet:
         try:
             news: list[Update] = ray.get(self.dispatcher.updates.remote(self._acknowledged, wait_s))
         except ray.exceptions.RayError as error:
-            raise UnreachableError(f"Ray lost the dispatcher: {error}. Run the same command again.") from error
+            raise _lost(error) from error
         if news:
             self._acknowledged = news[-1].seq
         elif self._threads and len(self._ended) == len(self._threads):
@@ -197,15 +200,45 @@ class Fleet:
         return found
 
     def drain(self) -> None:
-        ray.get(self.dispatcher.drain.remote())
+        self._tell("drain")
 
     def in_hand(self) -> int:
         """How many trials are being trained."""
-        return int(ray.get(self.dispatcher.in_hand.remote()))
+        return int(self._tell("in_hand"))
+
+    def idle(self) -> int:
+        return int(self._tell("idle"))
 
     def submit(self, indices: Iterable[int]) -> None:
         """Queue trials past Tune. Those that it has submitted are left as they are."""
         ray.get([self.dispatcher.submit.remote(index) for index in sorted(indices)])
+
+    def pause(self) -> None:
+        self._tell("pause")
+
+    def resume(self) -> None:
+        self._tell("resume")
+
+    def cancel(self, indices: Iterable[int], cause: str) -> None:
+        self._tell("cancel", list(indices), cause)
+
+    def retry(self, orders: Iterable[Order], text: str) -> None:
+        self._tell("retry", list(orders), text)
+
+    def hold_back(self, indices: Iterable[int]) -> None:
+        self._tell("hold_back", list(indices))
+
+    def release(self, indices: Iterable[int]) -> None:
+        self._tell("release", list(indices))
+
+    def withdraw(self, indices: Iterable[int], text: str) -> None:
+        self._tell("withdraw", list(indices), text)
+
+    def _tell(self, method: str, *words: Any) -> Any:
+        try:
+            return ray.get(getattr(self.dispatcher, method).remote(*words))
+        except ray.exceptions.RayError as error:
+            raise _lost(error) from error
 
     def close(self, wait_s: float = 15.0) -> list[Update]:
         """Send the gangs home, wait a while until they are gone, and return what they still said."""
@@ -223,12 +256,24 @@ class Fleet:
         """One gang's life, from its first worker to its last."""
         why = "it was sent home"
         try:
-            self._trainer(name).fit()
+            self._fit(name)
         except BaseException as error:  # whatever ended it, the sweep goes on with the others
             why = f"{type(error).__name__}: {error}"
         self._ended[name] = why
         with contextlib.suppress(Exception):  # at the end of a sweep the dispatcher may be gone before its gangs
             ray.get(self.dispatcher.gang_ended.remote(name, why))
+
+    def _fit(self, name: str) -> None:
+        """Have Ray Train keep the gang: again after so many failures, unless no worker of it ever came to work."""
+        formed = 0
+        while True:
+            try:
+                self._trainer(name).fit()
+                return
+            except ray.train.TrainingFailedError:
+                before, formed = formed, int(self._tell("formed", name))
+                if formed == before:
+                    raise
 
     def _trainer(self, name: str) -> Any:
         plan = self.plan
@@ -247,10 +292,14 @@ class Fleet:
             run_config=ray.train.RunConfig(
                 name=name,
                 storage_path=self._scratch,
-                # The dispatcher counts a trial's attempts; over a gang's life there is no limit to count to.
-                failure_config=ray.train.FailureConfig(max_failures=-1, controller_failure_limit=3),
+                # The dispatcher counts a trial's attempts; over a gang's life there is no limit to count to (`_fit`).
+                failure_config=ray.train.FailureConfig(max_failures=FORMATIONS - 1, controller_failure_limit=3),
             ),
         )
+
+
+def _lost(error: BaseException) -> UnreachableError:
+    return UnreachableError(f"Ray lost the dispatcher: {error}. Run the same command again.")
 
 
 def gangs_for(capacity: Cluster, plan: GangPlan, *, trials: int, limit: int | None) -> int:

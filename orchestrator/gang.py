@@ -27,12 +27,14 @@ import torch.distributed as dist
 
 from mixmo_core import train
 from mixmo_core.config import TrialConfig, digest, identity, unflatten
-from orchestrator.dispatcher import Assignment, EpochReport, Worker
+from orchestrator.dispatcher import Answer, Assignment, EpochReport, Worker
 from orchestrator.errors import MixmoError, NotFoundError, UnreachableError
 from orchestrator.store import DamagedError, Logits, ResultStore
 from orchestrator.store.attempts import LOG_BYTES, AttemptFolder, without_secrets
 
 LOG_PERIOD_S = 30.0
+STORE_PATIENCE_S = 600.0
+"""How long a gang waits for a store that is away."""
 LOGITS_PATIENCE_S = 60.0
 """How long a finished trial waits for a store that does not take its logits. Only training again would bring them."""
 
@@ -74,7 +76,7 @@ class Gang:
         self.world_size: int = context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
         torch.set_num_threads(max(1, int(plan.cpus_per_worker)))
-        self._store = ResultStore.open(plan.store)
+        self._store = _opened(plan)
         self.dispatcher = ray.get_actor(plan.dispatcher, namespace=plan.namespace)
         self.host = socket.gethostname()
         self.device_name = _device_name(self.device)
@@ -148,7 +150,7 @@ class Gang:
             reports, logits = list(resume.reports), resume.state.get("logits")
             saver.adopt(resume.key, self._patiently(lambda: self._store.checkpoints(assignment.order.trial_id), log))
             log.line(f"resumed from {resume.key}")
-            if not self._report(assignment, reports, resume.key):
+            if self._report(assignment, reports, resume.key) == "drop":
                 return
         for told in train.train(
             config, device=self.device, data_dir=Path(self.plan.data_dir) if self.plan.data_dir else None,
@@ -156,7 +158,7 @@ class Gang:
             save_when=lambda: self.rank == 0 and saver.due(within=True),  # any rank may ask, whatever its reason
         ):  # fmt: skip
             new: list[EpochReport] = []
-            due = True
+            due, last = True, False
             if isinstance(told, train.Epoch):
                 new = [self._describe(told, reports)]
                 log.line(_line(new[0], config.optim.epochs))
@@ -165,7 +167,14 @@ class Gang:
                 due = last or saver.due(within=False)  # until its row is written, nothing else holds the trial's end
             reports += new
             checkpoint = self._save(saver, told, reports, logits, log) if self.rank == 0 and due else None
-            if not self._report(assignment, new, checkpoint):
+            answer = self._report(assignment, new, checkpoint)
+            if answer == "save" and not last:
+                log.line("given back: the sweep pauses")
+                if self.rank == 0:
+                    checkpoint = checkpoint or self._save(saver, told, reports, logits, log)
+                    ray.get(self.dispatcher.give_back.remote(assignment.token, checkpoint))
+                return
+            if answer == "drop":
                 log.line("dropped: the trial was stopped, or is another gang's by now")
                 return
         if self.rank == 0:
@@ -245,11 +254,12 @@ class Gang:
             log.line(f"no checkpoint at epoch {told.epoch}: {error}")
             return None
 
-    def _report(self, assignment: Assignment, reports: list[EpochReport], checkpoint: str | None) -> bool:
-        kept = None
+    def _report(self, assignment: Assignment, reports: list[EpochReport], checkpoint: str | None) -> Answer:
+        told = None
         if self.rank == 0:
-            kept = ray.get(self.dispatcher.report.remote(assignment.token, reports, checkpoint))
-        return bool(self._from_first(kept))
+            told = ray.get(self.dispatcher.report.remote(assignment.token, reports, checkpoint))
+        answer: Answer = self._from_first(told)
+        return answer
 
 
 class ResumePoint(NamedTuple):
@@ -337,6 +347,18 @@ class LogTail(io.TextIOBase):
         self._put_at = time.monotonic()
         with contextlib.suppress(OSError, MixmoError):
             self._folder.put_log(self._rank, self._text)
+
+
+def _opened(plan: GangPlan) -> ResultStore:
+    """The store. One that is away is waited for: a gang that is formed meanwhile is none the worse for it."""
+    deadline = time.monotonic() + min(STORE_PATIENCE_S, plan.group_timeout_s / 2)
+    while True:
+        try:
+            return ResultStore.open(plan.store)
+        except UnreachableError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(2.0)
 
 
 def _device_name(device: torch.device) -> str:

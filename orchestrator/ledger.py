@@ -1,7 +1,7 @@
 """What happened, as rows: the dispatcher's updates turned into the tables of a sweep. Pure."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -39,6 +39,10 @@ class Ledger:
                 row = self._advanced(row, update)
             case "lost":
                 row = row.replace(state="PENDING")
+            case "paused":
+                row = row.replace(state="PAUSED", checkpoint=update.checkpoint or row.checkpoint)
+            case "retried":
+                row = row.replace(state="PENDING", error=None, error_cause=None, stopped_early=False)
             case "ended":
                 spent = update.state == "TERMINATED" and not self.keep_checkpoint
                 row = row.replace(
@@ -47,6 +51,20 @@ class Ledger:
                 )  # fmt: skip
         self.rows[update.index] = row
         return row, epochs
+
+    def take(self, update: Update, result: TrialRow, epochs: Sequence[EpochRow]) -> tuple[TrialRow, list[EpochRow]]:
+        """The rows of a trial that another sweep has finished, as rows of this one: they hold against all that this
+        sweep knew of it.
+        """
+        assert update.index is not None
+        held = self.rows[update.index]
+        place: dict[str, Any] = {
+            "sweep": held.sweep, "fence": self.fence, "seq": self.first_seq + update.seq,
+            "attempt": max(held.attempt, result.attempt),
+        }  # fmt: skip
+        row = result.replace(label=held.label, position=held.position, cached_from=result.sweep, **place)
+        self.rows[update.index] = row
+        return row, [replace(each, **place) for each in epochs]
 
     def _started(self, row: TrialRow, update: Update) -> TrialRow:
         hosts = sorted({*(row.hosts or "").split(), *update.hosts})

@@ -6,13 +6,13 @@ import functools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mixmo_core.config import flatten, ineffective, parts
 from mixmo_core.cost import parameters, trial_flops
 from orchestrator.errors import RefusedError
-from orchestrator.rows import TrialRow, config_columns
+from orchestrator.rows import FINAL, TrialRow, config_columns
 from orchestrator.sweep import Sweep, Trial
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class PlannedTrial:
     reason: str
     stale: TrialRow | None = None
     """A result of the same settings under older numerics, so under another id."""
+    begun_in: tuple[str, ...] = ()
+    """Other sweeps that have it still to end. Should one be running, it is trained once for both."""
 
     @property
     def runs(self) -> bool:
@@ -101,6 +103,7 @@ def make(sweep: Sweep, rows: Iterable[TrialRow], *, retry_failed: bool = False) 
     planned = {trial.trial_id for trial in sweep.trials}
     own = _highest(row for row in rows if row.sweep == sweep.name)
     others = _highest(row for row in rows if row.sweep != sweep.name and _is_whole(row))
+    begun = _unfinished(rows, sweep.name)
     outdated = {_settings_of(row): row for row in rows if row.trial_id not in planned and _is_whole(row)}
     items = []
     for trial in sweep.trials:
@@ -108,7 +111,8 @@ def make(sweep: Sweep, rows: Iterable[TrialRow], *, retry_failed: bool = False) 
         for row in filter(None, (held, elsewhere)):
             _hold_same(trial, row)
         stale = outdated.get(_settings_key(trial)) if outdated else None
-        items.append(_judge(trial, _Known(held, elsewhere, stale), sweep, retry_failed=retry_failed))
+        item = _judge(trial, _Known(held, elsewhere, stale), sweep, retry_failed=retry_failed)
+        items.append(replace(item, begun_in=tuple(begun[trial.trial_id])) if trial.trial_id in begun else item)
     stale_ids = {item.stale.trial_id for item in items if item.stale}
     gone = tuple(row for key, row in own.items() if key not in planned and key not in stale_ids)
     return Plan(sweep, tuple(items), gone, any(_changes(item, own) for item in items))
@@ -165,6 +169,15 @@ def _begin(trial: Trial, known: _Known) -> PlannedTrial:
 def _is_whole(row: TrialRow) -> bool:
     """A result: trained to its last epoch."""
     return row.state == "TERMINATED" and not row.stopped_early
+
+
+def _unfinished(rows: Iterable[TrialRow], apart_from: str) -> dict[str, list[str]]:
+    """The other sweeps that have a trial still to end, by its id."""
+    begun: dict[str, list[str]] = {}
+    for row in rows:
+        if row.sweep != apart_from and row.state not in FINAL:
+            begun.setdefault(row.trial_id, []).append(row.sweep)
+    return begun
 
 
 def _highest(rows: Iterable[TrialRow]) -> dict[str, TrialRow]:

@@ -17,7 +17,7 @@ from orchestrator.rows import FINAL, TrialRow, config_of
 if TYPE_CHECKING:
     from orchestrator.store import ResultStore, Snapshot
 
-Status = Literal["starting", "running", "finished", "stopped", "quiet"]
+Status = Literal["starting", "running", "paused", "finished", "stopped", "quiet"]
 """`stopped`: something is left to run and no driver runs it. `quiet`: whether one does cannot be told."""
 
 
@@ -53,7 +53,7 @@ def measure(snapshot: Snapshot, now: datetime, *, driven: bool | None = True) ->
     partial = sum(1 - _left(row) for row in rows if row.state not in FINAL)
     own = [row for row in rows if row.cached_from is None]
     return Progress(
-        status=_status(snapshot.rows, driven),
+        status=_status(snapshot, driven),
         total=len(rows),
         done=states["TERMINATED"],
         cached=sum(row.state == "TERMINATED" and row.cached_from is not None for row in rows),
@@ -64,7 +64,7 @@ def measure(snapshot: Snapshot, now: datetime, *, driven: bool | None = True) ->
         cancelled=states["CANCELLED"],
         fraction=(ended + partial) / len(rows) if rows else 0.0,
         trials_per_hour=_trials_per_hour(snapshot, own, now),
-        eta_s=None if driven is False else _eta_s(rows),
+        eta_s=None if driven is False or snapshot.header.paused_by else _eta_s(rows),
         elapsed_s=_elapsed_s(own),
         gpu_seconds=sum(row.gpu_seconds for row in own),
         images_per_s=sum(row.images_per_s or 0.0 for row in rows if row.state == "RUNNING" and driven is not False),
@@ -82,11 +82,14 @@ def _left(row: TrialRow) -> float:
     return 1 - min(1.0, row.epoch / max(1, row.epochs))
 
 
-def _status(rows: Sequence[TrialRow], driven: bool | None) -> Status:
+def _status(snapshot: Snapshot, driven: bool | None) -> Status:
+    rows = snapshot.rows
     if all(row.state in FINAL for row in rows):
         return "finished"
     if not driven:
         return "quiet" if driven is None else "stopped"
+    if snapshot.header.paused_by:
+        return "paused"
     return "running" if any(row.state == "RUNNING" for row in rows) else "starting"
 
 

@@ -107,6 +107,22 @@ def test_what_is_counted_adds_up(snapshot: Snapshot) -> None:
     assert (state.status == "finished") == all(each.state in FINAL for each in snapshot.rows)
 
 
+def test_a_paused_sweep_says_who_had_it_paused_and_what_waits() -> None:
+    rows = [row(TrialConfig(seed=seed), state="PAUSED", epoch=4, wall_s=40.0) for seed in range(2)]
+    paused = shot(rows, paused_by="ada@lab")
+    frame = render(paused, NOW, (100, 20)).plain
+    assert "‖ paused by ada@lab" in frame
+    assert "2 paused" in frame
+    assert "4/10" in frame
+    assert " left" not in frame
+    state = progress.measure(paused, NOW)
+    assert (state.status, state.paused, state.eta_s) == ("paused", 2, None)
+    assert "Paused" in frame
+    # Its driver has gone: nobody pauses it any more, it waits for the next run.
+    assert progress.measure(paused, NOW, driven=False).status == "stopped"
+    assert "To resume" in render(paused, NOW, (100, 20), driven=False).plain
+
+
 def test_a_frame_says_all_without_colour() -> None:
     """Each state is a word, not only a colour."""
     plain = render(sample_sweep.snapshot("middle"), NOW, (80, 24)).plain

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
@@ -63,8 +64,8 @@ def test_an_attempt_is_numbered_on_from_those_of_earlier_drivers() -> None:
 def test_a_trial_that_trains_all_its_epochs_is_terminated() -> None:
     desk = dispatcher(1)
     token = take(desk).token
-    assert desk.report(token, [report(1)], None)
-    assert desk.report(token, [report(2)], "key")
+    assert desk.report(token, [report(1)], None) == "go on"
+    assert desk.report(token, [report(2)], "key") == "go on"
     assert desk.finish(token)
     told = news(desk)
     assert kinds(told) == [
@@ -85,13 +86,13 @@ def test_a_checkpoint_in_the_middle_of_an_epoch_is_told_without_an_epoch() -> No
         assert isinstance(given, Assignment)
         waiting = asyncio.create_task(desk.result(0, 1))
         await asyncio.sleep(0)
-        assert desk.report(given.token, [], "within")
+        assert desk.report(given.token, [], "within") == "go on"
         await asyncio.sleep(0)
         assert not waiting.done()  # Tune's proxy waits for the epoch
-        assert desk.report(given.token, [report(1)], None)
+        assert desk.report(given.token, [report(1)], None) == "go on"
         assert (await waiting) == report(1)
         desk.stop(0)
-        assert not desk.report(given.token, [], "later")  # nor does a stop wait for the epoch's end
+        assert desk.report(given.token, [], "later") == "drop"  # nor does a stop wait for the epoch's end
         assert await desk.result(0, 2) is None
         return await desk.updates(0, 0.0)
 
@@ -131,7 +132,7 @@ def test_what_comes_under_an_old_token_is_refused() -> None:
     old = take(desk).token
     take(desk)
     before = len(news(desk))
-    assert not desk.report(old, [report(1)], None)
+    assert desk.report(old, [report(1)], None) == "drop"
     assert not desk.finish(old)
     assert not desk.fail(old, "late", "late")
     assert not desk.abandon(old, "late")
@@ -176,7 +177,7 @@ def test_a_trial_that_the_scheduler_stops_ends_at_its_next_report_as_stopped_ear
     desk = dispatcher(1)
     token = take(desk).token
     desk.stop(0)
-    assert not desk.report(token, [report(1)], None)
+    assert desk.report(token, [report(1)], None) == "drop"
     ended = news(desk)[-1]
     assert (ended.state, ended.stopped_early) == ("TERMINATED", True)
 
@@ -275,7 +276,7 @@ def test_a_closed_dispatcher_takes_a_last_report_and_sends_the_gang_away() -> No
     desk = dispatcher(1)
     token = take(desk).token
     desk.close()
-    assert not desk.report(token, [report(1)], None)
+    assert desk.report(token, [report(1)], None) == "drop"
     assert [update.kind for update in news(desk)] == ["started", "epochs"]
 
 
@@ -305,6 +306,118 @@ def test_started_says_where_and_on_what() -> None:
     assert (started.hosts, started.device_name, started.torch_version) == (("a", "b"), "d0", "2")
 
 
+def test_a_paused_dispatcher_has_trials_saved_and_hands_them_out_first_when_it_goes_on() -> None:
+    desk = dispatcher(3)
+    token = take(desk).token
+    assert desk.report(token, [report(1)], None) == "go on"
+    desk.pause()
+    assert asyncio.run(desk.next("gang-1", 0.0)) == "wait"
+    assert desk.report(token, [report(2)], None) == "save"
+    assert desk.give_back(token, "key")
+    assert not desk.give_back(token, "key")
+    assert desk.report(token, [report(3)], None) == "drop"
+    assert asyncio.run(desk.next(GANG, 0.0)) == "wait"
+    paused = news(desk)[-1]
+    assert (paused.kind, paused.index, paused.checkpoint) == ("paused", 0, "key")
+    desk.resume()
+    given = [take(desk, f"gang-{i}") for i in range(3)]
+    assert [(each.order.index, each.attempt) for each in given] == [(0, 2), (1, 1), (2, 1)]
+    assert desk.report(given[0].token, [report(3)], None) == "go on"
+
+
+def test_a_trial_that_finishes_while_the_others_are_saved_has_finished() -> None:
+    desk = dispatcher(1)
+    token = take(desk).token
+    desk.pause()
+    assert desk.report(token, [report(1)], None) == "save"
+    assert desk.finish(token)  # it was its last epoch
+    assert kinds(news(desk))[-1] == ("ended", 0, "TERMINATED")
+
+
+def test_a_cancelled_trial_is_over_at_once_and_its_gang_hears_of_it() -> None:
+    desk = dispatcher(3)
+    token = take(desk).token
+    desk.cancel([0, 1], "cancelled by ada@lab")
+    desk.cancel([0, 1], "again")
+    assert [(update.index, update.state, update.cause) for update in news(desk)[1:]] == [
+        (0, "CANCELLED", "cancelled by ada@lab"), (1, "CANCELLED", "cancelled by ada@lab"),
+    ]  # fmt: skip
+    assert desk.report(token, [report(1)], "key") == "drop"
+    assert not desk.finish(token)
+    assert take(desk).order.index == 2
+    assert asyncio.run(desk.result(0, 1)) is None  # its proxy is told that it is over
+
+
+def test_a_trial_that_is_cancelled_before_tune_wants_it_is_not_queued_by_it() -> None:
+    desk = Dispatcher([order(0)], fence=1, crash_retries=0)
+    desk.cancel([0], "no")
+    desk.submit(0)
+    assert asyncio.run(desk.next(GANG, 0.0)) == "wait"
+
+
+def test_a_trial_that_has_ended_is_queued_again_with_all_its_crashes_forgiven() -> None:
+    desk = dispatcher(2, crash_retries=0)
+    take(desk)
+    take(desk, "gang-1")
+    desk.gang_ended(GANG, "gone")
+    assert kinds(news(desk))[-2] == ("ended", 0, "ERROR")
+    desk.retry([order(0), order(1)], "asked by ada@lab")  # the second is in hand, and stays there
+    desk.submit(0)
+    again = take(desk)
+    assert (again.order.index, again.attempt) == (0, 2)
+    assert asyncio.run(desk.next("gang-2", 0.0)) == "wait"
+    assert desk.finish(again.token)
+    assert [update.kind for update in news(desk) if update.index == 0] == [
+        "started", "ended", "retried", "started", "ended",
+    ]  # fmt: skip
+
+
+def test_a_trial_of_an_earlier_run_is_queued_by_asking_for_it_again() -> None:
+    desk = dispatcher(1)
+    desk.retry([order(7, attempts=2)], "asked by ada@lab")
+    assert [(take(desk, f"gang-{i}").order.index, desk.in_hand()) for i in range(2)] == [(0, 1), (7, 2)]
+    assert news(desk)[-1].attempt == 3
+
+
+def test_a_trial_that_is_held_back_waits_for_its_release_or_is_withdrawn() -> None:
+    desk = Dispatcher([order(0), order(1), order(2)], fence=1, crash_retries=0)
+    desk.hold_back([0, 1])
+    for index in range(3):
+        desk.submit(index)
+    assert asyncio.run(desk.result(0, 1)) is None  # its proxy makes room for another's
+    assert take(desk, "gang-2").order.index == 2
+    assert asyncio.run(desk.next(GANG, 0.0)) == "wait"
+    desk.withdraw([0, 2], "from another")  # the third is in hand
+    assert kinds(news(desk))[-1] == ("withdrawn", 0, None)
+    desk.release([0, 1])
+    assert take(desk).order.index == 1
+    assert asyncio.run(desk.next("gang-1", 0.0)) == "wait"
+
+
+def test_an_order_may_be_held_back_from_the_beginning_and_released_past_tune() -> None:
+    desk = Dispatcher([replace(order(0), held_back=True)], fence=1, crash_retries=0)
+    assert asyncio.run(desk.next(GANG, 0.0)) == "wait"
+    desk.release([0])
+    assert take(desk).order.index == 0
+
+
+def test_gangs_that_wait_are_idle() -> None:
+    async def scenario() -> list[int]:
+        desk = Dispatcher([order(0)], fence=1, crash_retries=0)
+        counts = [desk.idle()]
+        waiting = [asyncio.create_task(desk.next(gang, 60.0)) for gang in (GANG, GANG, "gang-1")]
+        await asyncio.sleep(0)
+        counts.append(desk.idle())
+        desk.submit(0)
+        await asyncio.sleep(0.01)
+        counts.append(desk.idle())
+        desk.close()
+        await asyncio.gather(*waiting)
+        return [*counts, desk.idle()]
+
+    assert run(scenario()) == [0, 2, 1, 0]
+
+
 class Fleet(RuleBasedStateMachine):
     """Gangs that take, report, finish, fail, crash and vanish in any order lose no trial and end none twice."""
 
@@ -315,6 +428,7 @@ class Fleet(RuleBasedStateMachine):
         self.desk = dispatcher(self.TRIALS, crash_retries=self.RETRIES)
         self.held: dict[str, Assignment] = {}
         self.dead: list[str] = []
+        self.paused = False
 
     @rule(gang=st.sampled_from(["gang-0", "gang-1", "gang-2"]))
     def ask(self, gang: str) -> None:
@@ -330,7 +444,7 @@ class Fleet(RuleBasedStateMachine):
         gang = data.draw(st.sampled_from(sorted(self.held)))
         token = self.held[gang].token
         if end == "report":
-            assert self.desk.report(token, [report(1)], None)
+            assert self.desk.report(token, [report(1)], None) == ("save" if self.paused else "go on")
             return
         del self.held[gang]
         self.dead.append(token)
@@ -342,6 +456,36 @@ class Fleet(RuleBasedStateMachine):
     def speak_too_late(self, data: st.DataObject) -> None:
         assert not self.desk.finish(data.draw(st.sampled_from(self.dead)))
 
+    @rule(index=st.integers(0, TRIALS - 1))
+    def cancel(self, index: int) -> None:
+        self.desk.cancel([index], "cancelled")
+        for gang in [gang for gang, holds in self.held.items() if holds.order.index == index]:
+            self.dead.append(self.held.pop(gang).token)
+
+    @rule(index=st.integers(0, TRIALS - 1))
+    def retry(self, index: int) -> None:
+        self.desk.retry([order(index)], "again")
+
+    @rule(index=st.integers(0, TRIALS - 1), act=st.sampled_from(["hold_back", "release"]))
+    def hold_or_release(self, index: int, act: str) -> None:
+        getattr(self.desk, act)([index])
+
+    @rule(index=st.integers(0, TRIALS - 1))
+    def withdraw(self, index: int) -> None:
+        self.desk.withdraw([index], "from another")
+
+    @rule(paused=st.booleans())
+    def pause_or_resume(self, paused: bool) -> None:
+        self.paused = paused
+        self.desk.pause() if paused else self.desk.resume()
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        token = self.held.pop(data.draw(st.sampled_from(sorted(self.held)))).token
+        self.dead.append(token)
+        assert self.desk.give_back(token, None)
+
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def vanish(self, data: st.DataObject) -> None:
@@ -351,21 +495,30 @@ class Fleet(RuleBasedStateMachine):
 
     @invariant()
     def every_trial_is_in_one_place(self) -> None:
-        told = news(self.desk)
-        ended = [update.index for update in told if update.kind == "ended"]
-        assert len(ended) == len(set(ended))
+        ended: set[int | None] = set()
+        for update in news(self.desk):
+            if update.kind == "retried":
+                ended.remove(update.index)
+            elif update.kind in ("ended", "withdrawn"):
+                assert update.index not in ended
+                ended.add(update.index)
+            else:
+                assert update.index not in ended  # what has ended says nothing more
         in_hand = [assignment.order.index for assignment in self.held.values()]
         assert len(in_hand) == len(set(in_hand)) == self.desk.in_hand()
-        assert not set(ended) & set(in_hand)
+        assert not ended & set(in_hand)
 
     def teardown(self) -> None:
         """Whatever happened, gangs that behave now end every trial."""
+        self.desk.resume()
+        self.desk.release(range(self.TRIALS))
         for gang in sorted(self.held):
             assert self.desk.finish(self.held[gang].token)
         while isinstance(given := asyncio.run(self.desk.next("gang-9", 0.0)), Assignment):
             assert self.desk.finish(given.token)
-        ended = [update.index for update in news(self.desk) if update.kind == "ended"]
-        assert sorted(ended, key=str) == list(range(self.TRIALS))
+        ended = {update.index for update in news(self.desk) if update.kind in ("ended", "withdrawn")}
+        assert ended == set(range(self.TRIALS))
+        assert self.desk.in_hand() == 0
 
 
 TestFleet = Fleet.TestCase
@@ -391,4 +544,4 @@ def test_attempts_are_one_more_than_the_crashes_that_were_forgiven(crashes: int,
 @pytest.mark.parametrize("call", ["report", "finish", "fail", "abandon"])
 def test_a_token_that_was_never_given_is_refused(call: str) -> None:
     arguments = {"report": ([report(1)], None), "finish": (), "fail": ("t", "c"), "abandon": ("w",)}[call]
-    assert not getattr(dispatcher(1), call)("no-such-token", *arguments)
+    assert getattr(dispatcher(1), call)("no-such-token", *arguments) in (False, "drop")

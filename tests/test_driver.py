@@ -280,6 +280,38 @@ def test_a_lost_trial_waits_again_and_its_next_attempt_repeats_epochs_without_ha
     assert (row.epoch, row.best_epoch) == (1, 1)  # what was thrown back is no result
 
 
+def test_a_paused_trial_keeps_what_it_has_done_and_a_retried_one_is_no_failure_any_more() -> None:
+    books = ledger()
+    books.apply(update(1, "started"))
+    books.apply(update(2, "epochs", epochs=epochs(0.2, 0.6), checkpoint="before"))
+    row, _ = books.apply(update(3, "paused", checkpoint="key"))
+    assert (row.state, row.epoch, row.checkpoint, row.metrics["top1"]) == ("PAUSED", 2, "key", 0.6)
+    row, _ = books.apply(update(4, "started", attempt=2))
+    assert (row.state, row.attempts) == ("RUNNING", 2)
+    row, _ = books.apply(update(5, "ended", attempt=2, state="CANCELLED", cause="cancelled by ada@lab"))
+    assert (row.state, row.error_cause, row.checkpoint) == ("CANCELLED", "cancelled by ada@lab", "key")
+    row, _ = books.apply(update(6, "retried", attempt=2))
+    assert (row.state, row.error_cause, row.epoch, row.order) == ("PENDING", None, 2, (3, 2, 16))
+
+
+def test_a_result_of_another_sweep_holds_against_what_was_known_here() -> None:
+    books, theirs = ledger(), replace(ledger(), fence=1)
+    books.apply(update(1, "started", attempt=4))
+    _, old = books.apply(update(2, "epochs", attempt=4, epochs=epochs(0.1)))
+    books.apply(update(3, "lost", attempt=4))
+    theirs.apply(update(1, "started"))
+    _, new = theirs.apply(update(2, "epochs", epochs=epochs(0.2, 0.3, 0.4, 0.6)))
+    result, _ = theirs.apply(update(3, "ended", state="TERMINATED", logits="logits"))
+    row, taken = books.take(update(4, "withdrawn", attempt=4), result.replace(sweep="theirs"), new)
+    assert (row.sweep, row.cached_from, row.state, row.metrics["top1"], row.logits) == (
+        "s", "theirs", "TERMINATED", 0.6, "logits",
+    )  # fmt: skip
+    assert row.order == (3, 4, 14)
+    assert {each.order for each in taken} == {row.order}
+    assert min(each.order for each in taken) > max(each.order for each in old)
+    assert books.rows[0] == row
+
+
 def test_an_undefined_metric_leaves_nothing_of_an_earlier_epoch() -> None:
     books = ledger()
     books.apply(update(1, "started"))

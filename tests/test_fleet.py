@@ -5,13 +5,14 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mixmo_core.config import TrialConfig, flatten, trial_id, unflatten
 from orchestrator.dispatcher import NAMESPACE, Order, Update, Worker
-from orchestrator.errors import UsageError
+from orchestrator.errors import UnreachableError, UsageError
 from orchestrator.store import ResultStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -165,6 +166,23 @@ def test_a_gang_of_two_workers_trains_is_formed_anew_after_an_exception_and_afte
     assert sorted(crew.losses(2)) == [1, 2, 3, 4, 5]
     # No trial was charged for another's exception.
     assert [update.index for update in crew.told if update.kind == "lost"] == [2]
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_gang_whose_worker_never_comes_to_work_is_given_up_with_what_ray_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator import fleet
+
+    monkeypatch.setattr(fleet, "FORMATIONS", 2)
+    crew = Crew(tmp_path, [config(0)], workers=1, name="never")
+    crew.fleet.plan = replace(crew.fleet.plan, store="gopher://results")
+    with crew:
+        crew.fleet.form(1)
+        crew.submit(0)
+        with pytest.raises(UnreachableError, match=r"(?s)no gang could be kept: .*gopher"):
+            crew.until(lambda update: update.kind == "ended")
+    assert [update.kind for update in crew.told] == ["gang"]  # the trial was not charged
 
 
 def test_a_gang_that_does_not_fit_is_refused_with_what_there_is() -> None:

@@ -103,6 +103,12 @@ def test_what_becomes_of_a_trial(changes: dict[str, Any], retry_failed: bool, ac
     assert item.runs == (item.trial in make(OURS, [row], retry_failed=retry_failed).to_run)
 
 
+def test_the_plan_tells_which_other_sweeps_have_a_trial_still_to_end() -> None:
+    theirs, ended = rows_of(sweep_of(name="theirs")), rows_of(sweep_of(name="ended"), state="ERROR")
+    plan = make(OURS, [*rows_of(OURS), *theirs[:2], *ended, theirs[3].replace(sweep="third")])
+    assert [item.begun_in for item in plan.items] == [("theirs",), ("theirs",), (), ("third",), (), (), (), ()]
+
+
 def test_a_failed_trial_tells_its_cause() -> None:
     row = rows_of(OURS)[0].replace(state="ERROR", error_cause="CUDA out of memory")
     assert make(OURS, [row]).items[0].reason == "failed: CUDA out of memory"

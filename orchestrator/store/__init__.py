@@ -9,11 +9,14 @@ A store is a folder, or a prefix of a bucket (`s3://bucket/prefix`); either has 
     sweeps/<name>/epochs/live-<fence>.parquet         rows of running trials, replaced whole
     sweeps/<name>/epochs/part-<fence>-<seq>.parquet   rows that are settled; never changed
     sweeps/<name>/events.parquet           what happened, the last 1,000
+    sweeps/<name>/commands/<number>-<token>.json      what people ask of the driver, and its answers
+    claims/<trial_id>.json                 which of several running sweeps trains a trial that they share
     trials/<trial_id>/<fence>-<attempt>-<token>/      checkpoints, logits, logs of one attempt, shared by all sweeps
 
-The driver is the only writer of `sweeps/<name>/`; a gang writes only in the folder of its attempt. Rows go into a part
-before the trials name it, and leave the live file after; a read goes live, then trials, then the parts named there. So
-a row is in at least one place at every moment, and of two rows with one key the highest (fence, attempt, seq) holds.
+The driver is the only writer of `sweeps/<name>/`, new commands apart; a gang writes only in the folder of its attempt.
+Rows go into a part before the trials name it, and leave the live file after; a read goes live, then trials, then the
+parts named there. So a row is in at least one place at every moment, and of two rows with one key the highest (fence,
+attempt, seq) holds.
 
 `trials.parquet` and `lease.json` change only by compare-and-swap. That makes the fence a fence: the first write of a
 new driver makes every later one of its predecessor fail. Where a place cannot do that, a predecessor may overwrite the
@@ -50,7 +53,9 @@ from orchestrator.store.attempts import (
     progress_of,
     without_secrets,
 )
-from orchestrator.store.lease import Lease, LeaseLostError, Process, read_lease
+from orchestrator.store.claims import Claim, Claims
+from orchestrator.store.commands import Answer, Command, Commands, Inbox
+from orchestrator.store.lease import Lease, LeaseLostError, Process, read_lease, who
 from orchestrator.store.objects import DamagedError, Folder, Objects
 from orchestrator.store.tables import (
     KEYS,
@@ -73,9 +78,9 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 __all__ = [
-    "LOG_BYTES", "AttemptFolder", "Compaction", "DamagedError", "Event", "Fault", "Folder", "Header", "Lease",
-    "LeaseLostError", "Logits", "Objects", "Process", "ResultStore", "Snapshot", "SweepWriter", "encode", "merge",
-    "totals", "without_secrets",
+    "LOG_BYTES", "Answer", "AttemptFolder", "Claim", "Claims", "Command", "Commands", "Compaction", "DamagedError",
+    "Event", "Fault", "Folder", "Header", "Inbox", "Lease", "LeaseLostError", "Logits", "Objects", "Process",
+    "ResultStore", "Snapshot", "SweepWriter", "encode", "merge", "totals", "who", "without_secrets",
 ]  # fmt: skip
 
 
@@ -118,6 +123,14 @@ class ResultStore:
         """Who runs the sweep, or did and died; None when nobody does. `expired` tells the two apart."""
         held = read_lease(self.folder, f"{SweepFiles(self.folder, sweep).key}/lease.json")
         return None if held is None or held.released else held
+
+    def commands(self, sweep: str) -> Commands:
+        """What people ask of the sweep's driver."""
+        return Commands(self.folder, SweepFiles(self.folder, sweep).sweep)
+
+    def claims(self, sweep: str, fence: int) -> Claims:
+        """Claims on shared trials, as the sweep's driver with this fence makes them."""
+        return Claims(self.folder, sweep, fence)
 
     def trials(self, sweep: str) -> pa.Table:
         """One row per trial, its latest state; columns of TRIALS_SCHEMA."""

@@ -139,7 +139,7 @@ class HeldLease:
         """Take the lease at this key, under a fence above all that were. Raises RefusedError while another holds it."""
         self._folder, self._key, self._sweep, self._now = folder, key, sweep, now
         self._lock = threading.Lock()
-        self._lease, self._tag = self._take(holder or f"{_user()}@{process.host}", process, above)
+        self._lease, self._tag = self._take(holder or who(process), process, above)
 
     @property
     def fence(self) -> int:
@@ -198,6 +198,11 @@ class HeldLease:
                 raise self.lost()
             self._tag = stored.tag  # our own, whose answer was lost
         raise UnreachableError(f"{self._folder}/{self._key} keeps changing under this driver")
+
+
+def who(process: Process) -> str:
+    """The user of this process, and where it runs: for people."""
+    return f"{_user()}@{process.host}"
 
 
 def _user() -> str:

@@ -58,6 +58,8 @@ class Header:
     copied: bool = False
     """Whether `trials-<fence>.parquet` has the same, since this place cannot refuse what an old driver writes late."""
     layout: int = LAYOUT
+    paused_by: str | None = None
+    """Who had the running driver pause; None while it goes on."""
 
     def encode(self) -> bytes:
         record = {**asdict(self), "written_at": self.written_at.isoformat() if self.written_at else None}

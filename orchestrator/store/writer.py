@@ -213,6 +213,12 @@ class SweepWriter:
                     del self._rows[trial_id]
                     self._changes["trials"] += 1
 
+    def pause(self, by: str | None) -> None:
+        """Say in the header who has had the sweep paused; None: it goes on."""
+        with self._lock:
+            self._header = replace(self._header, paused_by=by)
+            self._changes["trials"] += 1
+
     def snapshot(self) -> Snapshot:
         """As `ResultStore.snapshot`, from memory: with what is not written yet."""
         with self._lock:
@@ -298,6 +304,7 @@ class SweepWriter:
             with self._lock:
                 self._changes["trials"] += 1
                 self._done = self._done if done is None else done
+                self._header = replace(self._header, paused_by=None)
             self._write(self._batch())
             self._lease.release()
             self._closed = True
@@ -471,7 +478,7 @@ class SweepWriter:
         counted, now = {*seen.header.parts, *seen.header.retired}, self._now().isoformat()
         retired = {**seen.header.retired, **{name: now for name in left if name not in counted}}
         self._done = seen.header.done
-        self._header = replace(seen.header, retired=retired)
+        self._header = replace(seen.header, retired=retired, paused_by=None)
 
 
 class _TrialsTable:
