@@ -35,6 +35,7 @@ from orchestrator.store.attempts import (
     NO_LOGITS,
     AttemptFolder,
     Logits,
+    attempt_of,
     matches,
     progress_of,
     without_secrets,
@@ -220,7 +221,7 @@ class ResultStore:
     def log(self, trial_id: str, rank: int = 0) -> str:
         """What a rank of the newest attempt printed, its last 256 KiB. Raises NotFoundError."""
         keys = [f"trials/{trial_id}/{name}/log-{rank}.txt" for name in self._attempts(trial_id)]
-        for key in sorted(keys, key=self.folder.modified, reverse=True):
+        for key in sorted(keys, key=lambda key: (self.folder.modified(key), attempt_of(key)), reverse=True):
             stored = self.folder.read(key)
             if stored is not None:
                 return stored.data.decode(errors="replace")

@@ -118,6 +118,12 @@ class AttemptFolder:
         return sorted((f"{self.key}/{name}" for name in names), key=progress_of, reverse=True)
 
 
+def attempt_of(key: str) -> tuple[int, int]:
+    """Fence and number of the attempt that wrote a file: of two that one driver began, the later is the higher."""
+    match = ATTEMPT.fullmatch(key.split("/")[2])
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
 def progress_of(key: str) -> tuple[int, float, str]:
     """Sorts checkpoints by how far they are: an epoch's steps come before its end."""
     match = CHECKPOINT.fullmatch(key.rpartition("/")[2])
