@@ -297,7 +297,13 @@ def test_a_trial_of_a_paused_sweep_is_given_back_when_it_is_stored(
     store: ResultStore, work: Callable[..., None]
 ) -> None:
     desk = Desk(config(), store)
-    desk.fatal = lambda name, *_: name == "accept" and desk.desk.pause() is not None
+
+    def pauses(name: str, *_: Any) -> bool:
+        if name == "accept":
+            desk.desk.pause()
+        return False
+
+    desk.fatal = pauses
     work(desk, checkpoint_every_s=3600)
     assert desk.row().epoch == 1
     assert (desk.told[-1].kind, [desk.told[-1].checkpoint]) == ("paused", store.checkpoints(desk.trial_id))
