@@ -19,7 +19,7 @@ new driver makes every later one of its predecessor fail.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
@@ -42,13 +42,15 @@ from orchestrator.store.attempts import (
 )
 from orchestrator.store.lease import Lease, LeaseLostError, Process, read_lease
 from orchestrator.store.objects import DamagedError, Folder, Objects
+from orchestrator.store.space import Belongings, Leftover, Leftovers, belongings, clean, leftovers, remove
 from orchestrator.store.tables import Event, Header, Snapshot, SweepFiles, fit, merge, only, sweep_names, totals
 from orchestrator.store.verify import Fault, faults_of
 from orchestrator.store.writer import SweepWriter
 
 __all__ = [
-    "LOG_BYTES", "AttemptFolder", "DamagedError", "Event", "Fault", "Folder", "Header", "Lease", "LeaseLostError",
-    "Logits", "Objects", "Process", "ResultStore", "Snapshot", "SweepWriter", "merge", "totals", "without_secrets",
+    "LOG_BYTES", "AttemptFolder", "Belongings", "DamagedError", "Event", "Fault", "Folder", "Header", "Lease",
+    "LeaseLostError", "Leftover", "Leftovers", "Logits", "Objects", "Process", "ResultStore", "Snapshot", "SweepWriter",
+    "merge", "totals", "without_secrets",
 ]  # fmt: skip
 
 
@@ -231,6 +233,28 @@ class ResultStore:
 
     def _attempts(self, trial_id: str) -> list[str]:
         return [name for name in self.folder.names(f"trials/{trial_id}", folders=True) if ATTEMPT.fullmatch(name)]
+
+    # ---- room
+
+    def leftovers(self) -> Leftovers:
+        """What nothing in the store needs any more, and is old enough. Deletes nothing."""
+        return leftovers(self.folder)
+
+    def clean(self, found: Iterable[Leftover]) -> int:
+        """Delete leftovers, those that are still needless when their turn comes; the bytes that are free by that."""
+        return clean(self.folder, found)
+
+    def belongings(self, sweep: str) -> Belongings:
+        """What would go with a sweep. Raises NotFoundError, and RefusedError while a driver runs it."""
+        return belongings(self.folder, sweep)
+
+    def remove(self, sweep: str) -> int:
+        """Delete a sweep and the attempts at trials that no other sweep has; the bytes that are free by that.
+
+        Whatever may kill it, no reader sees half a sweep, and the same again finishes. Raises NotFoundError, and
+        RefusedError while a driver runs it.
+        """
+        return remove(self.folder, sweep)
 
     # ---- checking and writing
 

@@ -19,6 +19,7 @@ LOG_BYTES = 1 << 18
 
 CHECKPOINT = re.compile(r"epoch-(\d{5,})-(?:step-(\d{6,})-)?([0-9a-f]{16})\.pt")
 LOGITS = re.compile(r"logits-([0-9a-f]{16})\.npz")
+LOG = re.compile(r"log-(\d+)\.txt")
 NO_LOGITS = "put the file back from a copy, or run the trial again under new results (`--results`)"
 """What to do about logits that are lost."""
 ATTEMPT = re.compile(r"(\d+)-(\d+)-([A-Za-z0-9_]+)")
