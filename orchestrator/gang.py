@@ -29,14 +29,20 @@ from mixmo_core import train
 from mixmo_core.config import TrialConfig, digest, identity, unflatten
 from orchestrator.dispatcher import Answer, Assignment, EpochReport, Worker
 from orchestrator.errors import MixmoError, NotFoundError, UnreachableError
+from orchestrator.saver import Saver
 from orchestrator.store import DamagedError, Logits, ResultStore
 from orchestrator.store.attempts import LOG_BYTES, AttemptFolder, without_secrets
 
 LOG_PERIOD_S = 30.0
 STORE_PATIENCE_S = 600.0
 """How long a gang waits for a store that is away."""
-LOGITS_PATIENCE_S = 60.0
-"""How long a finished trial waits for a store that does not take its logits. Only training again would bring them."""
+LONGEST_LOG_PERIOD_S = 600.0
+END_PATIENCE_S = 900.0
+"""How long a trained trial waits for a store that takes neither its logits nor its last checkpoint: longer than a
+server takes to come back, since only training again would bring them. Then it ends without.
+"""
+PARTING_S = 10.0
+"""How long a trial that ends otherwise waits for a checkpoint on its way: a driver that stops waits 15 s for gangs."""
 
 T = TypeVar("T")
 
@@ -142,46 +148,94 @@ class Gang:
         config = unflatten(assignment.order.settings)
         log.line(f"trial {assignment.order.trial_id}, attempt {assignment.attempt}, on {self.name} ({self.host})")
         ray.get(self.dispatcher.accept.remote(assignment.token))
-        saver = Saver(self._store, folder, self.plan)
-        resume = self._resume_point(assignment.order.trial_id, config, log)
-        reports: list[EpochReport] = []
-        logits: str | None = None
-        if resume is not None:
-            reports, logits = list(resume.reports), resume.state.get("logits")
-            saver.adopt(resume.key, self._patiently(lambda: self._store.checkpoints(assignment.order.trial_id), log))
-            log.line(f"resumed from {resume.key}")
-            if self._report(assignment, reports, resume.key) == "drop":
-                return
+        with Saver(self._store, folder, self.plan.checkpoint_every_s) as saver:
+            hand = Hand(assignment, config, folder, saver, log)
+            try:
+                self._pass_epochs(hand)
+            except ray.exceptions.RayError:
+                raise
+            except Exception:
+                if self.rank == 0:  # so that its row names the last good checkpoint
+                    self._await_upload(hand, PARTING_S)
+                    self._tell(hand, [])
+                raise
+
+    def _pass_epochs(self, hand: "Hand") -> None:
+        if not self._take_up(hand):
+            return
         for told in train.train(
-            config, device=self.device, data_dir=Path(self.plan.data_dir) if self.plan.data_dir else None,
-            resume=resume and resume.state,
-            save_when=lambda: self.rank == 0 and saver.due(within=True),  # any rank may ask, whatever its reason
+            hand.config, device=self.device, data_dir=Path(self.plan.data_dir) if self.plan.data_dir else None,
+            resume=hand.state, save_when=lambda: self.rank == 0 and hand.saver.due(within=True),  # any rank may ask
         ):  # fmt: skip
-            new: list[EpochReport] = []
-            due, last = True, False
-            if isinstance(told, train.Epoch):
-                new = [self._describe(told, reports)]
-                log.line(_line(new[0], config.optim.epochs))
-                last = told.epoch == config.optim.epochs
-                logits = self._put_logits(folder, told, log) if last else None
-                due = last or saver.due(within=False)  # until its row is written, nothing else holds the trial's end
-            reports += new
-            checkpoint = self._save(saver, told, reports, logits, log) if self.rank == 0 and due else None
-            answer = self._report(assignment, new, checkpoint)
-            if answer == "save" and not last:
-                log.line("given back: the sweep pauses")
+            new, saved = self._record(hand, told)
+            answer = self._report(hand, new)
+            if answer == "save" and not hand.is_trained:
                 if self.rank == 0:
-                    checkpoint = checkpoint or self._save(saver, told, reports, logits, log)
-                    ray.get(self.dispatcher.give_back.remote(assignment.token, checkpoint))
+                    self._give_back(hand, None if saved else told)
                 return
             if answer == "drop":
-                log.line("dropped: the trial was stopped, or is another gang's by now")
+                hand.log.line("dropped: the trial was stopped, or is another gang's by now")
+                if self.rank == 0:
+                    self._await_upload(hand, PARTING_S)
                 return
         if self.rank == 0:
-            log.put()  # before the trial's end is known, so that who looks then finds it whole
-            ray.get(self.dispatcher.finish.remote(assignment.token, logits))
+            hand.log.put()  # before the trial's end is known, so that who looks then finds it whole
+            ray.get(self.dispatcher.finish.remote(hand.assignment.token, hand.logits))
             with contextlib.suppress(OSError, MixmoError):
-                saver.clear()
+                hand.saver.clear()
+
+    def _take_up(self, hand: "Hand") -> bool:
+        """Go on from the newest checkpoint, if there is one. Whether the trial is this gang's still."""
+        trial_id, log = hand.assignment.order.trial_id, hand.log
+        resume = self._resume_point(trial_id, hand.config, log)
+        if resume is None:
+            return True
+        hand.state, hand.reports, hand.logits = resume.state, list(resume.reports), resume.state.get("logits")
+        hand.saver.adopt(resume.key, self._patiently(lambda: self._store.checkpoints(trial_id), log))
+        log.line(f"resumed from {resume.key}")
+        return self._report(hand, hand.reports) != "drop"
+
+    def _record(self, hand: "Hand", told: train.Epoch | train.Moment) -> tuple[list[EpochReport], bool]:
+        """What there is to report of an epoch, and whether the state is on its way to the store."""
+        new: list[EpochReport] = []
+        due = True
+        if isinstance(told, train.Epoch):
+            new = [self._describe(told, hand.reports)]
+            hand.log.line(_line(new[0], hand.config.optim.epochs))
+            hand.reports += new
+            due = hand.is_trained or hand.saver.due(within=False)
+        if self.rank == 0 and isinstance(told, train.Epoch) and hand.is_trained:
+            self._store_end(hand, told)
+        elif self.rank == 0 and due:
+            hand.saver.save(told, hand.reports, None)
+        return new, due
+
+    def _store_end(self, hand: "Hand", told: train.Epoch) -> None:
+        """The logits, then a checkpoint that names them: until its row is written, nothing else holds the trial's end.
+        A trial is worth more than either.
+        """
+        patience_s = END_PATIENCE_S if self.world_size == 1 else min(END_PATIENCE_S, self.plan.group_timeout_s / 2)
+        deadline = time.monotonic() + patience_s
+        hand.logits = self._put_logits(hand.folder, told, hand.log, patience_s)
+        hand.saver.save(told, hand.reports, hand.logits)
+        if not self._await_upload(hand, max(PARTING_S, deadline - time.monotonic())):
+            hand.log.line("its last checkpoint is not stored: the trial ends without")
+
+    def _give_back(self, hand: "Hand", unsaved: train.Epoch | train.Moment | None) -> None:
+        """The sweep pauses. What is not saved yet is, and a store that is away is waited for."""
+        hand.log.line("given back: the sweep pauses")
+        if unsaved is not None:
+            hand.saver.save(unsaved, hand.reports, None)
+        self._await_upload(hand, min(END_PATIENCE_S, self.plan.group_timeout_s / 2))
+        ray.get(self.dispatcher.give_back.remote(hand.assignment.token, hand.saver.unnamed()))
+
+    def _await_upload(self, hand: "Hand", patience_s: float) -> bool:
+        """Until what was saved is stored, or patience is at its end. Whether it is stored."""
+        deadline = time.monotonic() + patience_s
+        while not (stored := hand.saver.wait(min(2.0, patience_s))) and time.monotonic() < deadline:
+            hand.log.lines(hand.saver.lines())
+        hand.log.lines(hand.saver.lines())
+        return stored
 
     def _resume_point(self, trial_id: str, config: TrialConfig, log: "LogTail") -> "ResumePoint | None":
         """The newest checkpoint of any attempt that is whole and this config's."""
@@ -232,34 +286,51 @@ class Gang:
             images_per_s=epoch.images / epoch.seconds,
         )
 
-    def _put_logits(self, folder: AttemptFolder, epoch: train.Epoch, log: "LogTail") -> str | None:
-        """The key of the logits, if the store takes them: a trial is worth more than what can be made of it."""
-        if self.rank != 0 or epoch.logits is None or epoch.labels is None:
+    def _put_logits(
+        self, folder: AttemptFolder, epoch: train.Epoch, log: "LogTail", patience_s: float
+    ) -> str | None:  # fmt: skip
+        """The key of the logits, if the store takes them."""
+        if epoch.logits is None or epoch.labels is None:
             return None
         logits = Logits.of(epoch.logits.numpy(), epoch.labels.numpy())
         try:
-            return self._patiently(lambda: folder.put_logits(logits), log, wait_s=LOGITS_PATIENCE_S)
+            return self._patiently(lambda: folder.put_logits(logits), log, wait_s=patience_s)
         except (OSError, MixmoError) as error:
             log.line(f"no logits stored: {error}")
             return None
 
-    def _save(
-        self, saver: "Saver", told: train.Epoch | train.Moment, reports: list[EpochReport], logits: str | None,
-        log: "LogTail",
-    ) -> str | None:  # fmt: skip
-        """A checkpoint, if the store takes one: a trial is worth more than its insurance."""
-        try:
-            return saver.save(told, reports, logits)
-        except (OSError, MixmoError) as error:
-            log.line(f"no checkpoint at epoch {told.epoch}: {error}")
-            return None
-
-    def _report(self, assignment: Assignment, reports: list[EpochReport], checkpoint: str | None) -> Answer:
-        told = None
-        if self.rank == 0:
-            told = ray.get(self.dispatcher.report.remote(assignment.token, reports, checkpoint))
-        answer: Answer = self._from_first(told)
+    def _report(self, hand: "Hand", reports: list[EpochReport]) -> Answer:
+        """What the dispatcher says to these epochs, on every rank."""
+        answer: Answer = self._from_first(self._tell(hand, reports) if self.rank == 0 else None)
         return answer
+
+    def _tell(self, hand: "Hand", reports: list[EpochReport]) -> Answer:
+        """Report epochs, and the newest checkpoint once it is in the store."""
+        hand.log.lines(hand.saver.lines())
+        checkpoint = hand.saver.unnamed()
+        answer: Answer = ray.get(self.dispatcher.report.remote(hand.assignment.token, reports, checkpoint))
+        if checkpoint is not None:
+            hand.saver.name(checkpoint)
+        return answer
+
+
+@dataclasses.dataclass(slots=True)
+class Hand:
+    """The trial that a gang has in its hands."""
+
+    assignment: Assignment
+    config: TrialConfig
+    folder: AttemptFolder
+    saver: Saver
+    log: "LogTail"
+    state: dict[str, Any] | None = None
+    """What it goes on from."""
+    reports: list[EpochReport] = dataclasses.field(default_factory=list)
+    logits: str | None = None
+
+    @property
+    def is_trained(self) -> bool:
+        return len(self.reports) == self.config.optim.epochs
 
 
 class ResumePoint(NamedTuple):
@@ -270,63 +341,12 @@ class ResumePoint(NamedTuple):
     reports: list[EpochReport]
 
 
-class Saver:
-    """When to write a checkpoint, and which to keep. Only rank 0 saves."""
-
-    SHARE = 0.03
-    """Of the time that saving may take."""
-    AT_RISK_S = 600.0
-    """Work that a kill may cost, at most."""
-    WITHIN_S = 30.0
-    """Before a checkpoint in the middle of an epoch, at least: shorter epochs are saved when they are done."""
-
-    def __init__(self, store: ResultStore, folder: AttemptFolder, plan: GangPlan) -> None:
-        self._store, self._folder, self._plan = store, folder, plan
-        self._saved_at, self._cost_s = time.monotonic(), 0.0
-        self._keys: list[str] = []
-
-    def adopt(self, key: str, others: Sequence[str]) -> None:
-        """An earlier attempt's checkpoint is the newest so far; `others` go when there are newer ones."""
-        self._keys = [*(other for other in reversed(others) if other != key), key]
-
-    def due(self, *, within: bool) -> bool:
-        """Whether to save at the end of an epoch, or `within` one."""
-        pause_s = self._plan.checkpoint_every_s
-        if pause_s is None:
-            pause_s = min(max(self._cost_s / self.SHARE, self.WITHIN_S if within else 0.0), self.AT_RISK_S)
-        return time.monotonic() - self._saved_at >= pause_s
-
-    def save(self, told: train.Epoch | train.Moment, reports: list[EpochReport], logits: str | None) -> str:
-        """Write the state, the rows so far, and after the last epoch where its logits are; returns the checkpoint's key
-        in the store.
-        """
-        began = time.monotonic()
-        rows = [dataclasses.asdict(report) for report in reports]
-        state = {**told.state(), "rows": rows, "logits": logits}
-        try:
-            with tempfile.TemporaryDirectory(prefix="mixmo-") as scratch:
-                path = train.save(state, Path(scratch))
-                self._keys.append(self._folder.put_file(path, path.name))
-        finally:  # a store that takes none is not asked again with every epoch
-            self._saved_at, self._cost_s = time.monotonic(), time.monotonic() - began
-        while len(self._keys) > 2:  # a damaged one is to have one before it
-            self._store.discard(self._keys.pop(0))
-        return self._keys[-1]
-
-    def clear(self) -> None:
-        """The trial has finished: its last checkpoint is enough. If none is to stay, the driver drops it once it has
-        written the trial's row.
-        """
-        for key in self._keys[:-1]:
-            self._store.discard(key)
-
-
 class LogTail(io.TextIOBase):
     """A rank's log of one attempt: what was printed meanwhile, put into the store every 30 s and at the end."""
 
     def __init__(self, folder: AttemptFolder, rank: int) -> None:
         self._folder, self._rank = folder, rank
-        self._text, self._put_at = "", float("-inf")
+        self._text, self._put_at, self._pause_s = "", float("-inf"), LOG_PERIOD_S
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
@@ -335,18 +355,27 @@ class LogTail(io.TextIOBase):
 
     def write(self, text: str) -> int:
         self._text = (self._text + text)[-LOG_BYTES:]
-        if time.monotonic() - self._put_at >= LOG_PERIOD_S:
+        if time.monotonic() - self._put_at >= self._pause_s:
             self.put()
         return len(text)
 
     def line(self, text: str) -> None:
         self.write(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} {text}\n")
 
+    def lines(self, texts: Sequence[str]) -> None:
+        for text in texts:
+            self.line(text)
+
     def put(self) -> None:
-        """Replace the log in the store. A store that takes none costs the log, not the trial."""
+        """Replace the log in the store. A store that takes none costs the log, not the trial: it is asked ever less
+        often, since training waits for its refusals.
+        """
         self._put_at = time.monotonic()
-        with contextlib.suppress(OSError, MixmoError):
+        try:
             self._folder.put_log(self._rank, self._text)
+            self._pause_s = LOG_PERIOD_S
+        except (OSError, MixmoError):
+            self._pause_s = min(2 * self._pause_s, LONGEST_LOG_PERIOD_S)
 
 
 def _opened(plan: GangPlan) -> ResultStore:

@@ -40,6 +40,15 @@ def clock(moment: datetime, now: datetime) -> str:
     return f"{local:%H:%M:%S}" if local.date() == now.date() else f"{local:%d %b}"
 
 
+def room(count: float) -> str:
+    """Bytes: `512 B`, `4.7 kB`, `310 MB`, `1.2 TB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.5 else f"{count:.2g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
 def plural(count: int, word: str) -> str:
     return f"{count:,} {word}{'' if count == 1 else 's'}"
 

@@ -27,6 +27,7 @@ from orchestrator.lines import (
     joined,
     percent,
     plural,
+    room,
     sparkline,
 )
 from orchestrator.progress import Progress
@@ -203,7 +204,7 @@ def plan(summary: Mapping[str, Any], names: Mapping[str, str], width: int) -> Te
     head.append(
         f"  {plural(summary['trials'], 'trial')} in {plural(summary['cells'], 'cell')}, {spoken}", style="not bold"
     )
-    lines = [head, _verdict(summary)]
+    lines = [head, _verdict(summary), *_storage(summary["storage"])]
     columns = (Column("", 0), Column("weights", 11, "right", 2), Column("FLOPs a trial", 13, "right", 1),
                Column("trials", 6, "right", 4), Column("to run", 6, "right"), Column("", 18, spare=3))  # fmt: skip
     cells: list[list[str | Text]] = [
@@ -245,6 +246,17 @@ def _verdict(summary: Mapping[str, Any]) -> Text:
     epochs = plural(summary["epochs_to_run"], "epoch")
     flops = f" · {epochs}, {summary['train_flops_to_run']:.2g} FLOPs of training"
     return line.append(flops if summary["to_run"] else "", style=FAINT)
+
+
+def _storage(storage: Mapping[str, Any]) -> list[Text]:
+    line = Text("Storage: ").append(room(storage["end"]), style=STRONG).append(" at the end")
+    kinds = ", ".join(f"{name} {room(storage[name])}" for name in ("checkpoints", "logits", "tables") if storage[name])
+    lines = [line.append(f" ({kinds})", style=FAINT)]
+    if storage["per_running_trial"]:
+        most = f", so at most {room(storage['peak'])}" if storage["peak"] is not None else ""
+        more = f"         {room(storage['per_running_trial'])} more for each trial while it runs{most}"
+        lines.append(Text(more, style=FAINT))
+    return lines
 
 
 def planned_trials(items: Sequence[PlannedTrial], names: Mapping[str, str], width: int) -> Text:

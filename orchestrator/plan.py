@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mixmo_core.config import flatten, ineffective, parts
-from mixmo_core.cost import parameters, trial_flops
+from mixmo_core.cost import checkpoint_bytes, logits_bytes, parameters, trial_flops
 from orchestrator.errors import RefusedError
 from orchestrator.rows import FINAL, TrialRow, config_columns
 from orchestrator.sweep import Sweep, Trial
@@ -23,7 +23,12 @@ Action = Literal["new", "resume", "retry", "stale", "done", "cached", "failed", 
 of older numerics. Not to run: `done` in this sweep; `cached`, another sweep has its result; `failed`; `cancelled`."""
 REMOVED = "no longer in the sweep file"
 """Cause of the end of a trial that was begun and that the file then dropped. It goes on when it comes back."""
+TABLES_BYTES, TRIAL_BYTES, EPOCH_BYTES = 28_000, 450, 210
+"""Of the tables of a sweep: in any case, for each trial and for each of its epochs; measured on numbers that nothing
+compresses.
+"""
 RUNS: frozenset[Action] = frozenset({"new", "resume", "retry", "stale"})
+_STORED = RUNS | {"done"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +73,9 @@ class Plan:
         return dict(Counter(item.action for item in self.items))
 
     def summary(self) -> dict[str, Any]:
-        """Plain values for a terminal or for JSON. FLOPs are of training alone; `to_run` counts what is left of it."""
+        """Plain values for a terminal or for JSON. FLOPs are of training alone; `to_run` counts what is left of it.
+        `storage` is the room that the sweep takes in the store.
+        """
         cells = _cells(self)
         return {
             "sweep": self.sweep.name,
@@ -85,6 +92,7 @@ class Plan:
             "removed": [row.trial_id for row in self.removed],
             "stale": [item.stale.trial_id for item in self.items if item.stale],
             "notes": list(self.sweep.notes),
+            "storage": _storage(self, cells),
             "by_cell": cells,
         }
 
@@ -243,6 +251,30 @@ def _cell(cell_id: str, group: Sequence[PlannedTrial], varied: Sequence[str]) ->
         "trials": len(group),
         "actions": dict(Counter(item.action for item in group)),
         "parameters": parameters(config),
+        "checkpoint_bytes": checkpoint_bytes(config),
+        "logits_bytes": logits_bytes(config),
         "train_flops": per_trial,
         "train_flops_to_run": per_trial * sum(item.epochs_left for item in group) / config.optim.epochs,
+    }
+
+
+def _storage(plan: Plan, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Predicted bytes: when all trials have finished, and what more there is while they run. Files of cached trials
+    are those of another sweep; `peak` is null where the file does not say how many trials run at once.
+    """
+    own = [sum(count for action, count in cell["actions"].items() if action in _STORED) for cell in cells]
+    kept = plan.sweep.checkpoints.keep == "last"
+    checkpoints = sum(cell["checkpoint_bytes"] * count for cell, count in zip(cells, own, strict=True)) if kept else 0
+    logits = sum(cell["logits_bytes"] * count for cell, count in zip(cells, own, strict=True))
+    epochs = sum(item.trial.config.optim.epochs for item in plan.items)
+    tables = TABLES_BYTES + len(plan.items) * TRIAL_BYTES + epochs * EPOCH_BYTES
+    running = 2 * max((checkpoint_bytes(trial.config) for trial in plan.to_run), default=0)
+    at_once, end = plan.sweep.resources.max_gangs, checkpoints + logits + tables
+    return {
+        "checkpoints": checkpoints,
+        "logits": logits,
+        "tables": tables,
+        "end": end,
+        "per_running_trial": running,
+        "peak": None if at_once == "auto" else end + running * min(at_once, len(plan.to_run)),
     }

@@ -436,6 +436,8 @@ def test_a_plan_says_what_would_run_and_writes_nothing(mixmo: Shell, sweep_file:
     assert ended.code == 0
     assert "4 trials in 2 cells, seeds 0, 1" in ended.out
     assert "To run: 4 (4 new)" in ended.out
+    assert re.search(r"Storage: \d.* at the end \(checkpoints .*, logits .*, tables .* kB\)", ended.out)
+    assert "more for each trial while it runs" in ended.out
     assert re.search(r"optim.epochs +2 ", ended.out)
     assert not (tmp_path / "none").exists()
 
@@ -468,6 +470,8 @@ def test_a_plan_in_json(mixmo: Shell, sweep_file: Path, tmp_path: Path) -> None:
     assert document["schema"] == "mixmo.plan/1"
     assert document["actions"] == {"new": 4}
     assert [each["index"] for each in document["by_trial"]] == [0, 1, 2, 3]
+    storage = document["storage"]
+    assert storage["end"] == storage["checkpoints"] + storage["logits"] + storage["tables"]
 
 
 def test_training_in_the_foreground_prints_a_line_per_epoch_and_keeps_nothing(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixmo_core import cost, networks
+from mixmo_core import cost, networks, train
 from mixmo_core.config import (
     DATASETS,
     DataConfig,
@@ -20,7 +20,9 @@ from mixmo_core.config import (
     OptimConfig,
     TrialConfig,
     map_size,
+    unflatten,
 )
+from orchestrator.store import Logits
 
 
 def _built(config: TrialConfig) -> networks.MixMoNet:
@@ -140,3 +142,49 @@ def test_cost_is_linear_in_what_it_should_be() -> None:
     assert flops(6, 64, 1) == 2 * flops(3, 64, 1)
     assert flops(3, 64, 4) == 4 * flops(3, 64, 1)
     assert flops(3, 32, 1) == flops(3, 64, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- room
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"optim.epochs": 9},
+        {"optim.epochs": 8, "evaluate.every": 4},
+        {"model.subnetworks": 1, "model.depth": 16, "optim.epochs": 5},
+        {"model.subnetworks": 4, "model.width": 3, "model.encoders": 1, "model.classifiers": 1},
+        {"optim.momentum": 0.0, "evaluate.split": "validation"},
+        {"model.arch": "preact_resnet"},
+    ],
+)
+def test_the_room_is_that_of_the_files_that_are_written(given: dict[str, Any], tmp_path: Path) -> None:
+    small = {"data.dataset": "digits", "data.train_images": 40, "data.batch_size": 20, "data.augmentation": "none",
+             "model.depth": 10, "model.width": 1, "optim.epochs": 1}  # fmt: skip
+    config = unflatten({**small, **given})
+    *_, last = train.train(config)
+    state = last.state()
+    rows = [
+        {"epoch": epoch, "metrics": dict(metrics), "wall_s": 1.5 * epoch, "gpu_seconds": 2.5, "images_per_s": 3.5}
+        for epoch, metrics in enumerate(state["history"], 1)
+    ]  # as a gang adds them
+    path = train.save({**state, "rows": rows, "logits": "trials/0123456789ab/1-1-01234567/logits-0"}, tmp_path)
+    assert cost.checkpoint_bytes(config) == pytest.approx(path.stat().st_size, rel=0.03)
+    assert last.logits is not None
+    assert last.labels is not None
+    logits = Logits.of(last.logits.numpy(), last.labels.numpy()).encode()
+    assert cost.logits_bytes(config) == pytest.approx(len(logits), rel=0.03)
+
+
+@pytest.mark.parametrize(("dataset", "arch", "width", "megabytes"), [
+    ("cifar100", "wide_resnet", 10, 293), ("tiny_imagenet", "preact_resnet", 1, 91),
+])  # fmt: skip
+def test_the_room_of_the_papers_networks(dataset: Any, arch: Any, width: int, megabytes: float) -> None:
+    """Held to the tensors of the built network. A long history is some kilobytes for each hundred epochs."""
+    config = TrialConfig(data=DataConfig(dataset=dataset), model=ModelConfig(arch=arch, width=width))
+    net = _built(config)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values())
+    held += 4 * sum(parameter.numel() for parameter in net.parameters())
+    assert cost.checkpoint_bytes(config) == pytest.approx(held, rel=0.005)
+    assert cost.checkpoint_bytes(config) == pytest.approx(megabytes * 1e6, rel=0.01)

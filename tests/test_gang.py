@@ -5,7 +5,9 @@ import importlib
 import inspect
 import itertools
 import os
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_rows import in_a_folder
 
 from mixmo_core import train
 from mixmo_core.config import TrialConfig, cell_id, digest, flatten, identity, unflatten
 from orchestrator.dispatcher import Dispatcher, Order, Update
+from orchestrator.errors import UnreachableError
 from orchestrator.ledger import Ledger
 from orchestrator.rows import TrialRow, config_columns
+from orchestrator.saver import Saver
 from orchestrator.store import ResultStore
 
 SMALL = {
@@ -41,34 +46,39 @@ class Desk:
 
     def __init__(self, trial: TrialConfig, store: ResultStore) -> None:
         self.trial_id, self._store = digest(identity(trial))[:12], store
-        self._desk = Dispatcher(
+        self.desk = Dispatcher(
             [Order(index=0, trial_id=self.trial_id, settings=flatten(trial))], fence=1, crash_retries=9
         )
-        self._desk.submit(0)
+        self.desk.submit(0)
         row = TrialRow(
             sweep="made", position=0, trial_id=self.trial_id, digest=digest(identity(trial)), cell_id=cell_id(trial),
             epochs=trial.optim.epochs, config=config_columns(trial),
         )  # fmt: skip
         self._ledger, self._read = Ledger({0: row}, {0: trial}, fence=1, first_seq=0), 0
         self.told: list[Update] = []
+        self.saver: Saver | None = None
+        self.waits = True
+        """Whether a report is answered only when what was saved before it is stored."""
         self.fatal: Callable[..., bool] = lambda name, *given: False
 
     def __getattr__(self, name: str) -> Any:
         def remote(*given: Any) -> Any:
+            if name == "report" and self.saver is not None and self.waits:
+                assert self.saver.wait(60)
             if self.fatal(name, *given):
                 raise Killed
-            answer = getattr(self._desk, name)(*given)
+            answer = getattr(self.desk, name)(*given)
             if inspect.iscoroutine(answer):
                 answer = asyncio.run(answer)
             if answer == "wait":  # nothing is left to do
-                self._desk.close()
+                self.desk.close()
             return answer
 
         return SimpleNamespace(remote=remote)
 
     def row(self) -> TrialRow:
         """What the driver makes of all that was told so far."""
-        news = asyncio.run(self._desk.updates(self._read, 0.0))
+        news = asyncio.run(self.desk.updates(self._read, 0.0))
         for update in news:
             self._ledger.apply(update)
             self._read = update.seq
@@ -83,15 +93,15 @@ class Desk:
         return self._store.log(self.trial_id)
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> ResultStore:
-    return ResultStore.open(tmp_path / "results", create=True)
-
-
 def gang_module() -> Any:
     """The fleet's import comes first: it tells Ray how to be before Ray is there."""
     importlib.import_module("orchestrator.fleet")
     return importlib.import_module("orchestrator.gang")
+
+
+def remembered(desk: Desk, *given: Any) -> Saver:
+    desk.saver = Saver(*given)
+    return desk.saver
 
 
 @pytest.fixture
@@ -105,6 +115,7 @@ def work(monkeypatch: pytest.MonkeyPatch, store: ResultStore) -> Callable[..., N
         context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
         monkeypatch.setattr("ray.train.get_context", lambda: context)
         monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
+        monkeypatch.setattr(gang, "Saver", partial(remembered, desk))
         settings_ = {"store": store.uri, "namespace": "", "dispatcher": "", "wait_s": 0.0, **plan}
         gang.Gang("gang-0", gang.GangPlan(**{"checkpoint_every_s": 0, **settings_})).work()
 
@@ -116,13 +127,13 @@ def undisturbed(trial: TrialConfig) -> list[train.Epoch]:
 
 
 @pytest.mark.parametrize(
-    ("calls", "resumed"), [(1, None), (2, "epoch-00001-step-000001"), (6, "epoch-00002-step-000001")]
+    ("calls", "resumed"), [(1, "epoch-00001-step-000001"), (4, "epoch-00001-"), (6, "epoch-00002-step-000002")]
 )
 def test_a_trial_that_is_killed_in_the_middle_of_an_epoch_goes_on_there(
-    store: ResultStore, work: Callable[..., None], calls: int, resumed: str | None
+    store: ResultStore, work: Callable[..., None], calls: int, resumed: str
 ) -> None:
-    """Killed when it has saved for the n-th time, but nobody knows of that yet; so one checkpoint after what its row
-    names. A checkpoint is told after each step and each epoch: of the first epoch those are four.
+    """Killed when it has saved for the n-th time, but nobody knows of that yet; so a checkpoint or two after what its
+    row names. It saves after each step and each epoch: in the first epoch four times.
     """
     desk = Desk(config(), store)
     count = itertools.count(1)
@@ -131,9 +142,9 @@ def test_a_trial_that_is_killed_in_the_middle_of_an_epoch_goes_on_there(
         work(desk)
     row = desk.row()
     assert (row.state, row.epoch) == ("RUNNING", 1 if calls > 4 else 0)
-    named = row.checkpoint.rpartition("/")[2] if row.checkpoint else ""
-    assert named.startswith(resumed) if resumed else not named
     newest = store.checkpoints(desk.trial_id)[0]
+    assert newest.rpartition("/")[2].startswith(resumed)
+    assert row.checkpoint in (None, *store.checkpoints(desk.trial_id)[1:])
 
     desk.fatal = lambda *_: False
     work(desk)
@@ -175,6 +186,7 @@ def test_a_kill_between_the_last_checkpoint_and_the_end_loses_no_logits(
     assert store.logits(row).logits_MNK.shape == (2, 360, 10)
 
 
+@in_a_folder
 def test_a_store_that_takes_no_logits_costs_the_logits_and_not_the_trial(
     store: ResultStore, work: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,11 +198,12 @@ def test_a_store_that_takes_no_logits_costs_the_logits_and_not_the_trial(
         link(source, target)
 
     monkeypatch.setattr("os.link", full)
-    monkeypatch.setattr(gang_module(), "LOGITS_PATIENCE_S", -1.0)
+    monkeypatch.setattr(gang_module(), "END_PATIENCE_S", -1.0)
     desk = Desk(config(), store)
     work(desk)
     row = desk.row()
     assert (row.state, row.logits) == ("TERMINATED", None)
+    assert row.checkpoint == store.checkpoints(desk.trial_id)[0]
     assert "no logits stored: cannot write" in desk.log()
     assert "No space left on device" in desk.log()
 
@@ -212,39 +225,106 @@ def test_a_trial_that_diverges_names_its_cause_and_its_last_good_checkpoint(
     assert row.logits is None
 
 
-# ----------------------------------------------------------------------------------------------------- when to save
+def when_uploading(store: ResultStore, monkeypatch: pytest.MonkeyPatch, happens: Callable[[], None]) -> None:
+    upload = store.folder.upload
+
+    def watched(key: str, source: Path) -> bool:
+        happens()
+        return upload(key, source)
+
+    # the gang opens the store by itself
+    monkeypatch.setattr(ResultStore, "open", lambda *_, **__: store)
+    monkeypatch.setattr(store.folder, "upload", watched)
 
 
-@pytest.mark.parametrize("step_s", [0.7, 13.0])
-@pytest.mark.parametrize("cost_s", [0.01, 3.0, 17.0, 60.0])
-@pytest.mark.parametrize("epoch_s", [13.0, 3600.0])
-def test_no_more_than_ten_minutes_are_at_risk_and_saving_takes_less_than_three_percent(
-    store: ResultStore, step_s: float, cost_s: float, epoch_s: float
+@in_a_folder
+def test_a_row_names_a_checkpoint_when_it_is_stored_and_not_before(
+    store: ResultStore, work: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An hour by a made-up clock: steps and saves take as long as they are said to."""
-    gang, now, ends = gang_module(), [0.0], [0.0]
-    """Of the saves."""
+    """Uploads take until two reports were made, but the last: the trial's end waits for it."""
+    desk, reports = Desk(config(), store), threading.Semaphore(0)
+    held: list[bool] = []
 
-    def state() -> dict[str, Any]:
-        now[0] += cost_s
-        ends.append(now[0])
-        return {"epoch": 1, "at": now[0]}
+    def hold() -> None:
+        held.append(desk.row().epoch < 2 and reports.acquire(timeout=0.2) and reports.acquire(timeout=0.2))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gang, "time", SimpleNamespace(monotonic=lambda: now[0]))
-        patch.setattr("os.fsync", lambda _: None)
-        plan = gang.GangPlan(store=store.uri, namespace="", dispatcher="")
-        saver = gang.Saver(store, store.attempt("0" * 12, 1, 1, "aa"), plan)
-        for _ in range(int(3600 / epoch_s)):
-            for step in range(int(epoch_s / step_s)):
-                now[0] += step_s
-                if saver.due(within=True):
-                    saver.save(train.Moment(1, step + 1, _state=state), [], None)
-            if saver.due(within=False):
-                saver.save(train.Moment(1, step + 1, _state=state), [], None)
-    trained_s = [later - cost_s - earlier for earlier, later in itertools.pairwise(ends)]
-    assert max(*trained_s, now[0] - ends[-1]) <= 600 + step_s
-    if cost_s < 18:  # else the ten minutes come first
-        assert all(cost_s <= 0.03 * (cost_s + each) for each in trained_s[1:])  # the first was yet to learn its cost
-    first_s = 30 if epoch_s > 30 else epoch_s
-    assert first_s - step_s <= trained_s[0] <= first_s + step_s
+    when_uploading(store, monkeypatch, hold)
+    missing: list[str] = []
+
+    def look(name: str, *given: Any) -> bool:
+        if name == "report":
+            reports.release()
+            missing.extend(key for key in given[2:] if key and store.folder.digest(key) is None)
+        return False
+
+    desk.fatal, desk.waits = look, False
+    work(desk)
+    row = desk.row()
+    assert (row.state, missing) == ("TERMINATED", [])
+    assert any(held)
+    assert row.checkpoint == store.checkpoints(desk.trial_id)[0]
+    assert "/epoch-00002-" in str(row.checkpoint)
+
+
+@in_a_folder
+@pytest.mark.parametrize("back", [True, False])
+def test_a_trial_that_ends_while_the_store_is_away_waits_for_it_and_ends_in_any_case(
+    store: ResultStore, work: Callable[..., None], monkeypatch: pytest.MonkeyPatch, *, back: bool
+) -> None:
+    tries = itertools.count(1)
+
+    def refuse() -> None:
+        if not back or next(tries) < 3:
+            raise UnreachableError("the store is away")
+
+    when_uploading(store, monkeypatch, refuse)
+    if not back:
+        monkeypatch.setattr(gang_module(), "END_PATIENCE_S", 0.1)
+        monkeypatch.setattr(gang_module(), "PARTING_S", 0.1)
+    desk = Desk(config(), store)
+    desk.waits = False
+    work(desk, checkpoint_every_s=3600)
+    row = desk.row()
+    assert (row.state, row.epoch) == ("TERMINATED", 2)
+    assert row.logits is not None
+    assert row.checkpoint == next(iter(store.checkpoints(desk.trial_id)), None)
+    assert (row.checkpoint is not None) == back
+    assert "a checkpoint is not stored yet: the store is away" in desk.log()
+    assert ("its last checkpoint is not stored" in desk.log()) != back
+
+
+def test_a_trial_of_a_paused_sweep_is_given_back_when_it_is_stored(
+    store: ResultStore, work: Callable[..., None]
+) -> None:
+    desk = Desk(config(), store)
+
+    def pauses(name: str, *_: Any) -> bool:
+        if name == "accept":
+            desk.desk.pause()
+        return False
+
+    desk.fatal = pauses
+    work(desk, checkpoint_every_s=3600)
+    assert desk.row().epoch == 1
+    assert (desk.told[-1].kind, [desk.told[-1].checkpoint]) == ("paused", store.checkpoints(desk.trial_id))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda _: b"", lambda _: b"PK foreign" * 99])
+def test_a_truncated_or_foreign_checkpoint_is_refused_and_the_one_before_it_used(
+    store: ResultStore, work: Callable[..., None], damage: Callable[[bytes], bytes]
+) -> None:
+    desk = Desk(config(), store)
+    desk.fatal = lambda name, *_: name == "finish"
+    with pytest.raises(Killed):
+        work(desk)
+    newest, before = store.checkpoints(desk.trial_id)[:2]
+    stored = store.folder.read(newest)
+    assert stored is not None
+    store.folder.put(newest, damage(stored.data))
+    desk.fatal = lambda *_: False
+    work(desk)
+    assert f"checkpoint {newest} is of no use: {store}/{newest} is damaged" in desk.log()
+    assert f"resumed from {before}" in desk.log()
+    row, whole = desk.row(), undisturbed(config())
+    assert (row.state, row.metrics) == ("TERMINATED", whole[-1].metrics)
+    assert desk.losses() == {epoch.epoch: epoch.metrics["loss"] for epoch in whole}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixmo_core.config import NUMERICS, TrialConfig, trial_id
-from mixmo_core.cost import parameters, trial_flops
+from mixmo_core.cost import checkpoint_bytes, logits_bytes, parameters, trial_flops
 from orchestrator.errors import RefusedError
 from orchestrator.plan import Plan, initial_row, make
 from orchestrator.rows import TRIALS_SCHEMA, State, TrialRow, config_of, to_table, trial_rows
@@ -249,3 +249,32 @@ def test_the_summary_is_plain_and_knows_no_time() -> None:
 
     rows = [row.replace(updated_at=datetime(2026, 11, 21, tzinfo=UTC)) for row in finished(OURS)]
     assert json.loads(json.dumps(make(OURS, rows).summary())) == make(OURS, finished(OURS)).summary()
+
+
+def storage(plan: Plan) -> dict[str, Any]:
+    held: dict[str, Any] = plan.summary()["storage"]
+    return held
+
+
+def test_storage_is_that_of_the_trials_that_have_finished_and_two_checkpoints_for_each_that_runs() -> None:
+    configs = [trial.config for trial in OURS.trials]
+    told = storage(make(OURS, []))
+    assert told["checkpoints"] == sum(map(checkpoint_bytes, configs))
+    assert told["logits"] == sum(map(logits_bytes, configs))
+    assert told["end"] == told["checkpoints"] + told["logits"] + told["tables"]
+    assert told["per_running_trial"] == 2 * max(map(checkpoint_bytes, configs))
+    assert told["peak"] is None  # as many as the cluster holds
+    limited = storage(make(sweep_of(rest="resources: {max_gangs: 3}"), []))
+    assert limited["peak"] == limited["end"] + 3 * limited["per_running_trial"]
+
+
+def test_storage_follows_what_is_kept_and_who_has_it() -> None:
+    nothing = storage(make(sweep_of(rest="checkpoints: {keep: none}"), []))
+    assert nothing["checkpoints"] == 0
+    assert nothing["per_running_trial"] > 0
+    done = storage(make(OURS, finished(OURS)))
+    assert (done["end"], done["per_running_trial"]) == (storage(make(OURS, []))["end"], 0)
+    other = sweep_of(name="other")
+    cached = storage(make(OURS, finished(other)))
+    assert (cached["checkpoints"], cached["logits"]) == (0, 0)
+    assert cached["tables"] == done["tables"]

@@ -24,7 +24,7 @@ trials once: readers take the copy then, whose name has the higher fence, and a 
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -49,6 +49,7 @@ from orchestrator.store.attempts import (
     NO_LOGITS,
     AttemptFolder,
     Logits,
+    attempt_of,
     matches,
     progress_of,
     without_secrets,
@@ -57,6 +58,7 @@ from orchestrator.store.claims import Claim, Claims
 from orchestrator.store.commands import Answer, Command, Commands, Inbox
 from orchestrator.store.lease import Lease, LeaseLostError, Process, read_lease, who
 from orchestrator.store.objects import DamagedError, Folder, Objects
+from orchestrator.store.space import Belongings, Leftover, Leftovers, belongings, clean, leftovers, remove
 from orchestrator.store.tables import (
     KEYS,
     Event,
@@ -78,9 +80,10 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 __all__ = [
-    "LOG_BYTES", "Answer", "AttemptFolder", "Claim", "Claims", "Command", "Commands", "Compaction", "DamagedError",
-    "Event", "Fault", "Folder", "Header", "Inbox", "Lease", "LeaseLostError", "Logits", "Objects", "Process",
-    "ResultStore", "Snapshot", "SweepWriter", "encode", "merge", "totals", "who", "without_secrets",
+    "LOG_BYTES", "Answer", "AttemptFolder", "Belongings", "Claim", "Claims", "Command", "Commands", "Compaction",
+    "DamagedError", "Event", "Fault", "Folder", "Header", "Inbox", "Lease", "LeaseLostError", "Leftover", "Leftovers",
+    "Logits", "Objects", "Process", "ResultStore", "Snapshot", "SweepWriter", "encode", "merge", "totals", "who",
+    "without_secrets",
 ]  # fmt: skip
 
 
@@ -277,7 +280,7 @@ class ResultStore:
     def log(self, trial_id: str, rank: int = 0) -> str:
         """What a rank of the newest attempt printed, its last 256 KiB. Raises NotFoundError."""
         keys = [f"trials/{trial_id}/{name}/log-{rank}.txt" for name in self._attempts(trial_id)]
-        for key in sorted(keys, key=self.folder.modified, reverse=True):
+        for key in sorted(keys, key=lambda key: (self.folder.modified(key), attempt_of(key)), reverse=True):
             stored = self.folder.read(key)
             if stored is not None:
                 return stored.data.decode(errors="replace")
@@ -287,6 +290,28 @@ class ResultStore:
 
     def _attempts(self, trial_id: str) -> list[str]:
         return [name for name in self.folder.names(f"trials/{trial_id}", folders=True) if ATTEMPT.fullmatch(name)]
+
+    # ---- room
+
+    def leftovers(self) -> Leftovers:
+        """What nothing in the store needs any more, and is old enough. Deletes nothing."""
+        return leftovers(self.folder)
+
+    def clean(self, found: Iterable[Leftover]) -> int:
+        """Delete leftovers, those that are still needless when their turn comes; the bytes that are free by that."""
+        return clean(self.folder, found)
+
+    def belongings(self, sweep: str) -> Belongings:
+        """What would go with a sweep. Raises NotFoundError, and RefusedError while a driver runs it."""
+        return belongings(self.folder, sweep)
+
+    def remove(self, sweep: str) -> int:
+        """Delete a sweep and the attempts at trials that no other sweep has; the bytes that are free by that.
+
+        Whatever may kill it, no reader sees half a sweep, and the same again finishes. Raises NotFoundError, and
+        RefusedError while a driver runs it.
+        """
+        return remove(self.folder, sweep)
 
     # ---- checking and writing
 

@@ -19,6 +19,7 @@ LOG_BYTES = 1 << 18
 
 CHECKPOINT = re.compile(r"epoch-(\d{5,})-(?:step-(\d{6,})-)?([0-9a-f]{16})\.pt")
 LOGITS = re.compile(r"logits-([0-9a-f]{16})\.npz")
+LOG = re.compile(r"log-(\d+)\.txt")
 NO_LOGITS = "put the file back from a copy, or run the trial again under new results (`--results`)"
 """What to do about logits that are lost."""
 ATTEMPT = re.compile(r"(\d+)-(\d+)-([A-Za-z0-9_]+)")
@@ -118,6 +119,12 @@ class AttemptFolder:
         """Keys of this attempt's checkpoints, the furthest first."""
         names = [name for name in self._folder.names(self.key) if CHECKPOINT.fullmatch(name)]
         return sorted((f"{self.key}/{name}" for name in names), key=progress_of, reverse=True)
+
+
+def attempt_of(key: str) -> tuple[int, int]:
+    """Fence and number of the attempt that wrote a file: of two that one driver began, the later is the higher."""
+    match = ATTEMPT.fullmatch(key.split("/")[2])
+    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def progress_of(key: str) -> tuple[int, float, str]:

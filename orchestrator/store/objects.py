@@ -130,6 +130,10 @@ class Objects(abc.ABC):
     def tidy(self, prefix: str) -> None:
         """Delete what writers that were killed more than an hour ago had not finished under a prefix."""
 
+    def prune(self, prefix: str) -> None:
+        """Tidy a prefix at any depth, and remove the folders in which nothing is left, where a place has folders."""
+        self.tidy(prefix)
+
     @abc.abstractmethod
     def probe(self) -> None:
         """Raise UnreachableError if nothing can be written here."""
@@ -251,6 +255,13 @@ class Folder(Objects):
             for each in self.path(prefix).glob(".*.tmp"):
                 if time.time() - each.stat().st_mtime > UNFINISHED_S:
                     each.unlink(missing_ok=True)
+
+    def prune(self, prefix: str) -> None:
+        with self._explained("tidy", prefix):
+            for folder, _, _ in os.walk(self.path(prefix), topdown=False, onerror=_unless_gone):
+                self.tidy(Path(folder).relative_to(self.root).as_posix())
+                with contextlib.suppress(OSError):  # something is left in it
+                    os.rmdir(folder)
 
     def probe(self) -> None:
         with self._explained("write", "."):

@@ -411,7 +411,8 @@ class SweepWriter:
                 return
             try:
                 _, held, self._tag = self._files.trials()  # an older driver's, or our own whose answer was lost
-            except NotFoundError:
+            except NotFoundError:  # the sweep was removed: only who holds its lease may make it anew
+                self._lease.renew()
                 self._tag = None
                 continue
             if held.fence > self.fence:
