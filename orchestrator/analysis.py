@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from mixmo_core.config import DATASETS
+from mixmo_core.config import DATASETS, ineffective, unflatten
 from orchestrator.errors import UsageError
 from orchestrator.result_table import At, Cell, Key, Reported, ResultTable, short, shown
 from orchestrator.rows import (
@@ -127,14 +127,14 @@ def table(
 
     Fields are settings (`model.width` or `model_width`), `label`, `sweep`, `workers`, `cell_id`, or `members`, which is
     1 but for ensembles. Without row fields the lines are the labels and those settings that vary. An ensemble never
-    shares a cell with trials: where no field tells them apart, `members` is added. `at` is the last epoch, the best
-    one (of top1, chosen on the very images it is measured on), or a number: then every trial that has reached that
-    epoch counts, whatever became of it, and `epochs` must have its rows (`Results.at_epoch`). A trial of several sweeps
+    shares a cell with trials: where no field tells them apart, `members` is added. `at` is the last epoch, the best one
+    (of top1, chosen on the very images it is measured on), or a number: then every trial that has reached that epoch
+    counts, whatever became of it, and `epochs` must have its rows (`Results.at_epoch`). A trial of several sweeps
     counts once. `baseline` is the label of the trials that every cell is compared with, at the same values of what
     varies among the baseline's trials; `significance` tests the differences. A published number stands beside the one
-    cell whose trials have all the settings that it names. `confidence` is that of the intervals, and what is left to 1
-    the level of the tests. Lines and columns stand in the order of the sweep files, sweeps in that of `rows`; numbers
-    by size. Raises UsageError for a field, a metric or an epoch that there is not.
+    cell whose trials, or ensembles of so many, have all the settings that it names. `confidence` is that of the
+    intervals, and what is left to 1 the level of the tests. Lines and columns stand in the order of the sweep files,
+    sweeps in that of `rows`; numbers by size. Raises UsageError for a field, a metric or an epoch that there is not.
     """
     value = _metric(metric, at)
     if isinstance(at, int):
@@ -384,7 +384,8 @@ def _beside(
     """
     placed = dict(cells)
     for each in sorted(published, key=lambda each: len(each.where)):
-        fits = [key for key, rows in groups.items() if each.where and all(_agrees(row, each.where) for row in rows)]
+        silent = _silent(each.where)
+        fits = [key for key, rows in groups.items() if each.where and all(_agrees(row, each, silent) for row in rows)]
         if len(fits) == 1:
             same = all(_names_all(row, each.where) for row in groups[fits[0]])
             told = Reported(each.name, each.metrics[metric], each.source, same)
@@ -392,9 +393,21 @@ def _beside(
     return placed
 
 
-def _agrees(row: TrialRow, where: Mapping[str, Any]) -> bool:
-    return not isinstance(row, EnsembleRow) and all(
-        row.config.get(name.replace(".", "_")) == _resolved(row, name, value) for name, value in where.items()
+def _silent(where: Mapping[str, Any]) -> frozenset[str]:
+    """The settings that change nothing under the others named, and under the defaults of those that are not named."""
+    try:
+        return ineffective(unflatten(where))
+    except ValueError:  # those that are not named would have to be others
+        return frozenset()
+
+
+def _agrees(row: TrialRow, published: Published, silent: frozenset[str]) -> bool:
+    """Whether it is of so many networks and has the settings; null is any value of one that changes nothing."""
+    if _column(row, "members") != published.members:
+        return False
+    settings = ((row.config.get(name.replace(".", "_")), name, value) for name, value in published.where.items())
+    return all(
+        ours == _resolved(row, name, value) or (ours is None and name in silent) for ours, name, value in settings
     )
 
 

@@ -12,12 +12,15 @@ from typing import Any, Literal
 from mixmo_core.metrics import BY_NAME
 from orchestrator.rows import CONFIG_COLUMNS
 from orchestrator.significance import Comparison, holm, interval, needed
+from orchestrator.sweep import is_quick
 
 At = Literal["last", "best"] | int
 """The last epoch, the best one of each trial, or the one of this number."""
 Key = tuple[Any, ...]
 Part = Literal["value", "interval", "difference", "p", "p_t", "published"]
 
+QUICK = "quick form, not comparable"
+"""Heads what is shown of a sweep that was run with --quick."""
 WIDTH = 100
 """Columns of a page. Where a table is wider, the parts that a reader misses least are left out."""
 _SPARED: tuple[Part, ...] = ("p_t", "interval", "p")
@@ -132,6 +135,11 @@ class ResultTable:
     commits: tuple[str, ...] = ()
     """Of the code that trained them; `+` where it had changes."""
 
+    @property
+    def heading(self) -> str:
+        """What stands above every form of it; empty where there is nothing to warn of."""
+        return heading(self.sweeps)
+
     # ---------------------------------------------------------------------------------------------------------- forms
 
     def to_markdown(self, width: int = WIDTH) -> str:
@@ -139,9 +147,12 @@ class ResultTable:
         parts = self._fitting(width)
         header, body = self.text_cells(parts)
         lines = [header, ["---"] * len(self.row_fields) + ["---:"] * (len(header) - len(self.row_fields)), *body]
+        head = f"**{self.heading}**\n\n" if self.heading else ""
         text = "".join("| " + " | ".join(each.replace("|", r"\|") for each in line) + " |\n" for line in lines)
-        return text + "".join(
-            f"\n{note}\n" for note in (*self._key_to_tests(parts), *self.notes(), *self._spared(parts))
+        return (
+            head
+            + text
+            + "".join(f"\n{note}\n" for note in (*self._key_to_tests(parts), *self.notes(), *self._spared(parts)))
         )
 
     def to_text(self, width: int = WIDTH) -> str:
@@ -159,6 +170,7 @@ class ResultTable:
             for line in (header, rule, *body)
         ]
         told = [*self.legend(parts), *self.notes(), *self._spared(parts)]
+        lines = [self.heading, "", *lines] if self.heading else lines
         return "".join(f"{line}\n" for line in (*lines, *(part for each in told for part in _wrapped(each, width))))
 
     def to_latex(self, command: str = "") -> str:
@@ -168,8 +180,9 @@ class ResultTable:
         origin = " ".join("; ".join(filter(None, (source, command))).split())
         header = [*map(short, self.row_fields), *self._titles(parts)]
         body = [[*(_escaped(shown(value)) for value in row), *self._latex_line(row, parts)] for row in self.row_keys]
+        caption = [rf"\textbf{{{_escaped(self.heading)}}}\par\smallskip"] if self.heading else []
         lines = [
-            f"% {origin}", r"% \usepackage{booktabs}",
+            *([f"% {self.heading}"] if self.heading else []), f"% {origin}", r"% \usepackage{booktabs}", *caption,
             rf"\begin{{tabular}}{{{'l' * len(self.row_fields)}{'r' * (len(header) - len(self.row_fields))}}}",
             r"\toprule", _latex_row(map(_escaped, header)), r"\midrule", *map(_latex_row, body), r"\bottomrule",
             r"\end{tabular}",
@@ -184,16 +197,19 @@ class ResultTable:
         """One line per cell, numbers plain: accuracies as fractions."""
         records = self.records()
         out = io.StringIO()
-        names = [*self.row_fields, *self.col_fields, *Cell().numbers(self.confidence)]
+        names = [*self.row_fields, *self.col_fields, *Cell().numbers(self.confidence), "form"]
         writer = csv.DictWriter(out, names, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({name: _words(value) for name, value in each.items()} for each in records)
+        writer.writerows(
+            {name: _words(value) for name, value in each.items()} | {"form": self.heading} for each in records
+        )
         return out.getvalue()
 
     def to_json(self) -> str:
         """One object per cell under `cells`, numbers plain; what is not a number is null."""
         document = {
             "schema": "mixmo.table/1",
+            "heading": self.heading or None,
             "metric": self.metric,
             "unit": BY_NAME[self.metric].unit,
             "at": self.at,
@@ -423,17 +439,18 @@ class ResultTable:
         ]
 
     def _notes_on_published(self) -> list[str]:
-        beside = {cell.published.name: cell.published for cell in self.cells.values() if cell.published}
+        beside = [cell.published for cell in self.cells.values() if cell.published]
+        placed = {(each.name, each.value, each.source) for each in beside}
         notes = [
             f"Published: {each.name} {self._with_spread(each.value, None)} ({each.source})"
             for each in self.published
-            if each.name not in beside
+            if (each.name, each.value, each.source) not in placed
         ]
         if beside:
-            sources = "; ".join(dict.fromkeys(each.source for each in beside.values()))
-            same = any(each.same for each in beside.values())
+            sources = "; ".join(dict.fromkeys(each.source for each in beside))
+            same = any(each.same for each in beside)
             told = " In brackets: ours minus it, where every setting is the same." if same else ""
-            differ = "" if all(each.same for each in beside.values()) else " Settings it does not name may differ."
+            differ = "" if all(each.same for each in beside) else " Settings it does not name may differ."
             notes.append(f"published: {sources}.{told}{differ}")
         return notes
 
@@ -485,24 +502,32 @@ class ResultTable:
         return f"${bold}{around}$ {_count(cell)}"
 
     def _is_best(self, cell: Cell, col: Key) -> bool:
-        """Of its column, as far as the digits shown tell."""
+        """Of its column, as far as the digits shown tell. One trial claims nothing, nor does a quick form."""
         better = BY_NAME[self.metric].better
         means = [
             c.mean for (_, at), c in self.cells.items() if at == col and c.mean is not None and math.isfinite(c.mean)
         ]
-        if not better or len(means) < 2 or cell.mean is None:
+        if not better or len(means) < 2 or cell.mean is None or cell.n < 2 or self.heading:
             return False
         best = max(means) if better == "higher" else min(means)
         return self._digits(cell.mean, None) == self._digits(best, None)
 
     def _latex_key(self) -> list[str]:
         key = []
+        if any(self._is_best(cell, col) for (_, col), cell in self.cells.items()):
+            key.append(r"\textbf{Bold}: the best mean of its column, significant only where marked.")
         if any(map(self.significant, self.cells.values())):
             over = f"exact permutation test, Holm's correction over {len(self._tests())}"
             key.append(rf"$^{{\dagger}}$ significant at {100 * self.level:g}\,\%: {over}.")
         if any(cell.published for cell in self.cells.values()):
             key.append(r"$^{\ddagger}$ as published.")
         return key
+
+
+def heading(sweeps: Sequence[str]) -> str:
+    """`quick form, not comparable`, with the names of the quick ones where other sweeps stand beside them."""
+    quick = [*filter(is_quick, sweeps)]
+    return f"{QUICK}: {', '.join(quick)}" if 0 < len(quick) < len(sweeps) else QUICK if quick else ""
 
 
 def short(field: str) -> str:

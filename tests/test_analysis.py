@@ -1,6 +1,7 @@
 """Tables against numpy, by hand, and in every form they are written in."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -21,7 +22,7 @@ from made_rows import NOTHING, epoch, reached, trial
 
 from mixmo_core.config import leaves
 from orchestrator import analysis
-from orchestrator.analysis import Cell, ResultTable, table, varied
+from orchestrator.analysis import Cell, EnsembleRow, ResultTable, table, varied
 from orchestrator.errors import UsageError
 from orchestrator.rows import EPOCHS_SCHEMA, TRIALS_SCHEMA, TrialRow
 from orchestrator.store import ResultStore
@@ -274,6 +275,7 @@ a \& b & $\mathbf{76.33} \pm 1.37$ (7) & $+5.03 \pm 0.73$$^{\dagger}$ \\
 {\footnotesize\raggedright
 top1 \%: mean $\pm$ standard deviation (number of trials)\par
 vs baseline: difference of the means in points $\pm$ its standard error\par
+\textbf{Bold}: the best mean of its column, significant only where marked.\par
 $^{\dagger}$ significant at 5\,\%: exact permutation test, Holm's correction over 1.\par
 }
 """
@@ -572,3 +574,104 @@ def test_the_difference_from_a_published_number_needs_every_setting() -> None:
         assert told == [pytest.approx(0.01) if same else None]
     other = [Published(label="x", where={**whole, "optim.momentum": 0.5}, metrics={"top1": 0.84}, source="T")]
     assert not any(each.published for each in table(rows(), published=other).cells.values())
+
+
+WHOLE: dict[str, Any] = {name: spec.default for name, spec in leaves() if name != "seed"} | {
+    "data.dataset": "synthetic", "data.repetition": 4, "model.depth": 10, "model.width": 5,
+}  # fmt: skip
+"""Every setting of the trials of width 5 and two subnetworks that mix by cutmix, those without effect included."""
+
+
+def test_settings_without_effect_may_be_named() -> None:
+    """One mapping holds what all entries of a paper share, also for its single networks, which mix nothing."""
+    single = {**WHOLE, "model.subnetworks": 1, "data.repetition": 1}
+    published = [
+        Published(label="Cut", where=WHOLE, metrics={"top1": 0.84}, source="T"),
+        Published(label="single", where=single, metrics={"top1": 0.78}, source="T"),
+    ]
+    made = table(rows(), published=published)
+    for key, name in (((None, 5, 2, "cutmix"), "Cut"), (("vanilla", 5, 1, None), "single")):
+        told = cell(made, *key).published
+        assert told is not None
+        assert (told.name, told.same) == (name, True)
+    assert sum(each.published is not None for each in made.cells.values()) == 2
+    plain = Published(label="x", where={"mixing.method": "cutmix", "model.width": 5}, metrics={"top1": 0.1}, source="T")
+    assert cell(table(rows(), published=[plain]), "vanilla", 5, 1, None).published is None
+
+
+def test_a_published_ensemble_stands_beside_an_ensemble_of_as_many() -> None:
+    row = rows()[-1]
+    columns = {spec.name: getattr(row, spec.name) for spec in dataclasses.fields(row)}
+    pair = EnsembleRow(**{**columns, "trial_id": "a+b", "label": "2 x vanilla"}, members=2)
+    single = {**WHOLE, "model.subnetworks": 1, "data.repetition": 1}
+    published = [
+        Published(label="DE", where=single, metrics={"top1": 0.82}, source="T", members=2),
+        Published(label="DE of three", where=single, metrics={"top1": 0.83}, source="T", members=3),
+    ]
+    made = table([*rows(), pair], published=published)
+    told = {key[0]: each.published.name for key, each in made.cells.items() if each.published}
+    assert told == {("2 x vanilla", 5, 1, None): "DE"}
+    assert "Published: DE of three 83.00 (T)" in made.notes()
+
+
+def test_published_numbers_of_one_name_do_not_hide_each_other() -> None:
+    published = [
+        Published(
+            label="Cut", where={"mixing.method": "cutmix", "model.width": 5}, metrics={"top1": top1}, source=source
+        )
+        for top1, source in ((0.84, "Table 1"), (0.85, "Table 5"))
+    ]
+    made = table(rows(), published=published)
+    beside = cell(made, None, 5, 2, "cutmix").published
+    assert beside is not None
+    other = next(each for each in published if each.source != beside.source)
+    assert f"Published: Cut {100 * other.metrics['top1']:.2f} ({other.source})" in made.notes()
+    assert sum("Published: Cut" in note for note in made.notes()) == 1
+
+
+def quick(*, seeds: int = 1) -> list[TrialRow]:
+    return [row.replace(sweep="made-quick") for row in rows() if (row.config["seed"] or 0) < seeds]
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_every_form_of_a_quick_table_is_headed_so(seeds: int) -> None:
+    made = table(quick(seeds=seeds), baseline="vanilla")
+    assert made.heading == "quick form, not comparable"
+    assert made.to_text().startswith("quick form, not comparable\n\nlabel")
+    assert made.to_markdown().startswith("**quick form, not comparable**\n\n| label")
+    latex = made.to_latex()
+    assert latex.startswith("% quick form, not comparable\n")
+    assert latex.index(r"\textbf{quick form, not comparable}") < latex.index(r"\begin{tabular}")
+    assert "mathbf" not in latex
+    assert json.loads(made.to_json())["heading"] == "quick form, not comparable"
+    assert {line["form"] for line in csv.DictReader(io.StringIO(made.to_csv()))} == {"quick form, not comparable"}
+
+
+def test_a_full_table_is_not_headed_and_a_quick_sweep_among_others_is_named() -> None:
+    full = table(rows())
+    assert full.heading == ""
+    for text in (full.to_text(), full.to_markdown(), full.to_latex(), full.to_csv(), full.to_json()):
+        assert "quick" not in text
+    both = table(
+        [*(row.replace(trial_id=f"q{row.trial_id}") for row in quick()), *rows()], row_fields=["sweep", "label"]
+    )
+    assert both.to_text().startswith("quick form, not comparable: made-quick\n")
+
+
+def test_one_seed_claims_no_order() -> None:
+    made = table([row for row in rows() if row.config["seed"] == 0], baseline="vanilla")
+    text = made.to_text()
+    assert made.notes()[-1].startswith("Not tested: ")
+    assert made.notes()[-1].endswith("one trial cannot decide, on either side.")
+    header, body = made.text_cells()
+    assert header[-2:] == ["top1 %", "vs baseline"]
+    assert not any(mark in each for line in body for each in line for mark in "±*")
+    assert "significant" not in text
+    latex = made.to_latex()
+    assert not any(word in latex for word in ("mathbf", "dagger", "Bold"))
+    assert "mathbf" in table(rows(), baseline="vanilla").to_latex()
+
+
+def test_a_mean_of_one_trial_is_not_set_in_bold_over_others() -> None:
+    made = table([*rows(), done(0, 0.99, label="lucky", width=9)], row_fields=["label", "model.width", "mixing.method"])
+    assert "mathbf" not in made.to_latex()

@@ -413,6 +413,37 @@ def test_a_table_of_any_epoch_and_in_latex_with_the_command_that_made_it(mixmo: 
     assert "--at first: give last, best, or an epoch by its number" in refused.err
 
 
+def test_a_quick_table_is_headed_so_and_shows_no_published_number(mixmo: Shell, tmp_path: Path) -> None:
+    text = "name: made\npublished: [{label: Theirs, where: {model.width: 2}, top1: 0.8, source: Table 1}]\n"
+    for sweep, seed in (("made", 0), ("made-quick", 1)):
+        with ResultStore.open(tmp_path, create=True).writer(sweep, sweep_text=text) as writer:
+            writer.put([made_rows.reached(made_rows.trial(seed, sweep=sweep), 3)])
+            writer.close(done=True)
+    for form, begins in (("terminal", "quick"), ("markdown", "**quick"), ("latex", "% quick"), ("csv", "n,")):
+        shown = mixmo("table", "made-quick", "--format", form, "--results", tmp_path).out
+        assert shown.startswith(begins)
+        assert "quick form, not comparable" in shown
+        assert "Table 1" not in shown
+    assert json.loads(mixmo("table", "made-quick", "--json", "--results", tmp_path).out)["published"] == []
+    whole = mixmo("table", "made", "--results", tmp_path).out
+    assert "quick" not in whole
+    assert "Table 1" in whole
+    both = mixmo("table", "made", "made-quick", "--rows", "sweep", "--results", tmp_path).out
+    assert both.startswith("quick form, not comparable: made-quick\n")
+    assert both.count("80.00") == 1
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_a_table_has_the_width_of_the_terminal(
+    mixmo: Shell, tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stored_with_baseline(tmp_path, one="plain")
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = mixmo("table", "one", "--results", folder).out.splitlines()
+    assert max(map(len, lines)) <= width
+    assert any(line.startswith("Left out for want of room") for line in lines) == (width < 200)
+
+
 def test_a_log_is_printed_as_it_is(mixmo: Shell, results: Path) -> None:
     assert mixmo("logs", "2e2fd7b", "--results", results).out == "epoch 3\nas it was printed\n"
 

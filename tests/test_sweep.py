@@ -265,6 +265,60 @@ def test_quick_may_have_its_own_seeds() -> None:
     assert (read(text).seeds, read(text, quick=True).seeds) == ((0, 1), (0,))
 
 
+WIDE = (
+    "name: a\ntrial: {data: {dataset: digits}, model: {depth: 10, width: 4}}\n"
+    "blocks: [{label: one, set: {model.subnetworks: 1}, grid: {model.width: [2, 5, 10]}}, {label: two}]\n"
+)
+
+
+def test_quick_may_put_a_value_in_the_place_of_each() -> None:
+    text = WIDE + "quick: {model.width: {from: [2, 4, 5, 10], to: [1, 1, 2, 2]}, optim: {epochs: 2}}\n"
+    assert values(read(text), "model.width") == [(2,), (5,), (10,), (4,)]
+    made = read(text, quick=True)
+    assert values(made, "model.width", "model.subnetworks", "optim.epochs") == [(1, 1, 2), (2, 1, 2), (1, 2, 2)]
+    assert made.origins["model.width"] == "varies"
+    over = read(text, quick=True, overrides=["model.width=7"])
+    assert values(over, "model.width", "model.subnetworks") == [(7, 1), (7, 2)]
+    nested = text.replace("model.width: {from", "model: {width: {from").replace("2]}, opt", "2]}}, opt")
+    assert read(nested, quick=True).trials == made.trials
+
+
+def test_an_exchange_lists_every_value() -> None:
+    text = WIDE + "quick: {model.width: {from: [2, 4, 5], to: [1, 1, 2]}}\n"
+    with pytest.raises(
+        SweepError, match=r"x.yaml:4: quick.model.width: `from` lacks 10, which blocks\[1\] has; it must"
+    ):
+        read(text, quick=True)
+    read(text)
+    read(text, quick=True, overrides=["model.width=3"])
+
+
+def test_quick_leaves_the_seeds_that_ensembles_are_made_of() -> None:
+    text = WIDE + "seeds: 5\nensembles: [{of: one, members: [2, 3]}]\nquick: {seeds: [7]}\n"
+    made = read(text, quick=True)
+    seeds = {label: {trial.config.seed for trial in made.trials if trial.label == label} for label in ("one", "two")}
+    assert seeds == {"one": {7, 0, 1}, "two": {7}}
+    assert (made.seeds, made.notes) == ((7,), ())
+    assert len(read(text).trials) == 20
+    asked = read(text, quick=True, overrides=["seeds=1"])
+    assert {trial.config.seed for trial in asked.trials} == {0}
+    assert "3 members need as many seeds, not 1" in asked.notes[0]
+    by_method = read(text.replace("of: one", "of: cutmix"), quick=True)
+    assert [trial.config.seed for trial in by_method.trials if trial.label == "two"] == [7, 0, 1]
+
+
+def test_published_settings_may_be_laid_over_each_other() -> None:
+    shared = "&paper {recipe: cifar, model: {width: 10}, precision: fp32}"
+    text = WIDE + (
+        f"published: [{{where: [{shared}, {{model.width: 2}}], top1: 0.5, source: T}}, "
+        f"{{label: DE, where: [*paper, {{model.subnetworks: 1}}], members: 2, top1: 0.6, source: T}}]\n"
+    )
+    first, second = read(text).published
+    assert first.where == {**RECIPES["cifar"], "model.width": 2, "precision": "fp32"}
+    assert second.where == {**RECIPES["cifar"], "model.width": 10, "precision": "fp32", "model.subnetworks": 1}
+    assert (first.members, second.members) == (1, 2)
+
+
 def test_overrides_lie_over_quick_and_over_the_blocks() -> None:
     sweep = read(DESIGN, quick=True, overrides=["optim.epochs=3", "model.width=2", "seeds=[4]", "optim.decay_at=[0.5]"])
     assert set(values(sweep, "optim.epochs", "model.width", "seed", "optim.decay_at")) == {(3, 2, 4, (0.5,))}
@@ -628,6 +682,30 @@ BAD: dict[str, tuple[str, str]] = {
         add("published: [{where: {model.width: 1}, top1: 85.4, source: T}]"),
         "published[1].top1: must be a number, at least 0 and at most 1 (got 85.4)",
     ),
+    "a published ensemble of one": (
+        add("published: [{where: {model.width: 1}, members: 1, top1: 0.5, source: T}]"),
+        "published[1].members: must be a whole number, at least 2 (got 1)",
+    ),
+    "a published recipe that is none": (
+        add("published: [{where: [{recipe: cfar}], top1: 0.5, source: T}]"),
+        "published[1].where.recipe: must be 'cifar' or 'tiny_imagenet' (got 'cfar'); did you mean 'cifar'?",
+    ),
+    "an exchange of unequal lists": (
+        add("quick: {model.width: {from: [1, 2], to: [1]}}"),
+        "quick.model.width: must be {from: [...], to: [...]}, two lists of one length",
+    ),
+    "an exchange of half": (
+        add("quick: {model.width: {from: [1, 2]}}"),
+        "quick.model.width: must be {from: [...], to: [...]}, two lists of one length",
+    ),
+    "an exchange of no setting's values": (
+        add("quick: {model.width: {from: [1], to: [wide]}}"),
+        "quick.model.width.to: must be a whole number, at least 1 (got the text 'wide')",
+    ),
+    "an exchange of seeds": (
+        add("quick: {seed: {from: [1], to: [2]}}"),
+        "quick.seed: seeds are listed under `quick.seeds`",
+    ),
     "published numbers of nothing": (
         add("published: [{top1: 0.854, source: T}]"),
         "published[1]: `label` or `where`, `source`, and at least one",
@@ -792,7 +870,7 @@ def test_the_sweeps_that_come_with_the_project(path: Path) -> None:
     sweep = load(path)
     check_runnable(sweep)
     assert sweep.name == path.stem
-    assert sweep.baseline == "vanilla"
+    assert sweep.baseline == "vanilla" or path.parent.name == "paper"
     assert not sweep.notes
 
 

@@ -139,11 +139,11 @@ def table(
     Only finished trials count; a cell that lacks some is marked. Without --rows, the lines are the labels and the
     settings that vary. Differences from the baseline are tested, paired where the seeds are the same. Ensembles that
     the sweep file names stand below, made from the trials' stored logits. Published numbers that it gives stand beside
-    the cell that has their settings, or below.
+    the cell that has their settings, or below; a sweep that was run with --quick is headed so, and has none.
     """
     light()
     from orchestrator import analysis
-    from orchestrator.sweep import shown
+    from orchestrator.sweep import is_quick, shown
 
     sweep, when = list(dict.fromkeys(sweep)), _when(at)
     loaded = analysis.load(results, *sweep)
@@ -161,7 +161,7 @@ def table(
         at=when,
         epochs=loaded.at_epoch(when) if isinstance(when, int) else (),
         baseline=baseline or _baseline({name: each.baseline for name, each in asked.items()}, trials),
-        published=[each for one in asked.values() for each in one.published],
+        published=[each for name, one in asked.items() if not is_quick(name) for each in one.published],
         confidence=ci / 100,
     )
     options = {"--rows": rows, "--cols": cols, "--metric": metric, "--at": at, "--baseline": baseline or "",
@@ -169,7 +169,8 @@ def table(
     given = [f"{name}={value}" for name, value in options.items() if value and value not in ("top1", "last", "95")]
     words = ["mixmo", "table", *sweep, *given, *(["--no-ensembles"] if no_ensembles else []), "--format=latex"]
     shapes: dict[str, Callable[[], str]] = {
-        "terminal": made.to_text, "markdown": made.to_markdown, "csv": made.to_csv, "json": made.to_json,
+        "terminal": lambda: made.to_text(streams.width()),
+        "markdown": made.to_markdown, "csv": made.to_csv, "json": made.to_json,
         "latex": lambda: made.to_latex(with_results(shlex.join(words), results)),
     }  # fmt: skip
     print(shapes["json" if as_json else format]().rstrip("\n"))

@@ -31,6 +31,13 @@ def console(*, stderr: bool = False) -> Console:
     return made
 
 
+def width() -> int:
+    """Columns of the terminal, or what COLUMNS says; 100 where neither is known. As `console`, without rich."""
+    import shutil
+
+    return shutil.get_terminal_size((100, 24)).columns
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr)
 

@@ -6,14 +6,13 @@ allowed and the nearest word that would do.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from mixmo_core.config import RECIPES
 from orchestrator.errors import SweepError
 from orchestrator.sweep.blocks import Block, Expansion, Rule, Trial, read_block, read_rule
 from orchestrator.sweep.document import Faults, Node, nearest, read, read_value, show
-from orchestrator.sweep.fields import MISSING, Given, Reader, settings
+from orchestrator.sweep.fields import MISSING, Exchange, Given, Reader, settings
 from orchestrator.sweep.sections import (
     SECTIONS,
     Budget,
@@ -28,13 +27,14 @@ from orchestrator.sweep.sections import (
     Search,
     read_ensembles,
     read_published,
+    read_recipe,
     read_section,
     section_keys,
 )  # fmt: skip
 
 __all__ = [
     "Budget", "Checkpoints", "Ensemble", "Price", "Published", "Range", "Resources", "Retry", "Scheduler", "Search",
-    "Shown", "Sweep", "SweepError", "Trial", "check_runnable", "load", "not_runnable", "parse", "shown",
+    "Shown", "Sweep", "SweepError", "Trial", "check_runnable", "is_quick", "load", "not_runnable", "parse", "shown",
 ]  # fmt: skip
 
 KEYS = ("name", "trial", "blocks", "exclude", "seeds", "baseline", *SECTIONS, "ensembles", "published", "quick")
@@ -107,6 +107,11 @@ def parse(text: str, *, source: str, overrides: Sequence[str] = (), quick: bool 
     return parser.sweep(text, tuple(overrides), quick=quick)
 
 
+def is_quick(name: str) -> bool:
+    """Whether a sweep of this name is the quick form of its file: no other name may end so."""
+    return name.endswith(_QUICK)
+
+
 @dataclass(frozen=True, slots=True)
 class Shown:
     """What a sweep file asks of the tables of its results."""
@@ -137,10 +142,13 @@ class _Parser:
     source: str
     faults: Faults
     reader: Reader
+    members: dict[str, int] = field(default_factory=dict)
+    """Seeds that `quick.seeds` leaves to the cells of each label or method, for the ensembles made of them."""
 
     def sweep(self, text: str, overrides: tuple[str, ...], *, quick: bool) -> Sweep:
         base = self._trial()
-        over = self._quick(asked=quick) | self._overrides(overrides)
+        over, exchanges = self._quick(asked=quick)
+        over |= self._overrides(overrides)
         name = self._name(quick=quick)
         blocks, excludes, seeds = self._blocks(), self._excludes(), self._seeds()
         sections = {key: read_section(key, self.top.get(key), self.reader) for key in SECTIONS}
@@ -149,7 +157,10 @@ class _Parser:
         self._hold_limit(blocks, seeds)
         self.faults.raise_any()
         baseline = self._baseline(labels)
-        expansion = Expansion(base, over, excludes, seeds, self._workers(sections["resources"]), self.faults)
+        expansion = Expansion(
+            base, over, excludes, seeds, self._workers(sections["resources"]), self.faults, exchanges,
+            self.members,
+        )  # fmt: skip
         trials = expansion.trials(blocks)
         ensembles = read_ensembles(self.top.get("ensembles"), {*labels, *expansion.methods()}, self.reader)
         self._check_whole(trials, sections["scheduler"], sections["search"], expansion.varied())
@@ -157,7 +168,7 @@ class _Parser:
         return Sweep(
             name=name, trials=trials, varied=expansion.varied(), seeds=seeds, labels=labels, baseline=baseline,
             **sections, ensembles=ensembles, published=published, quick=quick, overrides=overrides, text=text,
-            source=self.source, origins=_origins(base, over, blocks),
+            source=self.source, origins=_origins(base, over, exchanges, blocks),
             notes=(*expansion.notes(blocks), *self._notes(ensembles, seeds, sections["search"])),
         )  # fmt: skip
 
@@ -172,7 +183,7 @@ class _Parser:
             return {}
         node = self.top["trial"]
         entries = dict(self.reader.mapping(node, "trial"))
-        recipe = self._recipe(entries.pop("recipe", None))
+        recipe = read_recipe(entries.pop("recipe", None), "trial.recipe", self.reader)
         given = self.reader.given(Node(entries, node.place), "trial")
         if "seed" in given:
             seed = given.pop("seed")
@@ -181,35 +192,24 @@ class _Parser:
             self.top["seeds"] = Node([seed], seed.place)
         return recipe | given
 
-    def _recipe(self, node: Node | None) -> Given:
-        """The settings that a recipe stands for, each placed where the recipe is named."""
-        if node is None:
-            return {}
-        recipe = node.plain()
-        if not isinstance(recipe, str) or recipe not in RECIPES:
-            near = nearest(recipe, RECIPES) if isinstance(recipe, str) else ""
-            known = " or ".join(show(each) for each in RECIPES)
-            self.faults.add(node.place, "trial.recipe", f"must be {known} (got {show(recipe)}){near}")
-            return {}
-        return {name: Node(value, f"{node.place} (recipe {recipe})") for name, value in RECIPES[recipe].items()}
-
-    def _quick(self, *, asked: bool) -> Given:
-        """The `quick` section, which is checked whether it is asked for or not."""
+    def _quick(self, *, asked: bool) -> tuple[Given, dict[str, Exchange]]:
+        """The `quick` section, which is checked whether it is asked for or not: values, and values for values."""
         if "quick" not in self.top:
             if asked:
                 self._missing("quick", "the settings that --quick lays over the sweep")
-            return {}
+            return {}, {}
         node = self.top["quick"]
         entries = dict(self.reader.mapping(node, "quick"))
         seeds = entries.pop("seeds", None)
         if seeds:
             self._seeds_of(seeds, "quick.seeds")
-        given = self.reader.given(Node(entries, node.place), "quick")
-        if "seed" in given:
-            self.faults.add(given["seed"].place, "quick.seed", "seeds are listed under `quick.seeds`")
+        exchanges: dict[str, Exchange] = {}
+        given = self.reader.given(Node(entries, node.place), "quick", exchanges)
+        if seed := given.get("seed") or exchanges.get("seed"):
+            self.faults.add(seed.place, "quick.seed", "seeds are listed under `quick.seeds`")
         if asked and seeds:
-            self.top["seeds"] = seeds
-        return given if asked else {}
+            self.top["seeds"], self.members = seeds, self._members()
+        return (given, exchanges) if asked else ({}, {})
 
     def _overrides(self, overrides: Sequence[str]) -> Given:
         given: Given = {}
@@ -224,6 +224,8 @@ class _Parser:
     def _override(self, name: str, node: Node) -> Given:
         """One `-S`: a setting is laid over every trial, any other key replaces what the file gives."""
         section, _, key = name.partition(".")
+        if name in ("seed", "seeds"):
+            self.members = {}
         if name == "seed":
             self.top["seeds"] = Node([node], node.place)
         elif name in ("seeds", "name", "baseline"):
@@ -251,7 +253,7 @@ class _Parser:
         name = node.value if isinstance(node.value, str) else ""
         if not _NAME.fullmatch(name):
             self.faults.add(node.place, "name", f"must be {rule} (got {show(node.plain())})")
-        elif name.endswith(_QUICK):
+        elif is_quick(name):
             self.faults.add(node.place, "name", f"must not end with {_QUICK}, which --quick appends (got {show(name)})")
         return name + _QUICK if quick else name
 
@@ -308,6 +310,13 @@ class _Parser:
         given = self.top["resources"].value.get("workers") if "resources" in self.top else None
         return Node(resources.workers, given.place if given else self.source)
 
+    def _members(self) -> dict[str, int]:
+        """How many networks the largest ensemble of each label or mixing method has; faults are told elsewhere."""
+        found: dict[str, int] = {}
+        for each in read_ensembles(self.top.get("ensembles"), None, Reader(Faults())):
+            found[each.of] = max(found.get(each.of, 0), *each.members, 0)
+        return found
+
     def _check_whole(
         self, trials: Sequence[Trial], scheduler: Scheduler, search: Search, varied: Sequence[str]
     ) -> None:
@@ -325,7 +334,7 @@ class _Parser:
     def _notes(self, ensembles: Sequence[Ensemble], seeds: Sequence[int], search: Search) -> list[str]:
         notes = []
         most = max((count for each in ensembles for count in each.members), default=0)
-        if most > len(seeds):
+        if most > len(seeds) and not self.members:
             told = f"{most} members need as many seeds, not {len(seeds)}"
             notes.append(f"{self.top['ensembles'].place}: ensembles: {told}")
         if search.method != "grid":
@@ -335,9 +344,10 @@ class _Parser:
         return notes
 
 
-def _origins(base: Given, over: Given, blocks: Sequence[Block]) -> dict[str, str]:
+def _origins(base: Given, over: Given, exchanges: Mapping[str, Exchange], blocks: Sequence[Block]) -> dict[str, str]:
     varied = {name for block in blocks for name in block.varied} | {"seed"}
-    placed = {name: node.place for name, node in base.items()} | dict.fromkeys(varied, "varies")
+    placed = {name: node.place for name, node in base.items()} | {name: each.place for name, each in exchanges.items()}
+    placed |= dict.fromkeys(varied, "varies")
     return dict.fromkeys(settings(), "default") | placed | {name: node.place for name, node in over.items()}
 
 

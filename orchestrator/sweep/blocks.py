@@ -15,7 +15,7 @@ from mixmo_core.config import cell_id as cell_id_of
 from mixmo_core.config import digest as digest_of
 from orchestrator.sweep.document import Faults, Node, show
 from orchestrator.sweep.expression import Condition, Kind, Variable, compile_condition
-from orchestrator.sweep.fields import MISSING, Field, Given, Reader, settings
+from orchestrator.sweep.fields import MISSING, Exchange, Field, Given, Reader, settings
 
 _BLOCK_KEYS = ("label", "set", "grid", "zip", "when")
 
@@ -188,6 +188,10 @@ class Expansion:
     seeds: Sequence[int]
     workers: Node
     faults: Faults
+    exchanges: Mapping[str, Exchange] = field(default_factory=dict)
+    """Values that others stand for; `over` goes before them."""
+    members: Mapping[str, int] = field(default_factory=dict)
+    """By label or mixing method: cells that need so many seeds at least, for the ensembles that are made of them."""
     found: dict[str, Trial] = field(default_factory=dict)
     """By trial id, in order."""
     applied: Counter[str] = field(default_factory=Counter)
@@ -195,14 +199,34 @@ class Expansion:
 
     def trials(self, blocks: Sequence[Block]) -> tuple[Trial, ...]:
         """Breadth first: every cell with the first seed, then every cell with the second."""
-        cells = [
-            _Cell(block, self.base | block.fixed | chosen | self.over) for block in blocks for chosen in block.cells()
-        ]
-        for seed in self.seeds:
-            for cell in cells:
-                if self._kept(cell, seed) and self._build(cell, seed):
+        cells = [_Cell(block, self._given(block, chosen)) for block in blocks for chosen in block.cells()]
+        least = [(cell, self._least(cell)) for cell in cells]
+        for number, seed in enumerate(self._seeds(max((count for _, count in least), default=1))):
+            for cell, count in least:
+                if number < count and self._kept(cell, seed) and self._build(cell, seed):
                     self._place(cell, seed)
         return tuple(self.found.values())
+
+    def _given(self, block: Block, chosen: Given) -> Given:
+        given = self.base | block.fixed | chosen
+        for name, exchange in self.exchanges.items():
+            before = given[name].value if name in given else settings()[name].default
+            if before in exchange.values:
+                given[name] = Node(exchange.values[before], exchange.place)
+            elif name not in self.over:
+                told = f"`from` lacks {show(before)}, which {block.path} has; it must list every value"
+                self.faults.add(exchange.place, f"quick.{name}", told)
+        return given | self.over
+
+    def _least(self, cell: _Cell) -> int:
+        """How many seeds the cell gets."""
+        method = cell.value("mixing.method") if cell.value("model.subnetworks") > 1 else ""
+        return max(len(self.seeds), self.members.get(cell.block.label or "", self.members.get(method, 0)))
+
+    def _seeds(self, count: int) -> list[int]:
+        """The sweep's, and then the smallest others."""
+        others = (seed for seed in itertools.count() if seed not in self.seeds)
+        return [*self.seeds, *itertools.islice(others, max(0, count - len(self.seeds)))]
 
     def _kept(self, cell: _Cell, seed: int) -> bool:
         if cell.broken:

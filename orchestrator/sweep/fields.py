@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -108,6 +108,14 @@ def fields_of(section: Any) -> dict[str, Field]:
 
 
 @dataclass(frozen=True, slots=True)
+class Exchange:
+    """What stands for each value of a setting, and where that was given."""
+
+    values: Mapping[Any, Any]
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
 class Reader:
     """Takes a document's nodes for what they should be. What they are not becomes a fault, under the dotted `path`."""
 
@@ -167,13 +175,33 @@ class Reader:
                     child.place, f"{path}.{key}", f"no such setting{nearest(name, [*settings(), *sections])}"
                 )
 
-    def given(self, node: Node, path: str) -> Given:
-        """Settings with one value each."""
+    def given(self, node: Node, path: str, exchanges: dict[str, Exchange] | None = None) -> Given:
+        """Settings with one value each. `exchanges` takes those that have `{from: [...], to: [...]}` instead."""
         given: Given = {}
+        places: dict[str, str] = {}
         for name, child in self.named(node, path):
-            value = self.typed(settings()[name], child, f"{path}.{name}")
-            if name in given:
-                self.faults.add(child.place, f"{path}.{name}", f"given twice; the first is at {given[name].place}")
-            elif value is not MISSING:
+            where = f"{path}.{name}"
+            if name in places:
+                self.faults.add(child.place, where, f"given twice; the first is at {places[name]}")
+                continue
+            places[name] = child.place
+            if exchanges is not None and isinstance(child.value, dict):
+                exchanges[name] = self.exchange(settings()[name], child, where)
+            elif (value := self.typed(settings()[name], child, where)) is not MISSING:
                 given[name] = Node(value, child.place)
         return given
+
+    def exchange(self, field: Field, node: Node, path: str) -> Exchange:
+        """What `{from: [2, 5], to: [1, 2]}` puts in the place of each value."""
+        entries = self.entries(node, path, ("from", "to"))
+        lists = [
+            [self.typed(field, each, f"{path}.{key}") for each in self.elements(child, f"{path}.{key}")]
+            for key in ("from", "to")
+            if (child := entries.get(key))
+        ]
+        sizes = [len(values) for values in lists]
+        if len(lists) < 2 or len(set(sizes)) > 1:
+            rule = "must be {from: [...], to: [...]}, two lists of one length: a value and what stands for it"
+            self.faults.add(node.place, path, f"{rule} (got {show(node.plain())})")
+            return Exchange({}, node.place)
+        return Exchange(dict(zip(*lists, strict=True)), node.place)

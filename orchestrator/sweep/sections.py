@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mixmo_core.config import Setting
+from mixmo_core.config import RECIPES, Setting
 from mixmo_core.metrics import BY_NAME
 from orchestrator.sweep.document import Node, nearest, show
-from orchestrator.sweep.fields import MISSING, Field, Reader, fields_of, settings
+from orchestrator.sweep.fields import MISSING, Field, Given, Reader, fields_of, settings
 
 
 def _key(default: Any, meaning: str, **limits: Any) -> Any:
@@ -139,6 +139,8 @@ class Published:
     """The settings that it was trained with, by dotted name; empty for a method that cannot be trained here."""
     metrics: Mapping[str, float]
     source: str
+    members: int = 1
+    """Above 1: of an ensemble of so many such networks."""
 
     @property
     def name(self) -> str:
@@ -245,19 +247,46 @@ def read_published(node: Node | None, reader: Reader) -> tuple[Published, ...]:
     found = []
     for index, each in enumerate(reader.elements(node, "published") if node else (), start=1):
         path = f"published[{index}]"
-        entries = reader.entries(each, path, ("label", "where", "source", *BY_NAME))
+        entries = reader.entries(each, path, ("label", "where", "members", "source", *BY_NAME))
         given = {key: child for key, child in entries.items() if key in BY_NAME}
         if not {"label", "where"} & entries.keys() or "source" not in entries or not given:
             told = "`label` or `where`, `source`, and at least one metric, such as top1, must be given"
             reader.faults.add(each.place, path, told)
             continue
-        where = reader.given(entries["where"], f"{path}.where") if "where" in entries else {}
+        where = _read_where(entries["where"], f"{path}.where", reader) if "where" in entries else {}
         label = reader.text(entries["label"], f"{path}.label") if "label" in entries else None
         metrics = {name: reader.typed(_metric(name), child, f"{path}.{name}") for name, child in given.items()}
         source = reader.text(entries["source"], f"{path}.source")
         values = {name: setting.value for name, setting in where.items()}
-        found.append(Published(label=label, where=values, metrics=metrics, source=source or ""))
+        members = reader.typed(_MEMBERS, entries["members"], f"{path}.members") if "members" in entries else 1
+        found.append(Published(label=label, where=values, metrics=metrics, source=source or "", members=members))
     return tuple(found)
+
+
+_MEMBERS = Field(int, Setting(1, "How many networks predict together.", at_least=2))
+
+
+def _read_where(node: Node, path: str, reader: Reader) -> Given:
+    """Settings, or a list of them laid one over another, so that an anchor can hold what many entries share."""
+    given: Given = {}
+    for layer in node.value if isinstance(node.value, list) else [node]:
+        entries = dict(reader.mapping(layer, path))
+        given |= read_recipe(entries.pop("recipe", None), f"{path}.recipe", reader)
+        given |= reader.given(Node(entries, layer.place), path)
+    return given
+
+
+def read_recipe(node: Node | None, path: str, reader: Reader) -> Given:
+    """The settings that a recipe stands for, each placed where the recipe is named."""
+    if node is None:
+        return {}
+    recipe = node.plain()
+    if not isinstance(recipe, str) or recipe not in RECIPES:
+        near = nearest(recipe, RECIPES) if isinstance(recipe, str) else ""
+        known = " or ".join(show(each) for each in RECIPES)
+        reader.faults.add(node.place, path, f"must be {known} (got {show(recipe)}){near}")
+        return {}
+    return {name: Node(value, f"{node.place} (recipe {recipe})") for name, value in RECIPES[recipe].items()}
 
 
 def _metric(name: str) -> Field:
