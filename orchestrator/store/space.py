@@ -10,7 +10,6 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
@@ -324,6 +323,8 @@ def _newest_logs(folder: Objects, logs: Iterable[str]) -> set[str]:
 
 
 def _each(act: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+    from concurrent.futures import ThreadPoolExecutor  # which no reading command is to load
+
     with ThreadPoolExecutor(THREADS) as threads:
         return list(threads.map(act, items))
 
