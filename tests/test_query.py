@@ -236,7 +236,7 @@ def test_two_columns_of_one_name_are_told_apart(store: ResultStore) -> None:
 @in_a_folder
 def test_every_type_of_duckdb_can_be_printed(store: ResultStore, mixmo: Command) -> None:
     text = """
-        select sum(x)::hugeint as s, interval 1 day as i, {'a': [1, 2]} as n, map {'k': 1} as m, 1.5::decimal(9, 2) as d,
+        select sum(x) as s, interval 1 day as i, {'a': [1, 2]} as n, map {'k': 1} as m, 1.5::decimal(9,2) as d,
             'x'::blob as b, date '2026-11-24' as t, 'a'::enum('a', 'b') as e, 'nan'::double as f, null as u, true as y,
             uuid() as v, timestamp '2026-11-24 01:02:03' as w, time '01:02:03' as c, 3::uint8 as k
         from (values (1), (2)) v(x)
