@@ -31,7 +31,8 @@ quickstart: .venv/runs ## install, run a sweep of 12 trials on real scans, print
 	@echo "Parquet:  results/sweeps/quickstart/trials.parquet and epochs/"
 	@echo "Figures:" && $(BIN)/mixmo figures quickstart
 
-test: export MIXMO_TEST_INSTALL := 1 # Ceph, where there is apt and the right to use it
+# Ceph, a real S3 server, where there is apt and the right to use it.
+test: export MIXMO_TEST_INSTALL := 1
 test: .venv/tests ## every test that this machine can run, under 40 minutes on 2 cores
 	$(BIN)/python -m pytest
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -12,9 +13,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import unquote, urlsplit
 
 from orchestrator.errors import ExitCode, MixmoError
+
+if TYPE_CHECKING:
+    from orchestrator.store import Objects
+    from orchestrator.store.abilities import Abilities
+    from orchestrator.store.bucket import Bucket
 
 PYTHON = (3, 11)
 PACKAGES: dict[str, tuple[str, str | None]] = {
@@ -29,6 +36,10 @@ PACKAGES: dict[str, tuple[str, str | None]] = {
 LITTLE_SPACE = 5 * 2**30
 NO_SPACE = 200 * 2**20
 """Bytes free where results go: fewer than the first is a warning, fewer than the second is refused."""
+
+CLOCKS_APART_S = 15.0
+"""Whether a driver lives is told by the age of a renewal that comes every 20 s: more than this blurs it."""
+_ELSEWHERE = "name another place with --results or MIXMO_RESULTS"
 
 Verdict = Literal["good", "note", "bad"]
 
@@ -51,13 +62,25 @@ def examine(results: str, data: Path | None) -> Iterator[Check]:
         yield package(name, least, below, metadata.version)
     yield _threads(os.cpu_count() or 1, dict(os.environ))
     yield from _accelerators()
-    if results.lower().startswith("s3://"):
-        yield results_bucket(results)
-    else:
-        folder = Path(results)
-        yield results_folder(folder)
-        yield _space(shutil.disk_usage(_existing(folder)).free, folder)
+    yield from place(results)
     yield from datasets(data)
+
+
+def place(results: str) -> Iterator[Check]:
+    """The place of the results: whether it can be written, and what it can do."""
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", results)
+    if scheme and scheme[1].lower() != "file":
+        writable = results_bucket(results)
+        yield writable
+        if writable.verdict == "good":
+            yield from _bucket(results)
+        return
+    folder = Path(unquote(urlsplit(results).path) if scheme else results)
+    writable = results_folder(folder)
+    yield writable
+    yield _space(shutil.disk_usage(_existing(folder)).free, folder)
+    if writable.verdict == "good":
+        yield from _folder(_existing(folder))
 
 
 def verdict(checks: Iterable[Check]) -> ExitCode:
@@ -119,8 +142,8 @@ def results_folder(results: Path) -> Check:
         with tempfile.NamedTemporaryFile(dir=place, prefix=".mixmo-"):
             pass
     except OSError as error:
-        advice = "name another place with --results or MIXMO_RESULTS"
-        return Check("results", "bad", f"{place} cannot be written: {error.strerror}", advice, ExitCode.UNREACHABLE)
+        text = f"{place} cannot be written: {error.strerror}"
+        return Check("results", "bad", text, _ELSEWHERE, ExitCode.UNREACHABLE)
     return Check("results", "good", f"{results}" if place == results else f"{results}, which a run will make")
 
 
@@ -131,10 +154,88 @@ def results_bucket(uri: str) -> Check:
     try:
         store = ResultStore.open(uri, create=True)
     except MixmoError as error:
-        return Check(
-            "results", "bad", str(error), "name another place with --results or MIXMO_RESULTS", error.exit_code
-        )
+        return Check("results", "bad", str(error), _ELSEWHERE, error.exit_code)
     return Check("results", "good", f"{store}")
+
+
+def _bucket(uri: str) -> Iterator[Check]:
+    from orchestrator.store.bucket import Bucket
+
+    bucket = Bucket.open(uri)
+    yield from _tried(bucket, f".doctor-{secrets.token_hex(6)}")
+    if bucket.address.sse:
+        yield encryption(bucket)
+
+
+def encryption(bucket: Bucket) -> Check:
+    """Whether the store encrypts as its address asks."""
+    try:
+        encrypted = bucket.encrypts()
+    except MixmoError as error:
+        return Check("encryption", "bad", str(error), "", error.exit_code)
+    if encrypted:
+        return Check("encryption", "good", f"{bucket.address.sse}")
+    text = f"the store does not say that it encrypts with {bucket.address.sse}"
+    return Check("encryption", "bad", text, f"{_ELSEWHERE}, or leave sse out of the address", ExitCode.UNREACHABLE)
+
+
+def _folder(folder: Path) -> Iterator[Check]:
+    from orchestrator.store import Folder
+
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".mixmo-") as inside:
+        yield from _tried(Folder(Path(inside)), "doctor")
+
+
+def _tried(objects: Objects, folder: str) -> Iterator[Check]:
+    from orchestrator.store import abilities
+
+    try:
+        found = abilities.find(objects, folder)
+    except MixmoError as error:
+        yield Check("what it can do", "bad", str(error), "", error.exit_code)
+    else:
+        yield from abilities_mean(found)
+
+
+def abilities_mean(found: Abilities) -> Iterator[Check]:
+    """What follows for a sweep from what the place of its results does."""
+    if found.read_back:
+        yield Check("whole objects", "good", "what was written last is what is read")
+    else:
+        text = "what was written last is not what is read: a driver would lose track of its own rows"
+        yield Check("whole objects", "bad", text, _ELSEWHERE, ExitCode.UNREACHABLE)
+    if found.listed:
+        yield Check("lists", "good", "they show every change at once")
+    else:
+        text = "they lag: new sweeps are seen late, and a trial may resume at an older checkpoint. No row depends on it"
+        yield Check("lists", "note", text)
+    yield _drivers(found)
+    if found.fenced:
+        yield Check("stale drivers", "good", "what they still write is refused")
+    else:
+        text = "what one still writes may land once; the driver that took over, or the next one, puts it right"
+        yield Check("stale drivers", "note", text)
+    yield _clock(found.ahead_s)
+
+
+def _drivers(found: Abilities) -> Check:
+    from orchestrator.store.abilities import AT_ONCE
+    from orchestrator.store.lease import LEASE_S
+
+    if found.created == found.swapped == 1 and found.fenced:
+        return Check("second driver", "good", "is refused at once")
+    told = f"of {AT_ONCE} at once, {found.created} believe they created one object, and {found.swapped} replaced one"
+    text = f"if it starts at the same moment, it may be refused only within {LEASE_S:.0f} s ({told})"
+    return Check("second driver", "note", text, "do not start one sweep twice at the same moment")
+
+
+def _clock(ahead_s: float) -> Check:
+    way = "ahead of" if ahead_s > 0 else "behind"
+    found = f"this machine's is {abs(ahead_s):.0f} s {way} the one of the results"
+    if abs(ahead_s) > CLOCKS_APART_S:
+        advice = "set it: a driver that lives may look dead in `mixmo status`, and past 15 minutes a bucket refuses all"
+        return Check("clock", "note", found, advice)
+    return Check("clock", "good", found)
 
 
 def _existing(folder: Path) -> Path:

@@ -10,6 +10,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from operator import attrgetter
 from typing import Any, Literal, Self
 
 import pyarrow as pa
@@ -24,6 +25,7 @@ FINAL: frozenset[State] = frozenset({"TERMINATED", "ERROR", "CANCELLED"})
 
 CONFIG_COLUMNS: tuple[str, ...] = tuple(name.replace(".", "_") for name, _ in leaves())
 METRIC_COLUMNS: tuple[str, ...] = tuple(metric.name for metric in METRICS)
+_SETTINGS = frozenset(CONFIG_COLUMNS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,11 +195,18 @@ EPOCHS_REQUIRED: frozenset[str] = _required(EpochRow)
 
 
 def to_table(rows: Iterable[TrialRow] | Iterable[EpochRow], schema: pa.Schema) -> pa.Table:
-    records = []
-    for row in rows:
-        record = {spec.name: getattr(row, spec.name) for spec in dataclasses.fields(row)}
-        records.append({**record, **record.pop("config", {}), **record.pop("metrics")})
-    columns = {name: [record.get(name) for record in records] for name in schema.names}
+    """Column by column: rows are many, and a dictionary for each would cost more than all else."""
+    held: list[Any] = list(rows)
+    own = set(_own_names(type(held[0]))) if held else set()
+    configs = [row.config for row in held] if any(name in _SETTINGS for name in schema.names) else []
+    metrics = [row.metrics for row in held]
+    columns = []
+    for spec in schema:
+        if spec.name in own:
+            values = list(map(attrgetter(spec.name), held))
+        else:
+            values = [each.get(spec.name) for each in (configs if spec.name in _SETTINGS else metrics)]
+        columns.append(pa.array(values, spec.type))
     return pa.table(columns, schema=schema)
 
 
@@ -224,27 +233,23 @@ def _own_names(row: type[TrialRow] | type[EpochRow]) -> list[str]:
 
 def trial_rows(table: pa.Table) -> list[TrialRow]:
     """Rows of a `trials` table. Columns it lacks are null; columns that this version does not know are dropped."""
-    own = _own_names(TrialRow)
-    return [
-        TrialRow(
-            **{name: record[name] for name in own if name in record},
-            config={name: record.get(name) for name in CONFIG_COLUMNS},
-            metrics={name: record.get(name) for name in METRIC_COLUMNS},
-        )
-        for record in records(table)
-    ]
+    configs, metrics = _mappings(table, CONFIG_COLUMNS), _mappings(table, METRIC_COLUMNS)
+    own = records(table.select([name for name in _own_names(TrialRow) if name in table.schema.names]))
+    return [TrialRow(**each, config=c, metrics=m) for each, c, m in zip(own, configs, metrics, strict=True)]
 
 
 def epoch_rows(table: pa.Table) -> list[EpochRow]:
     """Rows of an `epochs` table, as `trial_rows` reads them."""
-    own = _own_names(EpochRow)
-    return [
-        EpochRow(
-            **{name: record[name] for name in own if name in record},
-            metrics={name: record.get(name) for name in METRIC_COLUMNS},
-        )
-        for record in records(table)
-    ]
+    metrics = _mappings(table, METRIC_COLUMNS)
+    own = records(table.select([name for name in _own_names(EpochRow) if name in table.schema.names]))
+    return [EpochRow(**each, metrics=m) for each, m in zip(own, metrics, strict=True)]
+
+
+def _mappings(table: pa.Table, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Of each row the columns with these names, in a dictionary of its own."""
+    held = set(table.schema.names)
+    columns = [_values(table.column(name)) if name in held else [None] * len(table) for name in names]
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def newest(rows: Sequence[EpochRow]) -> list[EpochRow]:

@@ -119,9 +119,12 @@ class Ceph:
         """As a power cut would: what was acknowledged is in the disk's process, which lives on."""
         self._end("radosgw", signal.SIGKILL)
 
-    def freeze(self, *, frozen: bool) -> None:
-        """Whether the gateway stands still: it takes connections, and answers none."""
-        self._running["radosgw"].send_signal(signal.SIGSTOP if frozen else signal.SIGCONT)
+    def freeze(self) -> None:
+        """The gateway stands still: it takes connections, and answers none."""
+        self._running["radosgw"].send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._running["radosgw"].send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         """The gateway first and the monitor last: a disk without its monitor does not end."""
@@ -219,10 +222,11 @@ def _install() -> None:
     """A failure is seen by what is not there afterwards."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
-        subprocess.run(
-            ["apt-get", *command], env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=400,
-            check=False,
-        )  # fmt: skip
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(
+                ["apt-get", *command], env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=200,
+                check=False,
+            )  # fmt: skip
 
 
 def _environment() -> dict[str, str]:

@@ -13,23 +13,29 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import made_tls
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from botocore import exceptions as faults
-from made_rows import DEAD, advance, begin, finished, keys, trial
+from made_ceph import Ceph
+from made_rows import DEAD, ELSEWHERE, advance, begin, content, finished, keys, trial
+from odd_servers import BOTH, Unconditional, Unquoted, refusal
 
 from orchestrator import doctor
-from orchestrator.errors import ExitCode, UnreachableError, UsageError
+from orchestrator.errors import ExitCode, RefusedError, UnreachableError, UsageError
 from orchestrator.rows import TrialRow
 from orchestrator.store import LeaseLostError, ResultStore, SweepWriter
 from orchestrator.store import bucket as buckets
+from orchestrator.store import writer as writing
 from orchestrator.store.bucket import Address, Bucket
 
 SECRET = "hush-hush-testsecret"
@@ -67,6 +73,9 @@ def test_an_address_says_where_and_no_more() -> None:
         ("s3://bucket/a#b", "what follows # means nothing"),
         ("s3://bucket/a?endpoint_override=http://host", "endpoint_override is host:port"),
         ("s3://bucket/a?scheme=ftp", "scheme is http or https"),
+        ("s3://bucket/a?sse=on", "sse is AES256 or aws:kms"),
+        ("s3://bucket/a?sse=aws:kms&sse_kms_key_id=a%20b", "the id, the ARN or the alias of a key"),
+        ("s3://bucket/a?sse=AES256&sse_kms_key_id=a", "names a key of sse=aws:kms"),
         (f"gs://key:{SECRET}@bucket/a", "at s3://bucket/prefix"),
     ],
 )
@@ -167,18 +176,25 @@ def test_polars_reads_it_with_the_options_of_the_store(bucket: str) -> None:
 
 
 class Role(BaseHTTPRequestHandler):
-    """Gives the credentials of a machine's role, as the agent of a container does, for a few minutes each."""
+    """Gives the credentials of a role for a few minutes each, as the agent of a container does, or a machine's host."""
 
     asked: ClassVar[list[str]] = []
+
+    def do_PUT(self) -> None:
+        self.answer(b"permission to ask")
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
         expires = datetime.now(UTC) + timedelta(minutes=5)
         content = json.dumps({
             "AccessKeyId": "rolekey", "SecretAccessKey": SECRET, "Token": "a-session-token", "RoleArn": "role",
-            "Expiration": expires.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "Expiration": expires.strftime("%Y-%m-%dT%H:%M:%SZ"), "Code": "Success",
         }).encode()  # fmt: skip
+        self.answer(b"role" if self.path.endswith("/security-credentials/") else content)
+
+    def answer(self, content: bytes) -> None:
         self.send_response(200)
+        self.send_header("X-aws-ec2-metadata-token-ttl-seconds", "21600")
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -188,33 +204,93 @@ class Role(BaseHTTPRequestHandler):
         """Says nothing."""
 
 
-@pytest.fixture
-def role(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Role]]:
-    """Instead of keys in the environment."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+@pytest.fixture(params=["container", "machine"])
+def role(request: pytest.FixtureRequest, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Whose role has the credentials, instead of keys in the environment."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
         monkeypatch.delenv(name)
     Role.asked.clear()
     with serving(Role) as address:
-        monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"http://{address}/role")
-        yield Role
+        if request.param == "container":
+            monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"http://{address}/role")
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://{address}")
+        yield str(request.param)
 
 
-def test_the_credentials_of_a_role_are_found_and_made_anew(bucket: str, role: type[Role]) -> None:
-    """Five minutes are so few that each request asks again; Arrow asks by itself, and holds no key that could age."""
+def test_the_credentials_of_a_role_are_found_and_made_anew(bucket: str, role: str) -> None:
+    """A container's are asked for again with each request, since five minutes are so few; a machine's, which botocore
+    believes to be good for longer, are not. Arrow asks by itself, and holds no key that could age.
+    """
     made = Bucket.open(bucket)
     sent: list[str] = []
     made._client.meta.events.register("before-send.s3", lambda request, **_: sent.append(str(request.headers)))
     made.put("x/a.parquet", parquet([1, 2]))
-    asked = len(role.asked)
+    asked = len(Role.asked)
     assert made.read("x/a.parquet")
-    assert len(role.asked) > asked > 0
+    assert (len(Role.asked) > asked > 0) or role == "machine"
     assert all("a-session-token" in headers for headers in sent)
-    asked = len(role.asked)
+    asked = len(Role.asked)
     filesystem, path = made.filesystem()
     assert pq.read_table(f"{path}/x/a.parquet", filesystem=filesystem).column("number").to_pylist() == [1, 2]
-    assert len(role.asked) > asked
+    assert len(Role.asked) > asked
     assert SECRET.encode() not in pickle.dumps(filesystem)
     assert made.storage_options()["aws_session_token"] == "a-session-token"
+
+
+# ----------------------------------------------------------------------- encryption, and an authority of one's own
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("sse=AES256", {"ServerSideEncryption": "AES256"}),
+        (
+            "sse=aws:kms&sse_kms_key_id=arn:aws:kms:eu-west-3:111122223333:key/a-b",
+            {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "arn:aws:kms:eu-west-3:111122223333:key/a-b"},
+        ),
+    ],
+)
+def test_every_object_is_encrypted_as_the_address_asks(bucket: str, asked: str, told: dict[str, str]) -> None:
+    """By whatever way it was written, and by a worker that has only the store's address."""
+    made = Bucket.open(ResultStore.open(f"{bucket}&{asked}", create=True).uri)
+    assert made.uri.endswith(f"&{asked}")
+    made.put("a", b"1")
+    assert made.create("b", b"1")
+    tag = made.swap("c", b"1", None)
+    assert made.swap("c", b"2", tag)
+    for key in ("a", "b", "c"):
+        head = made._head(key)
+        assert {name: head[name] for name in told} == told
+    Bucket.open(bucket).put("d", b"1")
+    assert made._head("d").get("ServerSideEncryption") != told["ServerSideEncryption"]  # or the above would say nothing
+
+
+def test_a_store_that_does_not_encrypt_is_told(faulty: Callable[..., Bucket], bucket: str) -> None:
+    made = Bucket.open(f"{bucket}&sse=AES256")
+    made._client = Faulty(made._client, refusal(400, "InvalidRequest"))
+    with pytest.raises(UnreachableError, match="leave sse out of the address"):
+        made.put("a", b"1")
+
+
+def test_an_object_that_no_server_would_take_is_not_sent(bucket: str, tmp_path: Path) -> None:
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(5 * 2**30 + 1)
+    with pytest.raises(UnreachableError, match=r"huge of 5,368,709,121 bytes is larger than .*in a folder"):
+        Bucket.open(bucket).upload("a", tmp_path / "huge")
+
+
+def test_an_authority_of_ones_own_is_believed_if_it_is_named(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with made_tls.before(bucket.partition("=")[2].partition("&")[0], tmp_path) as (address, authority):
+        place = f"{bucket.partition('?')[0]}?endpoint_override={address}"
+        with pytest.raises(UnreachableError, match=r"CERTIFICATE_VERIFY_FAILED.*AWS_CA_BUNDLE"):
+            ResultStore.open(place)
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(authority))
+        made = Bucket.open(place)
+        made.put("a.parquet", parquet([1]))
+        filesystem, path = made.filesystem()
+        assert pq.read_table(f"{path}/a.parquet", filesystem=filesystem).column("number").to_pylist() == [1]
 
 
 def parquet(numbers: list[int]) -> bytes:
@@ -266,13 +342,9 @@ class Cut:
         self._content.close()
 
 
-def refusal(status: int, code: str, message: str = "so it is") -> faults.ClientError:
-    answer = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    return faults.ClientError(answer, "PutObject")
-
-
 RESET = faults.ConnectionClosedError(endpoint_url="http://server")
-PASSING = [refusal(503, "SlowDown"), refusal(500, "InternalError"), refusal(400, "BadDigest"), RESET]
+GONE = faults.EndpointConnectionError(endpoint_url="http://server")
+PASSING = [refusal(503, "SlowDown"), refusal(500, "InternalError"), refusal(400, "BadDigest"), RESET, GONE]
 
 
 @pytest.fixture
@@ -291,7 +363,7 @@ def faulty(bucket: str) -> Callable[..., Bucket]:
 def test_what_passes_is_waited_out(faulty: Callable[..., Bucket]) -> None:
     made = faulty(*PASSING)
     made.put("a", b"1")
-    assert made._client.calls == 5
+    assert made._client.calls == 6
     for act in (lambda: made.read("a"), lambda: made.names(""), lambda: made.digest("a"), lambda: made.modified("a")):
         made._client.plan = [refusal(503, "SlowDown"), RESET]
         assert act()
@@ -354,6 +426,13 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
             thread.join()
 
 
+def test_a_lost_answer_is_not_taken_from_another_who_wrote_the_same(faulty: Callable[..., Bucket], bucket: str) -> None:
+    """Its own try was never carried out."""
+    made, other = faulty(RESET), Bucket.open(bucket)
+    assert other.create("a", b"1")
+    assert not made.create("a", b"1")
+
+
 class Rude(BaseHTTPRequestHandler):
     """Hangs up before it answers, cuts its first answers short, and then behaves."""
 
@@ -410,6 +489,8 @@ def test_a_store_that_hangs_is_not_waited_for_eight_times(
     [
         (refusal(403, "AccessDenied"), "allow to list the bucket", 1),
         (refusal(403, "RequestTimeTooSkewed"), "clocks", 1),
+        (refusal(403, "403", date="Sat, 21 Nov 2020 12:00:00 GMT"), "clocks", 1),
+        (refusal(400, "ExpiredToken"), "get new ones", 1),
         (refusal(404, "NoSuchBucket"), "Make the bucket", 1),
         (faults.NoCredentialsError(), "AWS_PROFILE", 1),
         (faults.CredentialRetrievalError(provider="role", error_msg="over"), "AWS_PROFILE", 1),
@@ -471,36 +552,6 @@ def test_no_secret_is_in_an_error(faulty: Callable[..., Bucket], monkeypatch: py
 # ------------------------------------------------------------------------------------------ servers without conditions
 
 
-class Unconditional:
-    """A client of a server that forgets conditions silently, or that knows none (501)."""
-
-    def __init__(self, client: Any, *, forgets: tuple[str, ...] = (), refuses: tuple[str, ...] = ()) -> None:
-        self._client, self._forgets, self._refuses = client, forgets, refuses
-        self.before: Callable[[str], None] = lambda key: None
-        self.after: Callable[[], None] = lambda: None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._client, name)
-
-    def put_object(self, **given: Any) -> Any:
-        if set(given) & set(self._refuses):
-            raise refusal(501, "NotImplemented")
-        self.before(given["Key"])
-        answer = self._client.put_object(**{name: each for name, each in given.items() if name not in self._forgets})
-        self.after()
-        return answer
-
-
-class Unquoted(Unconditional):
-    """Of a server that compares the tag as it is, without quotation marks, as Ceph 16 does."""
-
-    def put_object(self, **given: Any) -> Any:
-        if '"' in given.get("IfMatch", ""):
-            raise refusal(412, "PreconditionFailed")
-        return self._client.put_object(**given)
-
-
-BOTH = ("IfNoneMatch", "IfMatch")
 SERVERS: dict[str, tuple[Callable[[Any], Any], bool, str | None]] = {
     "as the standard has it": (lambda client: client, True, '"{}"'),
     "without quotation marks": (Unquoted, True, "{}"),
@@ -565,9 +616,75 @@ def test_of_two_drivers_that_a_server_without_conditions_let_in_one_is_told(buck
     assert [number for _, number in keys(ResultStore(made))] == [1, 2, 3]
 
 
-def finish(writer: SweepWriter, row: TrialRow) -> None:
+class KilledError(BaseException):
+    """What a kill is to a driver: nothing of its own runs after it."""
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["lives", "is killed"])
+@pytest.mark.parametrize("ended", [False, True], ids=["later one runs", "later one has ended"])
+def test_what_a_stale_driver_overwrites_is_not_read_and_is_put_right(
+    bucket: str, killed: bool, ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is held up between its look at the trials and its write, on a server that forgets conditions."""
+    monkeypatch.setattr(writing, "LOOK_S", 0.0)
+    made, other = Bucket.open(bucket), Bucket.open(bucket)
+    client = made._client = Unconditional(made._client, forgets=BOTH)
+    other._client = Unconditional(other._client, forgets=BOTH)
+    store, later = ResultStore(other), list[SweepWriter]()
+    stale = begin(ResultStore(made), process=DEAD)
+
+    def meanwhile(key: str) -> None:
+        if key.endswith("/trials.parquet") and not later:
+            later.append(begin(store))
+            finish(later[0], trial(0), attempt=2)
+            if ended:
+                later[0].close(done=True)
+            client.after = land
+
+    def land() -> None:
+        client.after = lambda: None
+        assert states_of_the_object(store) == ["RUNNING"]  # it did land
+        if killed:
+            raise KilledError
+
+    client.before = meanwhile
+    advance(stale, trial(0), 1, seq=1)
+    with pytest.raises(KilledError) if killed else contextlib.nullcontext():
+        stale.flush(force=True)
+    if not killed:
+        with pytest.raises(LeaseLostError):
+            stale.renew()
+    assert [row.state for row in store.trial_rows("made")] == ["TERMINATED"]
+    if ended:
+        begin(store).close(done=True)
+    else:
+        later[0].flush()  # with nothing new to say
+        later[0].close(done=True)
+    assert states_of_the_object(store) == ["TERMINATED"]
+    assert [row.state for row in store.trial_rows("made")] == ["TERMINATED"]
+    assert [number for _, number in keys(store)] == [1, 2, 3]
+    assert store.verify("made") == []
+
+
+def states_of_the_object(store: ResultStore) -> list[str]:
+    """As a reader sees them that knows nothing of us."""
+    table = pq.read_table(io.BytesIO(content(store, "sweeps/made/trials.parquet")))
+    return [str(state) for state in table.column("state").to_pylist()]
+
+
+def test_a_second_driver_is_refused_also_where_conditions_are_forgotten(bucket: str) -> None:
+    made = Bucket.open(bucket)
+    made._client = Unconditional(made._client, forgets=BOTH)
+    with begin(ResultStore(made), process=ELSEWHERE) as first:
+        with pytest.raises(RefusedError, match="heard of"):
+            begin(ResultStore(made))
+        first.renew()
+        finish(first, trial(0))
+
+
+def finish(writer: SweepWriter, row: TrialRow, attempt: int = 1) -> None:
     for number in (1, 2, 3):
-        row = advance(writer, row, number, seq=number)
+        row = advance(writer, row, number, seq=number, attempt=attempt)
     writer.flush(force=True)
 
 
@@ -580,3 +697,43 @@ def test_a_file_that_cannot_be_read_is_told(bucket: str, tmp_path: Path) -> None
     with pytest.raises(UnreachableError, match=r"cannot write .*file/a: "):
         made.download("a", tmp_path / "file" / "a", lambda _: True)
     assert os.listdir(tmp_path) == ["file"]
+
+
+# ----------------------------------------------------------------------------------------- a real server that goes away
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "frozen"])
+def test_a_server_that_goes_away_and_comes_back_loses_nothing(
+    ceph_server: Ceph, ceph_bucket: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What four threads count meanwhile is right to the last one, though some of their answers are lost."""
+    monkeypatch.setattr(buckets, "FIRST_WAIT_S", 0.1)
+    monkeypatch.setattr(buckets, "ANSWER_S", 2)
+    made = Bucket.open(ceph_bucket)
+    made.put("count", b"0")
+    begun = threading.Barrier(5)
+
+    def count(thread: int) -> None:
+        begun.wait()
+        for number in range(20):
+            assert made.create(f"{thread}/{number}", b"1")
+            while True:
+                stored = made.read("count")
+                assert stored is not None
+                if made.swap("count", b"%d" % (int(stored.data) + 1), stored.tag):
+                    break
+
+    with ThreadPoolExecutor(4) as pool:
+        counts = [pool.submit(count, thread) for thread in range(4)]
+        begun.wait()
+        for _ in range(2):
+            time.sleep(0.1)
+            (ceph_server.kill_gateway if how == "killed" else ceph_server.freeze)()
+            time.sleep(0.3 if how == "killed" else 3.0)
+            (ceph_server.start_gateway if how == "killed" else ceph_server.thaw)()
+        for each in counts:
+            each.result()
+    stored = made.read("count")
+    assert stored is not None
+    assert stored.data == b"80"

@@ -7,6 +7,7 @@ import pytest
 from command_line import Mixmo
 
 from orchestrator.store import ResultStore
+from orchestrator.store.bucket import Address
 
 SWEEP = """
 name: small
@@ -21,12 +22,14 @@ resources: {gpus_per_worker: 0}
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["bucket", "ceph_bucket"], indirect=True)
 def test_a_sweep_runs_into_a_bucket_and_is_read_from_it(
-    tmp_path: Path, bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server is named by the environment, as people do; gangs find it by the store's address."""
-    place = bucket.partition("?")[0]
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{s3_server}")
+    bucket, address = place, Address.parse(place)
+    place = str(address)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"{address.endpoint}")
     monkeypatch.setenv("MIXMO_RESULTS", place)
     mixmo = Mixmo(tmp_path, SWEEP)
     ran = mixmo("run", "sweep.yaml", "--yes")
@@ -47,4 +50,8 @@ def test_a_sweep_runs_into_a_bucket_and_is_read_from_it(
     again = mixmo("run", "sweep.yaml", "--yes")  # nothing is left to run
     assert store.trial_rows("small") == rows
     assert "hush-hush" not in ran.stdout + ran.stderr + again.stderr
+    for key in store.folder.sizes(""):
+        stored = store.folder.read(key)
+        assert stored is not None
+        assert b"hush-hush" not in stored.data
     assert {path.name for path in tmp_path.iterdir()} <= {"sweep.yaml", "a.pt"}

@@ -68,6 +68,8 @@ def _other(error: Exception) -> int:
         say(f"mixmo: cannot write {error.filename or 'the output'}: {error.strerror}")
         _drop_output()
         return ExitCode.UNREACHABLE
-    traceback.print_exc()
+    from orchestrator.store import without_secrets
+
+    say(without_secrets(traceback.format_exc(), os.environ).rstrip())  # people paste it into reports
     say("mixmo: this is a bug in mixmo, not in what you did. Please report it with the lines above.")
     return ExitCode.BUG

@@ -252,7 +252,6 @@ def verify(sweep: SweepName, results: Results = "results", as_json: Json = False
     One final state for each trial, no epoch missing or double, checkpoints whole. Ends with 3 if there are
     faults, and says what to do about each.
     """
-    light()
     from orchestrator import pages
     from orchestrator.store import ResultStore
 

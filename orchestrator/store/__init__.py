@@ -5,6 +5,7 @@ A store is a folder, or a prefix of a bucket (`s3://bucket/prefix`); either has 
     sweeps/<name>/sweep.yaml               the sweep file as it was given
     sweeps/<name>/lease.json               which driver may write here, and its fence
     sweeps/<name>/trials.parquet           one row per trial; its footer names the parts that count
+    sweeps/<name>/trials-<fence>.parquet   a copy of it, only in a place that cannot compare and swap
     sweeps/<name>/epochs/live-<fence>.parquet         rows of running trials, replaced whole
     sweeps/<name>/epochs/part-<fence>-<seq>.parquet   rows that are settled; never changed
     sweeps/<name>/events.parquet           what happened, the last 1,000
@@ -15,11 +16,12 @@ before the trials name it, and leave the live file after; a read goes live, then
 a row is in at least one place at every moment, and of two rows with one key the highest (fence, attempt, seq) holds.
 
 `trials.parquet` and `lease.json` change only by compare-and-swap. That makes the fence a fence: the first write of a
-new driver makes every later one of its predecessor fail.
+new driver makes every later one of its predecessor fail. Where a place cannot do that, a predecessor may overwrite the
+trials once: readers take the copy then, whose name has the higher fence, and a driver that lives writes them again.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -28,7 +30,16 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 
 from orchestrator.errors import NotFoundError, UnreachableError, UsageError
-from orchestrator.rows import TRIALS_SCHEMA, EpochRow, TrialRow, epoch_rows, newest, records, trial_rows
+from orchestrator.rows import (
+    EPOCHS_SCHEMA,
+    TRIALS_SCHEMA,
+    EpochRow,
+    TrialRow,
+    epoch_rows,
+    newest,
+    records,
+    trial_rows,
+)
 from orchestrator.store.attempts import (
     ATTEMPT,
     LOG_BYTES,
@@ -42,10 +53,12 @@ from orchestrator.store.attempts import (
 from orchestrator.store.lease import Lease, LeaseLostError, Process, read_lease
 from orchestrator.store.objects import DamagedError, Folder, Objects
 from orchestrator.store.tables import (
+    KEYS,
     Event,
     Header,
     Snapshot,
     SweepFiles,
+    Wanted,
     encode,
     fit,
     merge,
@@ -54,15 +67,15 @@ from orchestrator.store.tables import (
     totals,
 )
 from orchestrator.store.verify import Fault, faults_of
-from orchestrator.store.writer import SweepWriter
+from orchestrator.store.writer import Compaction, SweepWriter
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 __all__ = [
-    "LOG_BYTES", "AttemptFolder", "DamagedError", "Event", "Fault", "Folder", "Header", "Lease", "LeaseLostError",
-    "Logits", "Objects", "Process", "ResultStore", "Snapshot", "SweepWriter", "encode", "merge", "totals",
-    "without_secrets",
+    "LOG_BYTES", "AttemptFolder", "Compaction", "DamagedError", "Event", "Fault", "Folder", "Header", "Lease",
+    "LeaseLostError", "Logits", "Objects", "Process", "ResultStore", "Snapshot", "SweepWriter", "encode", "merge",
+    "totals",     "without_secrets",
 ]  # fmt: skip
 
 
@@ -113,19 +126,25 @@ class ResultStore:
     def trial_rows(self, sweep: str) -> list[TrialRow]:
         return trial_rows(SweepFiles(self.folder, sweep).trials()[0])
 
-    def epochs(self, sweep: str) -> pa.Table:
-        """One row per trial and epoch, sorted by both; columns of EPOCHS_SCHEMA.
+    def epochs(self, sweep: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """One row per trial and epoch, sorted by both; columns of EPOCHS_SCHEMA, or these of them.
 
-        Of a trial that begins again, the epochs that it has yet to repeat are left out.
+        Of a trial that begins again, the epochs that it has yet to repeat are left out. Raises UsageError for a column
+        that there is not.
         """
-        seen = SweepFiles(self.folder, sweep).look()
+        names = EPOCHS_SCHEMA.names if columns is None else columns
+        unknown = [name for name in names if name not in EPOCHS_SCHEMA.names]
+        if unknown:
+            raise UsageError(f"rows of epochs have no {', '.join(unknown)}; they have {', '.join(EPOCHS_SCHEMA.names)}")
+        read = pa.schema([spec for spec in EPOCHS_SCHEMA if spec.name in names or spec.name in KEYS])
+        seen = SweepFiles(self.folder, sweep).look(Wanted(None if columns is None else read.names))
         ids, reached = seen.trials.column("trial_id").to_pylist(), seen.trials.column("epoch").to_pylist()
-        return merge([seen.live, *seen.parts], dict(zip(ids, reached, strict=True)))
+        return merge([seen.live, *seen.parts], dict(zip(ids, reached, strict=True)), read).select(names)
 
     def epoch_rows(self, sweep: str, trial_id: str | None = None) -> list[EpochRow]:
         if trial_id is None:
             return epoch_rows(self.epochs(sweep))
-        seen = SweepFiles(self.folder, sweep).look()
+        seen = SweepFiles(self.folder, sweep).look(Wanted(trial_id=trial_id))
         rows = newest([row for each in (seen.live, *seen.parts) for row in epoch_rows(only(each, trial_id))])
         reached = [row.epoch for row in trial_rows(only(seen.trials, trial_id))]
         return [row for row in rows if row.epoch <= max(reached, default=row.epoch)]
@@ -136,7 +155,7 @@ class ResultStore:
 
     def snapshot(self, sweep: str) -> Snapshot:
         """What a screen shows, from three objects whose size does not grow with the epochs done."""
-        seen = SweepFiles(self.folder, sweep).look(parts=False)
+        seen = SweepFiles(self.folder, sweep).look(None)
         return Snapshot(seen.header, trial_rows(seen.trials), newest(epoch_rows(seen.live)), self.events(sweep))
 
     def tables(self, sweep: str) -> tuple[pa.Table, pa.Table]:
@@ -258,6 +277,15 @@ class ResultStore:
 
     # ---- checking and writing
 
+    def compact(self, sweep: str) -> Compaction:
+        """Make one file of a sweep's epochs, and delete what has outlived its hour; again does no harm.
+
+        Raises NotFoundError, and RefusedError while a driver runs the sweep.
+        """
+        text = SweepFiles(self.folder, sweep).text()
+        with self.writer(sweep, sweep_text=text) as writer:
+            return writer.compact()
+
     def verify(self, sweep: str) -> list[Fault]:
         """Everything that is not as this module would have left it. Reads every object that the sweep names."""
         return faults_of(SweepFiles(self.folder, sweep))
@@ -288,14 +316,14 @@ def _why_no_logits(row: TrialRow) -> str:
 
 
 def _place(uri: str) -> Objects:
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", uri)  # one slash too few is no folder with a password in its name
     if scheme and scheme[1].lower() == "s3":
         from orchestrator.store.bucket import Bucket
 
         return Bucket.open(uri)
     if scheme and scheme[1].lower() != "file":
         known = "results lie in a folder, or in a bucket at s3://bucket/prefix"
-        raise UsageError(f"{scheme[0]}...: {known}")
+        raise UsageError(f"{scheme[1]}://...: {known}")
     folder = Folder(Path(unquote(urlsplit(uri).path)) if scheme else _absolute(uri))
     if folder.is_file():
         raise UnreachableError(f"{folder} is a file; --results (or MIXMO_RESULTS) names a folder")

@@ -107,8 +107,10 @@ class AttemptFolder:
         return key
 
     def put_log(self, rank: int, text: str, environ: Mapping[str, str] = os.environ) -> str:
-        """Replace the log of a rank by this text: its last 256 KiB, without the secrets of the environment."""
+        """Replace the log of a rank by this text: its last 256 KiB, without the secrets of environment and store."""
         key = self.path_of(f"log-{rank}.txt")
+        for secret in self._folder.secrets:
+            text = text.replace(secret, "***")
         self._folder.put(key, without_secrets(text, environ).encode(errors="replace")[-LOG_BYTES:])
         return key
 

@@ -15,8 +15,9 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -42,6 +43,10 @@ FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 5.0
 CONNECT_S, ANSWER_S = 5, 20
 """How long one try waits for a connection, and for anything to come over it."""
+LARGEST = 5 * 2**30
+"""Bytes of an object that is sent whole. Sent in pieces, Ceph 16 forgets that it must not replace another."""
+MARK = "mixmo-write"
+"""The name under which an object tells which write made it."""
 SETTLE_S = 0.5
 """How long one waits to see whether another wrote at the same moment, on a server that cannot rule it out."""
 
@@ -52,18 +57,29 @@ PASSING = frozenset({
 """Refusals that are worth another try, besides all with a status of 500 or above but 501."""
 ADVICE: Mapping[str, str] = {
     "NoSuchBucket": "Make the bucket, or name another one with --results or MIXMO_RESULTS",
-    "RequestTimeTooSkewed": "The clocks of this machine and of the store differ by minutes: set this machine's",
+    "RequestTimeTooSkewed": "The clocks of this machine and of the store differ by many minutes: set this machine's",
+    "ExpiredToken": "The session token of the credentials is over: get new ones and run the same command again",
+    "InvalidToken": "The session token is not the one that belongs to the keys",
     "credentials": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run where a role gives them",
     "refused": (
         "The credentials (of the environment, of the profile, or of the machine's role) must be the right ones, and "
         "allow to list the bucket and to get, put and delete its objects"
     ),
+    "encryption": "Does this store encrypt when asked to? Some do over https alone; else leave sse out of the address",
+    "certificate": "If the store's certificate is of a CA of your own, name its file with AWS_CA_BUNDLE",
     "away": "Run the same command again when the store answers",
 }
+_CUT = (
+    faults.HTTPClientError, faults.IncompleteReadError, faults.ResponseStreamingError, faults.ReadTimeoutError,
+    faults.EndpointConnectionError, faults.ConnectTimeoutError, faults.ProxyConnectionError,
+)  # fmt: skip
+"""A connection that was not made or did not last: the server may be on its way up again."""
 _NO_CREDENTIALS = (
     faults.NoCredentialsError, faults.PartialCredentialsError, faults.CredentialRetrievalError,
     faults.TokenRetrievalError, faults.SSOError,
 )  # fmt: skip
+SKEW_S = 600.0
+"""Servers refuse what is signed by a clock that differs from theirs by 15 minutes."""
 _FOUND_BY_ARROW = frozenset({
     "env", "shared-credentials-file", "config-file", "container-role", "iam-role", "assume-role-with-web-identity",
 })  # fmt: skip
@@ -83,6 +99,10 @@ class Address:
     endpoint: str | None = None
     """With its scheme. None is Amazon's, or the environment's."""
     region: str | None = None
+    sse: str | None = None
+    """How the server is asked to encrypt: AES256 or aws:kms. None leaves it to the bucket's own rule."""
+    sse_kms_key_id: str | None = None
+    """Which key of aws:kms, which is a name and no secret. None is the account's own for S3."""
 
     @classmethod
     def parse(cls, uri: str) -> Self:
@@ -94,17 +114,19 @@ class Address:
             )
         parts = urlsplit(uri)
         given = dict(parse_qsl(parts.query, keep_blank_values=True))
-        unknown = sorted(given.keys() - {"endpoint_override", "scheme", "region"})
+        unknown = sorted(given.keys() - _SAID.keys())
         if unknown or parts.fragment:
             raise UsageError(f"s3://...: {' '.join(unknown) or 'what follows #'} means nothing here. {_FORM}")
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]", parts.netloc):
             raise UsageError(f"s3://...: what follows is no name of a bucket. {_FORM}")
-        scheme, host = given.get("scheme", "https"), given.get("endpoint_override")
-        if scheme not in ("http", "https") or (
-            host is not None and not re.fullmatch(r"[\w.-]+(:\d+)?|\[[\da-f:]+\](:\d+)?", host)
-        ):
-            raise UsageError(f"s3://{parts.netloc}: endpoint_override is host:port, scheme is http or https. {_FORM}")
-        return cls(parts.netloc, parts.path.strip("/"), f"{scheme}://{host}" if host else None, given.get("region"))
+        for name, value in given.items():
+            form, meaning = _SAID[name]
+            if not re.fullmatch(form, value):
+                raise UsageError(f"s3://{parts.netloc}: {name} is {meaning}. {_FORM}")
+        if "sse_kms_key_id" in given and given.get("sse") != "aws:kms":
+            raise UsageError(f"s3://{parts.netloc}: sse_kms_key_id names a key of sse=aws:kms, which is not asked for")
+        scheme, host = given.pop("scheme", "https"), given.pop("endpoint_override", None)
+        return cls(parts.netloc, parts.path.strip("/"), f"{scheme}://{host}" if host else None, **given)
 
     def __str__(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
@@ -113,11 +135,24 @@ class Address:
     def uri(self) -> str:
         where = urlsplit(self.endpoint) if self.endpoint else None
         said = {"endpoint_override": where.netloc, "scheme": where.scheme} if where else {}
-        query = urlencode(said | ({"region": self.region} if self.region else {}), safe=":[]")
+        for name in ("region", "sse", "sse_kms_key_id"):
+            said |= {name: getattr(self, name)} if getattr(self, name) else {}
+        query = urlencode(said, safe=":[]/")
         return f"{self}?{query}" if query else str(self)
 
 
-_FORM = "An address reads s3://bucket/prefix?endpoint_override=host:port&scheme=http&region=name"
+_SAID: Mapping[str, tuple[str, str]] = {
+    "endpoint_override": (r"[\w.-]+(:\d+)?|\[[\da-f:]+\](:\d+)?", "host:port"),
+    "scheme": ("https?", "http or https"),
+    "region": (r"[\w-]+", "a name such as eu-west-3"),
+    "sse": ("AES256|aws:kms", "AES256 or aws:kms"),
+    "sse_kms_key_id": (r"[\w:/-]+", "the id, the ARN or the alias of a key"),
+}
+"""What a URI may say after its `?`, in which form."""
+_FORM = (
+    "An address reads s3://bucket/prefix?endpoint_override=host:port&scheme=http&region=name&sse=AES256; "
+    "docs/storage.md has more"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,16 +161,23 @@ class _Body:
 
     source: bytes | Path
     md5: str
-    sha256: str
+    mark: str
+    """Of this write alone, and stored with the object: another may have the same content."""
 
     @classmethod
     def of(cls, source: bytes | Path) -> Self:
-        md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
+        md5 = hashlib.md5(usedforsecurity=False)
         with _opened(source) as file:
+            if (size := file.seek(0, io.SEEK_END)) > LARGEST:
+                what = source if isinstance(source, Path) else "an object"
+                raise UnreachableError(
+                    f"{what} of {size:,} bytes is larger than the {LARGEST:,} that S3 takes as one, and nothing of "
+                    f"mixmo's is sent in pieces. Keep results of such networks in a folder (--results)"
+                )
+            file.seek(0)
             while chunk := file.read(1 << 20):
                 md5.update(chunk)
-                sha256.update(chunk)
-        return cls(source, base64.b64encode(md5.digest()).decode(), sha256.hexdigest())
+        return cls(source, base64.b64encode(md5.digest()).decode(), secrets.token_hex(8))
 
 
 def _opened(source: bytes | Path) -> BinaryIO:
@@ -159,6 +201,8 @@ class Bucket(Objects):
         """`authorities` is the file of a CA of one's own: AWS_CA_BUNDLE, or `ca_bundle` of the profile."""
         self.address, self._session, self._client, self._authorities = address, session, client, authorities
         self._root = f"{address.prefix}/" if address.prefix else ""
+        asked = {"ServerSideEncryption": address.sse, "SSEKMSKeyId": address.sse_kms_key_id}
+        self._encryption = {name: value for name, value in asked.items() if value}
         self._found: _Conditions | None = None
         self._finding = threading.Lock()
 
@@ -230,22 +274,30 @@ class Bucket(Objects):
         return {name: value for name, value in found.items() if value is not None}
 
     def _keys(self) -> dict[str, str]:
-        given = self._session.get_credentials()
-        held = None if given is None or given.method in _FOUND_BY_ARROW else self._credentials()
-        if held is None:
-            return {}
-        token = {"session_token": held.token} if held.token else {}
-        return {"access_key": held.access_key, "secret_key": held.secret_key, **token}
+        held = self._credentials(but=_FOUND_BY_ARROW)
+        token = {"session_token": held.token} if held and held.token else {}
+        return {"access_key": held.access_key, "secret_key": held.secret_key, **token} if held else {}
 
-    def _credentials(self) -> Any:
-        """As they are now. Raises UnreachableError where a role or a login does not give them."""
+    def _credentials(self, but: Collection[str] = ()) -> Any:
+        """As they are now; None where there are none, or they come from where `but` says.
+
+        Raises UnreachableError where a role or a login does not give them.
+        """
         try:
-            given = self._session.get_credentials()
-            return given.get_frozen_credentials() if given else None
+            return _frozen(self._session, but)
         except faults.BotoCoreError as error:
             raise self._explained("read", "", error) from None
 
     # ---- the contract
+
+    @property
+    def secrets(self) -> list[str]:
+        """Of the credentials as they are now, which a profile or a role may have given."""
+        try:
+            held = _frozen(self._session)
+        except faults.BotoCoreError:  # those of a role or a login that are over and do not come anew
+            return []
+        return [each for each in (held.secret_key, held.token) if each] if held else []
 
     def read(self, key: str) -> Stored | None:
         file = io.BytesIO()
@@ -291,6 +343,10 @@ class Bucket(Objects):
         condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": swaps.format(tag)}
         return self._send_if(key, body, **condition)
 
+    @property
+    def atomic(self) -> bool:
+        return self._conditions().swap is not None
+
     def delete(self, key: str) -> None:
         self._ask("delete", key, lambda: self._client.delete_object(**self._named(key)))
 
@@ -322,6 +378,16 @@ class Bucket(Objects):
         finally:
             self.delete(beside)
 
+    def encrypts(self) -> bool:
+        """Whether the server says of an object that it encrypted it as the address asks: some forget that silently."""
+        key = f".probe-{secrets.token_hex(6)}"
+        self.put(key, b"mixmo")
+        try:
+            head = self._ask("read", key, lambda: self._head(key))
+            return head is not None and head.get("ServerSideEncryption") == self.address.sse
+        finally:
+            self.delete(key)
+
     def tidy(self, prefix: str) -> None:
         """Nothing to do: an object that was not written whole is not there."""
 
@@ -350,8 +416,9 @@ class Bucket(Objects):
 
     def _send(self, key: str, body: _Body, **condition: str) -> str:
         """One request. The tag of what was written."""
+        marked = {"Metadata": {MARK: body.mark}, **self._encryption, **condition}
         with _opened(body.source) as file:
-            answer = self._client.put_object(**self._named(key), Body=file, ContentMD5=body.md5, **condition)
+            answer = self._client.put_object(**self._named(key), Body=file, ContentMD5=body.md5, **marked)
         return _bare(answer["ETag"])
 
     def _copy(self, key: str, file: BinaryIO | None) -> "_Copied | None":
@@ -434,9 +501,9 @@ class Bucket(Objects):
         return self._ask("read", key, lambda: self._own(key, body))
 
     def _own(self, key: str, body: _Body) -> str | None:
-        """The tag of the object if it has this content."""
-        there = self._copy(key, None)
-        return there.tag if there and there.digest == body.sha256 else None
+        """The tag of the object if it was written by this write."""
+        head = self._head(key)
+        return _bare(head["ETag"]) if head and head["Metadata"].get(MARK) == body.mark else None
 
     def _conditions(self) -> _Conditions:
         with self._finding:
@@ -444,39 +511,51 @@ class Bucket(Objects):
                 key = f".probe-{secrets.token_hex(6)}"
                 self.put(key, b"mixmo")
                 try:
-                    self._found = self._try_conditions(key, _Body.of(b"mixmo"))
+                    self._found = self._try_conditions(key)
                 finally:
                     self.delete(key)
             return self._found
 
-    def _try_conditions(self, key: str, body: _Body) -> _Conditions:
-        """On an object of ours, which has this content. Some servers refuse a condition, others forget it silently."""
+    def _try_conditions(self, key: str) -> _Conditions:
+        """On an object of ours. Some servers refuse a condition, others forget it silently."""
 
         def holds(**condition: str) -> bool | None:
             """None where the server knows no such condition."""
             try:
-                return self._send_if(key, body, **condition) is not None
+                return self._send_if(key, _Body.of(b"mixmo"), **condition) is not None
             except _UnknownError:
                 return None
 
         create = holds(IfNoneMatch="*") is False
         if holds(IfMatch='"0123456789abcdef0123456789abcdef"') is not False:
             return _Conditions(create, None)
-        tag = self._ask("read", key, lambda: self._own(key, body))
+        head = self._ask("read", key, lambda: self._head(key))
+        tag = _bare(head["ETag"]) if head else None
         forms = ['"{}"', "{}"]  # as the standard has it, and as Ceph 16 wants it
         return _Conditions(create, next((form for form in forms if tag and holds(IfMatch=form.format(tag))), None))
 
     # ---- failures
 
+    def _cause(self, error: Exception) -> str:
+        """Under which ADVICE tells what to do."""
+        status, code = _status(error), _code(error)
+        if code in ADVICE:
+            return code
+        if status in (401, 403):  # an answer without content says no code, and may mean the clocks all the same
+            return "RequestTimeTooSkewed" if abs(_ahead_s(error)) > SKEW_S else "refused"
+        if status in (400, 501) and self._encryption:
+            return "encryption"
+        if isinstance(error, faults.SSLError):
+            return "certificate"
+        return "credentials" if isinstance(error, _NO_CREDENTIALS) else "away"
+
     def _explained(self, verb: str, key: str, error: Exception) -> UnreachableError:
+        what = str(error)
         if isinstance(error, faults.ClientError):
-            status, code = _status(error), _code(error)
-            what = f"{code}: {error.response.get('Error', {}).get('Message') or f'status {status}'}"
-            advice = ADVICE.get(code) or ADVICE["refused" if status in (401, 403) else "away"]
-        else:
-            what, advice = str(error), ADVICE["credentials" if isinstance(error, _NO_CREDENTIALS) else "away"]
-        text = f"cannot {verb} {self}/{key}: {what.rstrip('.')}. What was stored before is unharmed. {advice}."
-        for secret in _secrets_of(self._session):
+            what = f"{_code(error)}: {error.response.get('Error', {}).get('Message') or f'status {_status(error)}'}"
+        text = f"cannot {verb} {self}/{key}: {what.rstrip('.')}. What was stored before is unharmed. "
+        text += ADVICE[self._cause(error)] + "."
+        for secret in self.secrets:
             text = text.replace(secret, "***")
         unknown = _code(error) in ("NotImplemented", "InvalidArgument")
         return (_UnknownError if unknown else UnreachableError)(without_secrets(text, os.environ))
@@ -507,15 +586,9 @@ def _client(session: Any, endpoint: str | None, addressing: str = "auto") -> Any
     return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
 
 
-def _secrets_of(session: Any) -> list[str]:
-    try:
-        credentials = session.get_credentials()
-        held = credentials.get_frozen_credentials() if credentials else None
-    except faults.BotoCoreError:  # those of a role or a login that are over and do not come anew
-        held = None
-    if held is None:
-        return []
-    return [each for each in (held.secret_key, held.token) if each]
+def _frozen(session: Any, but: Collection[str] = ()) -> Any:
+    given = session.get_credentials()
+    return None if given is None or given.method in but else given.get_frozen_credentials()
 
 
 def _status(error: Exception) -> int:
@@ -524,6 +597,15 @@ def _status(error: Exception) -> int:
 
 def _code(error: Exception) -> str:
     return str((getattr(error, "response", None) or {}).get("Error", {}).get("Code") or "")
+
+
+def _ahead_s(error: Exception) -> float:
+    """How far this machine's clock is ahead of the server's, which dates its answers; 0 where it does not."""
+    headers = (getattr(error, "response", None) or {}).get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    try:
+        return time.time() - parsedate_to_datetime(headers["date"]).timestamp()
+    except (KeyError, ValueError):
+        return 0.0
 
 
 def _bare(etag: str) -> str:
@@ -535,7 +617,4 @@ def _passes(error: Exception) -> bool:
     """Whether the same request may succeed in a moment."""
     if isinstance(error, faults.ClientError):
         return _code(error) in PASSING or (_status(error) >= 500 and _status(error) != 501) or _status(error) == 429
-    return isinstance(
-        error,
-        (faults.HTTPClientError, faults.IncompleteReadError, faults.ResponseStreamingError, faults.ReadTimeoutError),
-    )
+    return isinstance(error, _CUT)

@@ -68,6 +68,11 @@ class Objects(abc.ABC):
         Only in the process that asked: a file system may hold credentials, and is never pickled or stored.
         """
 
+    @property
+    def secrets(self) -> list[str]:
+        """What must be in no text that is stored or shown, as far as this place knows more than the environment."""
+        return []
+
     @abc.abstractmethod
     def read(self, key: str) -> Stored | None:
         """The object, or None where there is none."""
@@ -95,6 +100,11 @@ class Objects(abc.ABC):
     @abc.abstractmethod
     def swap(self, key: str, data: bytes, tag: str | None) -> str | None:
         """Replace the object whose tag this is (None: there is none yet). The new tag; None where it has changed."""
+
+    @property
+    def atomic(self) -> bool:
+        """Whether `swap` always refuses. Where not, a writer that is held up may overwrite what is newer, once."""
+        return True
 
     @abc.abstractmethod
     def delete(self, key: str) -> None:

@@ -7,10 +7,11 @@ one of its predecessor fail.
 """
 
 import contextlib
+import operator
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any, Self
@@ -49,10 +50,24 @@ LIVE_BYTES = 1 << 20
 """A live file that has grown past this has its rows sealed into a part."""
 MERGED_AT = 8
 """So many parts of about one size are merged into one."""
+SETTLED_ROWS = 1 << 18
+"""A part of so many rows is merged no more while a sweep runs: readers gain little, and the driver would wait long."""
 OUTLIVES_S = 3600.0
 """What no footer names any more stays this long, for those who have listed the folder but not read it yet."""
 LINGER_S = 60.0
 """Rows stay in the live file this long after they were sealed: one listing of `epochs/` always sees them somewhere."""
+LINGER_ROWS = 1 << 17
+"""Where rows come in thousands a second, no more than these stay: the live file is written again with every flush."""
+PIECE = 256
+"""Trials that are encoded together. Of the pieces of a large sweep, a flush makes only those anew that have changed."""
+FLUSH_PAUSE, MERGE_PAUSE = 30, 60
+"""How many times as long as it took one waits before the next flush or merge: both together take a twentieth of the
+driver's time at most.
+"""
+RETRY_S = 30.0
+"""A store that took nothing is tried again after this at the latest, however long the failing took."""
+LOOK_S = 20.0
+"""How often a driver looks whether an older one has overwritten its trials, which it would else see when it writes."""
 
 
 @dataclass(slots=True)
@@ -64,6 +79,25 @@ class _Batch:
     staying: list[EpochRow]
     events: list[Event]
     changes: Counter[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Compaction:
+    """What `compact` did to the files of epochs."""
+
+    sweep: str
+    rows: int
+    parts_before: int
+    parts_after: int
+    bytes_before: int
+    """Of the parts that counted."""
+    bytes_after: int
+    """Of the parts that count now."""
+    bytes_waiting: int
+    """Of files that count no more and are deleted by a compaction, or a run, when they have not for an hour."""
+    bytes_deleted: int
+    unread: Sequence[str]
+    """Parts that could not be read, and stay as they are."""
 
 
 class SweepWriter:
@@ -87,14 +121,21 @@ class SweepWriter:
         self._writing = threading.RLock()  # one flush at a time
         self._rows: dict[str, TrialRow] = {}
         self._live: dict[tuple[str, int], EpochRow] = {}
-        self._lingering: list[tuple[float, list[EpochRow]]] = []
+        self._lingering: list[tuple[float, pa.Table]] = []
+        self._trials_table = _TrialsTable()
         self._loose: list[str] = []  # parts that are written, but not named yet
         self._unmergeable: set[str] = set()  # parts that could not be read
         self._events: list[Event] = []
         self._changes: Counter[str] = Counter()  # of trials, live and events, so far ...
         self._written: Counter[str] = Counter()  # ... and how many of them are in the store
         self._header, self._tag, self._seq = Header(), None, 0
-        self._live_bytes, self._next_flush, self._closed = 0.0, 0.0, False
+        self._merged: tuple[dict[str, int], list[str]] = (
+            {},
+            [],
+        )  # a merge that no trials name yet: its part, its sources
+        self._live_bytes, self._done, self._closed = 0.0, False, False
+        self._next_flush = self._next_merge = 0.0
+        self._next_look = time.monotonic() + LOOK_S
         self._lease = HeldLease(
             self._folder, f"{self._key}/lease.json", sweep=self.sweep, holder=holder, process=process, now=now,
             above=max((int(match[2]) for match in files.files()), default=0),
@@ -124,10 +165,10 @@ class SweepWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if kind is None:
-            self.close(done=False)
+            self.close()
         elif not issubclass(kind, LeaseLostError):
             with contextlib.suppress(MixmoError):  # the error that is on its way says more
-                self.close(done=False)
+                self.close()
 
     # ---- remembering
 
@@ -138,21 +179,25 @@ class SweepWriter:
         """
         with self._lock:
             for given in rows:
-                row = given.replace(sweep=self.sweep, fence=self.fence)
+                row = given if self._owns(given) else given.replace(sweep=self.sweep, fence=self.fence)
                 held = self._rows.get(row.trial_id)
-                if held is None or (row.replace(fence=held.fence) != held and _succeeds(row, held)):
+                if held is None or (_news(row, held) and _succeeds(row, held)):
                     self._rows[row.trial_id] = row
+                    self._done &= row.state in FINAL
                     self._changes["trials"] += 1
 
     def add(self, rows: Iterable[EpochRow]) -> None:
         """Epochs that are done. Of two rows of one epoch the one with the highest order holds."""
         with self._lock:
             for given in rows:
-                row = replace(given, sweep=self.sweep, fence=self.fence)
+                row = given if self._owns(given) else replace(given, sweep=self.sweep, fence=self.fence)
                 held = self._live.get((row.trial_id, row.epoch))
                 if held is None or row.order >= held.order:
                     self._live[row.trial_id, row.epoch] = row
                     self._changes["live"] += 1
+
+    def _owns(self, row: TrialRow | EpochRow) -> bool:
+        return row.fence == self.fence and row.sweep == self.sweep
 
     def event(self, kind: str, text: str, trial_id: str | None = None, cause: str | None = None) -> None:
         """Something to tell people; only the last 1,000 are kept."""
@@ -189,23 +234,70 @@ class SweepWriter:
         """
         with self._writing:
             began = time.monotonic()
+            if began >= self._next_look:
+                self._look()
             if self._changes == self._written or not (force or began >= self._next_flush):
                 return False
+            longest = RETRY_S
             try:
                 self._write(self._batch())
+                longest = float("inf")
             finally:
                 ended = time.monotonic()
-                self._next_flush = ended + max(1.0, 20 * (ended - began))
+                self._next_flush = ended + min(longest, max(1.0, FLUSH_PAUSE * (ended - began)))
+            if force or ended >= self._next_merge:
+                with contextlib.suppress(UnreachableError):  # the rows are written; the parts can wait
+                    self._merge(_to_merge(self._header.parts, self._unmergeable))
+                self._next_merge = time.monotonic() + MERGE_PAUSE * (time.monotonic() - ended)
             return True
 
-    def close(self, *, done: bool) -> None:
-        """Write all there is, say whether the sweep is done, and give the lease back. Twice is fine."""
+    def _look(self) -> None:
+        """An older driver may overwrite the trials once, where the place cannot refuse it: then they are written again
+        though nothing is new.
+        """
+        self._next_look = time.monotonic() + LOOK_S
+        stored = self._folder.read(f"{self._key}/trials.parquet")
+        if stored is None or stored.tag != self._tag:
+            with self._lock:
+                self._changes["trials"] += 1
+
+    def compact(self) -> "Compaction":
+        """Make one part of all that can be read, and delete what has outlived its hour."""
+        with self._writing:
+            before, parts = self._folder.sizes(f"{self._key}/epochs"), self._header.parts
+            unread = -1
+            while unread < len(
+                self._unmergeable
+            ):  # what cannot be read is left out, and what is left merged without it
+                unread = len(self._unmergeable)
+                names = [name for name in self._header.parts if name not in self._unmergeable]
+                self._merge(names if len(names) > 1 else [])
+            with self._lock:
+                self._changes["trials"] += 1
+            self._write(self._batch())
+            after = self._folder.sizes(f"{self._key}/epochs")
+        return Compaction(
+            sweep=self.sweep,
+            rows=sum(self._header.parts.values()),
+            parts_before=len(parts),
+            parts_after=len(self._header.parts),
+            bytes_before=_bytes_of(before, parts),
+            bytes_after=_bytes_of(after, self._header.parts),
+            bytes_waiting=_bytes_of(after, self._header.retired),
+            bytes_deleted=sum(size for key, size in before.items() if key not in after),
+            unread=sorted(self._unmergeable),
+        )
+
+    def close(self, *, done: bool | None = None) -> None:
+        """Write all there is, say whether the sweep is done (None: as it was before), and give the lease back. Twice is
+        fine.
+        """
         with self._writing:
             if self._closed:
                 return
             with self._lock:
                 self._changes["trials"] += 1
-                self._header = replace(self._header, done=done)
+                self._done = self._done if done is None else done
             self._write(self._batch())
             self._lease.release()
             self._closed = True
@@ -225,40 +317,40 @@ class SweepWriter:
     def _write(self, batch: _Batch) -> None:
         """Part, then live, then trials: what the trials say is always backed by rows."""
         changed = {name for name, count in batch.changes.items() if count != self._written[name]}
-        parts, merged = self._write_parts(batch.sealing) if "trials" in changed else (self._header.parts, [])
+        sealed = to_table(batch.sealing, EPOCHS_SCHEMA)
+        parts, sources = self._write_parts(sealed) if "trials" in changed else (self._header.parts, [])
         if "live" in changed:
-            self._write_live(batch.staying, batch.sealing)
+            self._write_live(batch.staying, sealed)
         if "trials" in changed:
-            self._write_trials(batch.rows, parts, merged)
-            self._adopt(batch.sealing)
+            self._write_trials(batch.rows, parts, sources)
+            self._adopt(batch.sealing, sealed)
         if "events" in changed:
             records = [asdict(event) for event in batch.events]
             self._folder.put(f"{self._key}/events.parquet", encode(pa.Table.from_pylist(records, EVENTS_SCHEMA)))
         self._written = batch.changes
 
-    def _write_parts(self, sealing: Sequence[EpochRow]) -> tuple[Mapping[str, int], list[str]]:
-        """Write what is to be sealed or merged; the parts that count then, and those that count no more."""
-        parts = dict(self._header.parts)
-        if sealing:
-            parts |= self._write_part([to_table(sealing, EPOCHS_SCHEMA)])
-        merging = _to_merge({name: rows for name, rows in parts.items() if name not in self._unmergeable})
-        tables = self._mergeable(merging)
-        if not tables:
-            return parts, []
-        parts = {name: rows for name, rows in parts.items() if name not in merging}
-        return parts | self._write_part(tables), merging
+    def _write_parts(self, sealed: pa.Table) -> tuple[Mapping[str, int], list[str]]:
+        """Write what is to be sealed; the parts that count then, and those that count no more since they are merged."""
+        merged, sources = self._merged
+        parts = {name: rows for name, rows in self._header.parts.items() if name not in sources} | merged
+        return parts | (self._write_part([sealed]) if len(sealed) else {}), sources
 
-    def _mergeable(self, names: Iterable[str]) -> list[pa.Table]:
-        """The tables of these parts, or none: a part that cannot be read must not stop the rows of living trials. It
-        stays as it is, for `verify` to report.
+    def _merge(self, names: Sequence[str]) -> None:
+        """Write one part of these; the next write of the trials names it instead of them. A part that cannot be read
+        must not stop the rows of living trials: it stays as it is, for `verify` to report, and so do the others.
         """
-        tables, unread = [], len(self._unmergeable)
+        if self._merged[1] or not names:
+            return
+        tables = []
         for name in names:
             try:
                 tables.append(self._files.part(name))
-            except UnreachableError:
+            except DamagedError:
                 self._unmergeable.add(name)
-        return tables if unread == len(self._unmergeable) else []
+        if len(tables) == len(names):
+            self._merged = self._write_part(tables), list(names)
+            with self._lock:
+                self._changes["trials"] += 1
 
     def _write_part(self, tables: Sequence[pa.Table]) -> dict[str, int]:
         """Nothing names the part until the trials do; should they not get written, its name is not used again."""
@@ -272,7 +364,7 @@ class SweepWriter:
     def _write_trials(self, rows: Sequence[TrialRow], parts: Mapping[str, int], merged: Iterable[str]) -> None:
         header, data = self._trials_object(rows, parts, self._retire(parts, merged))
         self._swap_trials(data)
-        self._header = header
+        self._header, self._merged = header, ({}, [])
         self._loose.clear()
 
     def _retire(self, parts: Mapping[str, int], merged: Iterable[str]) -> dict[str, str]:
@@ -296,11 +388,15 @@ class SweepWriter:
             retired=retired,
             totals=totals(rows),
             written_at=self._now(),
+            done=self._done,
+            copied=not self._folder.atomic,
         )
-        return header, encode(to_table(rows, TRIALS_SCHEMA).replace_schema_metadata({"mixmo": header.encode()}))
+        table = self._trials_table.of(rows)
+        return header, encode(table.replace_schema_metadata({"mixmo": header.encode()}))
 
     def _swap_trials(self, data: bytes) -> None:
         key = f"{self._key}/trials.parquet"
+        self._copy_trials(data)
         for _ in range(3):
             tag = self._folder.swap(key, data, self._tag)
             if tag is not None:
@@ -315,22 +411,26 @@ class SweepWriter:
                 raise self._lease.lost()
         raise UnreachableError(f"{self._folder}/{key} keeps changing under this driver; an older one must still run")
 
-    def _adopt(self, sealed: Sequence[EpochRow]) -> None:
+    def _copy_trials(self, data: bytes) -> None:
+        """Under a name that no other driver touches, for readers of a place where one may overwrite the trials."""
+        if not self._folder.atomic:
+            self._folder.put(self._files.copy_key(self.fence), data)
+
+    def _adopt(self, rows: Sequence[EpochRow], sealed: pa.Table) -> None:
         """The trials name the part of these rows now: from here on they only linger in the live file."""
         with self._lock:
-            for row in sealed:
+            for row in rows:
                 if self._live.get((row.trial_id, row.epoch)) is row:
                     del self._live[row.trial_id, row.epoch]
-        if sealed:
-            self._lingering.append((time.monotonic(), list(sealed)))
+        if rows:
+            self._lingering.append((time.monotonic(), sealed))
 
-    def _write_live(self, staying: Sequence[EpochRow], sealing: Sequence[EpochRow]) -> None:
-        limit = time.monotonic() - LINGER_S
-        self._lingering = [(since, rows) for since, rows in self._lingering if since > limit]
-        leaving = [*(row for _, rows in self._lingering for row in rows), *sealing]
-        data = encode(merge([to_table([*leaving, *staying], EPOCHS_SCHEMA)]))
+    def _write_live(self, staying: Sequence[EpochRow], sealed: pa.Table) -> None:
+        self._lingering = _still(self._lingering, time.monotonic() - LINGER_S)
+        leaving = [*(table for _, table in self._lingering), sealed]
+        data = encode(merge([*leaving, to_table(staying, EPOCHS_SCHEMA)]))
         self._folder.put(self._files.live_key(self.fence), data)
-        self._live_bytes = len(data) * len(staying) / max(1, len(staying) + len(leaving))
+        self._live_bytes = len(data) * len(staying) / max(1, len(staying) + sum(map(len, leaving)))
 
     def _take_over(self) -> None:
         """Take in what earlier drivers left: first the rows of running trials, then all trials, under our fence.
@@ -339,11 +439,13 @@ class SweepWriter:
         """
         for _ in range(8):
             self._load()
-            self._write_live(list(self._live.values()), [])
+            self._write_live(list(self._live.values()), EPOCHS_SCHEMA.empty_table())
             header, data = self._trials_object(self.rows, self._header.parts, self._header.retired)
+            self._copy_trials(data)
             self._tag = self._folder.swap(f"{self._key}/trials.parquet", data, self._tag)
             if self._tag is not None:
                 self._header = header
+                self._files.drop_copies(below=self.fence)
                 return
         raise UnreachableError(f"{self._folder}/{self._key} keeps changing: an older driver must still run; stop it")
 
@@ -352,7 +454,7 @@ class SweepWriter:
             self._folder.tidy(prefix)
         left = [match[0] for match in self._files.files() if int(match[2]) < self.fence]
         try:
-            seen = self._files.look(parts=False)
+            seen = self._files.look(None)
         except NotFoundError:
             self._header, self._tag = Header(retired=dict.fromkeys(left, self._now().isoformat())), None
             return
@@ -368,7 +470,40 @@ class SweepWriter:
             self._events = self._files.events()
         counted, now = {*seen.header.parts, *seen.header.retired}, self._now().isoformat()
         retired = {**seen.header.retired, **{name: now for name in left if name not in counted}}
-        self._header = replace(seen.header, done=False, retired=retired)
+        self._done = seen.header.done
+        self._header = replace(seen.header, retired=retired)
+
+
+class _TrialsTable:
+    """The table of all trials, of which only the pieces are made anew that have a row which is another than before."""
+
+    def __init__(self) -> None:
+        self._pieces: list[tuple[Sequence[TrialRow], pa.Table]] = []
+
+    def of(self, rows: Sequence[TrialRow]) -> pa.Table:
+        pieces = []
+        for number, start in enumerate(range(0, len(rows), PIECE)):
+            some = rows[start : start + PIECE]
+            held = self._pieces[number] if number < len(self._pieces) else ((), None)
+            same = len(held[0]) == len(some) and all(map(operator.is_, held[0], some))
+            pieces.append(held if same else (some, to_table(some, TRIALS_SCHEMA)))
+        self._pieces = pieces
+        return pa.concat_tables([table for _, table in pieces]) if pieces else TRIALS_SCHEMA.empty_table()
+
+
+def _still(lingering: Sequence[tuple[float, pa.Table]], limit: float) -> list[tuple[float, pa.Table]]:
+    """Of rows that were sealed, those that must stay in the live file: not for too long, and not too many."""
+    kept: list[tuple[float, pa.Table]] = []
+    for since, table in reversed(lingering):
+        if since <= limit or sum(len(each) for _, each in kept) >= LINGER_ROWS:
+            break
+        kept.insert(0, (since, table))
+    return kept
+
+
+def _news(row: TrialRow, held: TrialRow) -> bool:
+    """Whether a row says anything that the one held does not; under which fence it is said is no news."""
+    return (row if row.fence == held.fence else row.replace(fence=held.fence)) != held
 
 
 def _check_columns(seen: Look) -> None:
@@ -396,11 +531,17 @@ def _succeeds(row: TrialRow, held: TrialRow) -> bool:
     return True
 
 
-def _to_merge(parts: Mapping[str, int]) -> list[str]:
+def _bytes_of(sizes: Mapping[str, int], names: Iterable[str]) -> int:
+    wanted = set(names)
+    return sum(size for key, size in sizes.items() if key.rpartition("/")[2] in wanted)
+
+
+def _to_merge(parts: Mapping[str, int], unmergeable: Collection[str]) -> list[str]:
     """Parts of about one size, once they are many: so a row is rewritten only as often as the table's size has digits
-    to the base of 8.
+    to the base of 8. Those that are large already stay.
     """
     sizes: dict[int, list[str]] = defaultdict(list)
     for name, rows in parts.items():
-        sizes[max(1, rows).bit_length() // 3].append(name)
+        if name not in unmergeable and rows < SETTLED_ROWS:
+            sizes[max(1, rows).bit_length() // 3].append(name)
     return next((names for _, names in sorted(sizes.items()) if len(names) >= MERGED_AT), [])
