@@ -331,7 +331,7 @@ class SweepFiles:
         """
         for _ in range(4):
             table, header, tag = self._trials("trials.parquet")
-            above = max(self._copies() if header.copied else [0])
+            above = max(self.copies() if header.copied else [0])
             if above <= header.fence:
                 return table, header, tag
             with contextlib.suppress(NotFoundError):  # a newer driver has put its own in this one's place
@@ -354,7 +354,7 @@ class SweepFiles:
             text = f"{self.folder}/{key} was not written by mixmo: its footer is not ours"
             raise DamagedError(text, _RESTORE) from error
 
-    def _copies(self) -> list[int]:
+    def copies(self) -> list[int]:
         """The fences of the copies of the trials, and 0."""
         return [0, *(int(match[1]) for match in map(COPY.fullmatch, self.folder.names(self.key)) if match)]
 
@@ -363,7 +363,7 @@ class SweepFiles:
 
     def drop_copies(self, below: int) -> None:
         """Delete the copies of drivers that were before this fence."""
-        for fence in self._copies():
+        for fence in self.copies():
             if 0 < fence < below:
                 self.folder.delete(self.copy_key(fence))
 

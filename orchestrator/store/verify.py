@@ -292,11 +292,18 @@ def _suspects(trials: pa.Table, tables: Sequence[pa.Table]) -> set[str]:
     wrong = np.ones(len(rows.ids), dtype=bool)
     wrong[own] = False  # all that are in no row of the trials remain
     order = np.lexsort((*reversed(rows.keys), rows.trial))
-    last = order[np.append(~rows.same(order, (rows.trial, rows.keys[0])), [True] * bool(len(order)))]
+    last = order[_last(~rows.same(order, (rows.trial, rows.keys[0])), order)]
     wrong[_repeated(rows, order)] = True
     wrong |= _uneven(rows, last, own, _numbers(trials.column("epoch")))
     wrong[own[_contradicting(rows, last, own, trials)]] = True
     return {rows.ids[code] for code in np.flatnonzero(wrong).tolist()}
+
+
+def _last(changes: "NDArray[np.bool_]", rows: "NDArray[np.int64]") -> "NDArray[np.bool_]":
+    """Which rows are the last of their kind, of whether the next one is of another."""
+    import numpy as np
+
+    return np.concatenate([changes, np.ones(min(1, len(rows)), dtype=bool)])
 
 
 def _repeated(rows: _Columns, order: "NDArray[np.int64]") -> "NDArray[np.int64]":
@@ -329,7 +336,7 @@ def _contradicting(
     """Numbers of rows of finished trials that are not as their last epoch says."""
     import numpy as np
 
-    ends = last[np.append(np.diff(rows.trial[last]) != 0, [True] * bool(len(last)))]
+    ends = last[_last(np.diff(rows.trial[last]) != 0, last)]
     end = np.full(len(rows.ids), -1)
     end[rows.trial[ends]] = ends
     state = np.array([each == "TERMINATED" for each in trials.column("state").to_pylist()], dtype=bool)

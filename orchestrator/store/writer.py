@@ -412,6 +412,8 @@ class SweepWriter:
     def _copy_trials(self, data: bytes) -> None:
         """Under a name that no other driver touches, for readers of a place where one may overwrite the trials."""
         if not self._folder.atomic:
+            if max(self._files.copies()) > self.fence:  # the swap would not tell, where what is there is our own
+                raise self._lease.lost()
             self._folder.put(self._files.copy_key(self.fence), data)
 
     def _adopt(self, rows: Sequence[EpochRow], sealed: pa.Table) -> None:
