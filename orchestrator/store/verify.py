@@ -4,7 +4,6 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from orchestrator.rows import (
 from orchestrator.store.attempts import ATTEMPT, CHECKPOINT, LOGITS, NO_LOGITS, matches
 from orchestrator.store.lease import read_lease
 from orchestrator.store.objects import DamagedError, Objects
-from orchestrator.store.tables import COPY, READERS, ChangedError, Header, SweepFiles, fit, sweep_names
+from orchestrator.store.tables import COPY, ChangedError, Header, SweepFiles, at_once, fit, numbers, only, sweep_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,15 +92,9 @@ def _tables(files: SweepFiles, header: Header) -> tuple[dict[str, pa.Table], lis
             return Fault("damaged", None, error.what, _ROWS_LOST)
 
     names = [f"live-{header.fence}.parquet", *header.parts]
-    found = dict(zip(names, _at_once(read, names), strict=True))
+    found = dict(zip(names, at_once(read, names), strict=True))
     tables = {name: each for name, each in found.items() if not isinstance(each, Fault)}
     return tables, [each for each in found.values() if isinstance(each, Fault)]
-
-
-def _at_once(ask: Callable[[str], Any], keys: Iterable[str]) -> list[Any]:
-    """The answers in order. A bucket takes milliseconds for each, and trials are tens of thousands."""
-    with ThreadPoolExecutor(READERS) as readers:
-        return list(readers.map(ask, keys))
 
 
 def _other_damage(files: SweepFiles) -> list[Fault]:
@@ -128,7 +121,7 @@ def _other_damage(files: SweepFiles) -> list[Fault]:
 def _checkpoint_faults(folder: Objects, rows: Sequence[TrialRow]) -> list[Fault]:
     """Of trials that ended: any other goes on from the newest whole checkpoint that is there, whatever its row says."""
     named = [row for row in rows if row.checkpoint is not None and row.state in FINAL]
-    texts = _at_once(lambda key: _unlike_its_name(folder, key), [str(row.checkpoint) for row in named])
+    texts = at_once(lambda key: _unlike_its_name(folder, key), [str(row.checkpoint) for row in named])
     return [
         Fault("checkpoint", row.trial_id, f"checkpoint {text}", _LOST if row.state == "TERMINATED" else _PASSED_OVER)
         for row, text in zip(named, texts, strict=True)
@@ -139,7 +132,7 @@ def _checkpoint_faults(folder: Objects, rows: Sequence[TrialRow]) -> list[Fault]
 def _logits_faults(folder: Objects, rows: Sequence[TrialRow]) -> list[Fault]:
     """Of finished trials. One without logits is none: earlier versions kept none, and a store may have taken none."""
     named = [row for row in rows if row.logits is not None and row.state == "TERMINATED"]
-    texts = _at_once(lambda key: _unlike_its_name(folder, key), [str(row.logits) for row in named])
+    texts = at_once(lambda key: _unlike_its_name(folder, key), [str(row.logits) for row in named])
     return [
         Fault("logits", row.trial_id, text, f"its own numbers stand, ensembles with it cannot be made: {NO_LOGITS}")
         for row, text in zip(named, texts, strict=True)
@@ -236,7 +229,7 @@ def _epoch_faults(rows: Sequence[TrialRow], trials: pa.Table, tables: Mapping[st
     looked at row by row that a look at all columns at once does not clear.
     """
     suspects = _suspects(fit(trials, TRIALS_SCHEMA), [fit(table, EPOCHS_SCHEMA) for table in tables.values()])
-    held = {name: epoch_rows(_rows_of(table, suspects)) for name, table in tables.items()}
+    held = {name: epoch_rows(only(table, *suspects)) for name, table in tables.items()}
     epochs = newest([row for each in held.values() for row in each])
     unknown = {each.trial_id for each in epochs} - {row.trial_id for row in rows}
     return [
@@ -244,12 +237,6 @@ def _epoch_faults(rows: Sequence[TrialRow], trials: pa.Table, tables: Mapping[st
         *_doubled(held),
         *_gaps([row for row in rows if row.trial_id in suspects], epochs),
     ]
-
-
-def _rows_of(table: pa.Table, trial_ids: set[str]) -> pa.Table:
-    import pyarrow.compute as pc  # only here and below: it costs every command that loads the store a tenth of its time
-
-    return table.filter(pc.is_in(table.column("trial_id"), pa.array(sorted(trial_ids), pa.string())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +262,7 @@ def _suspects(trials: pa.Table, tables: Sequence[pa.Table]) -> set[str]:
     """The trials among which all are that have a fault in their rows."""
     import numpy as np
 
-    epochs = pa.concat_tables([EPOCHS_SCHEMA.empty_table(), *tables])
+    epochs = pa.concat_tables(tables) if tables else EPOCHS_SCHEMA.empty_table()
     named = pa.chunked_array([*trials.column("trial_id").chunks, *epochs.column("trial_id").chunks], pa.string())
     encoded = named.combine_chunks().dictionary_encode()
     codes = np.from_dlpack(encoded.indices).astype(np.int64)
@@ -354,7 +341,7 @@ def _differ(
 
     differ = np.zeros(len(rows), dtype=bool)
     for name in names:
-        a, b = one.column(name).take(pa.array(rows)), other.column(name).take(pa.array(others))
+        a, b = one.column(name).take(numbers(rows)), other.column(name).take(numbers(others))
         if pa.types.is_string(a.type):
             differ |= np.array([x != y for x, y in zip(a.to_pylist(), b.to_pylist(), strict=True)], dtype=bool)
         else:
@@ -366,7 +353,7 @@ def _differ(
 def _numbers(column: pa.ChunkedArray) -> Any:
     """A column of numbers or times as an array; what is null is a number that no measurement gives."""
     import numpy as np
-    import pyarrow.compute as pc
+    import pyarrow.compute as pc  # a tenth of the time of every command that loads the store
 
     if pa.types.is_floating(column.type):
         return np.from_dlpack(pc.fill_null(column, -1.7976931348623157e308).combine_chunks())

@@ -263,13 +263,9 @@ class SweepWriter:
         """Make one part of all that can be read, and delete what has outlived its hour."""
         with self._writing:
             before, parts = self._folder.sizes(f"{self._key}/epochs"), self._header.parts
-            unread = -1
-            while unread < len(
-                self._unmergeable
-            ):  # what cannot be read is left out, and what is left merged without it
-                unread = len(self._unmergeable)
-                names = [name for name in self._header.parts if name not in self._unmergeable]
-                self._merge(names if len(names) > 1 else [])
+            self._merge_all()
+            if self._unmergeable:  # once more, without what could not be read
+                self._merge_all()
             with self._lock:
                 self._changes["trials"] += 1
             self._write(self._batch())
@@ -285,6 +281,10 @@ class SweepWriter:
             bytes_deleted=sum(size for key, size in before.items() if key not in after),
             unread=sorted(self._unmergeable),
         )
+
+    def _merge_all(self) -> None:
+        names = [name for name in self._header.parts if name not in self._unmergeable]
+        self._merge(names if len(names) > 1 else [])
 
     def close(self, *, done: bool | None = None) -> None:
         """Write all there is, say whether the sweep is done (None: as it was before), and give the lease back. Twice is
