@@ -12,7 +12,7 @@ import pytest
 from made_rows import advance, content, epoch, reached, some_logits, trial
 
 from orchestrator.rows import EPOCHS_SCHEMA, TRIALS_SCHEMA, EpochRow, TrialRow, epoch_rows, to_table, trial_rows
-from orchestrator.store import Fault, ResultStore
+from orchestrator.store import Fault, ResultStore, verify
 
 CONTENT = b"weights"
 CHECKPOINT = f"epoch-00003-{hashlib.sha256(CONTENT).hexdigest()[:16]}.pt"
@@ -144,6 +144,21 @@ PLANTED: dict[str, tuple[Callable[[ResultStore], object], list[str], str]] = {
         lambda s: s.folder.put("sweeps/made/epochs/part-1-000007.parquet", content(s, part(s))),
         ["unnamed"], "part-1-000007.parquet is named by nothing",
     ),
+    "a file that is not ours": (
+        lambda s: s.folder.put("sweeps/made/notes.txt", b"x"), ["unnamed"], "notes.txt is no file of mixmo",
+    ),
+    "a folder that is not ours": (
+        lambda s: s.folder.put("sweeps/made/plots/a.png", b"x"), ["unnamed"], "plots/ is no file of mixmo",
+    ),
+    "a stranger among the epochs": (
+        lambda s: s.folder.put("sweeps/made/epochs/a.csv", b"x"), ["unnamed"], "epochs/a.csv is no file of mixmo",
+    ),
+    "a stranger among the files of an attempt": (
+        lambda s: s.folder.put(f"trials/{trial().trial_id}/1-1-aa/core.1", b"x"), ["unnamed"], "core.1 is no file",
+    ),
+    "a file beside the attempts": (
+        lambda s: s.folder.put(f"trials/{trial().trial_id}/notes", b"x"), ["unnamed"], "notes is no file of an attempt",
+    ),
     "a trial that no sweep has": (
         lambda s: s.attempt("f" * 12, 1, 1, "aa").put_log(0, "x"), ["unnamed"], "belongs to no trial",
     ),
@@ -176,6 +191,44 @@ def test_what_only_looks_like_a_fault_is_none(store: ResultStore) -> None:
         writer.put([reached(row, 1, seq=9, metrics=broken.metrics)])
         writer.flush(force=True)
         assert store.verify("made") == []
+
+
+def test_what_others_of_the_project_keep_there_is_no_fault(store: ResultStore) -> None:
+    """Commands, claims, and what attempts leave that were killed: logs, and checkpoints that a newer one replaced."""
+    attempt = store.attempt(trial().trial_id, 1, 2, "bb")
+    attempt.put_log(0, "killed")
+    store.folder.put(attempt.path_of(CHECKPOINT), CONTENT)
+    for key in ("sweeps/made/commands/a.json", "sweeps/made/claims/b.json", "claims/c.json"):
+        store.folder.put(key, b"{}")
+    assert store.verify("made") == []
+
+
+def test_a_sweep_without_trials_has_no_fault(place: str) -> None:
+    store = ResultStore.open(place, create=True)
+    with store.writer("made", sweep_text=""):
+        pass
+    assert store.verify("made") == []
+
+
+def test_the_quick_look_misses_nothing_that_the_close_look_finds(
+    store: ResultStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every planted fault of rows is found without the columns' verdict too, and no other."""
+    for fault, (plant, _, _) in PLANTED.items():
+        if not set(PLANTED[fault][1]) & {"rows", "duplicate", "metrics"}:
+            continue
+        kept = {key: content(store, key) for key in (part(store), LIVE, TRIALS)}
+        plant(store)
+        quick = store.verify("made")
+        with monkeypatch.context() as patch:
+            patch.setattr(verify, "_suspects", lambda trials, tables: _all_ids(trials, *tables))
+            assert store.verify("made") == quick, fault
+        for key, data in kept.items():
+            store.folder.put(key, data)
+
+
+def _all_ids(*tables: pa.Table) -> set[str]:
+    return {trial_id for table in tables for trial_id in table.column("trial_id").to_pylist()}
 
 
 def test_a_lost_checkpoint_is_a_fault_only_where_it_was_the_last_word(store: ResultStore) -> None:

@@ -4,7 +4,6 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,18 @@ from orchestrator.rows import (
 from orchestrator.store.attempts import ATTEMPT, CHECKPOINT, LOGITS, NO_LOGITS, matches
 from orchestrator.store.lease import read_lease
 from orchestrator.store.objects import DamagedError, Objects
-from orchestrator.store.tables import COPY, READERS, ChangedError, Header, NewerError, SweepFiles, fit, sweep_names
+from orchestrator.store.tables import (
+    COPY,
+    ChangedError,
+    Header,
+    NewerError,
+    SweepFiles,
+    at_once,
+    fit,
+    numbers,
+    only,
+    sweep_names,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,15 +105,9 @@ def _tables(files: SweepFiles, header: Header) -> tuple[dict[str, pa.Table], lis
             return Fault("damaged", None, error.what, _ROWS_LOST)
 
     names = [f"live-{header.fence}.parquet", *header.parts]
-    found = dict(zip(names, _at_once(read, names), strict=True))
+    found = dict(zip(names, at_once(read, names), strict=True))
     tables = {name: each for name, each in found.items() if not isinstance(each, Fault)}
     return tables, [each for each in found.values() if isinstance(each, Fault)]
-
-
-def _at_once(ask: Callable[[str], Any], keys: Iterable[str]) -> list[Any]:
-    """The answers in order. A bucket takes milliseconds for each, and trials are tens of thousands."""
-    with ThreadPoolExecutor(READERS) as readers:
-        return list(readers.map(ask, keys))
 
 
 def _other_damage(files: SweepFiles) -> list[Fault]:
@@ -130,7 +134,7 @@ def _other_damage(files: SweepFiles) -> list[Fault]:
 def _checkpoint_faults(folder: Objects, rows: Sequence[TrialRow]) -> list[Fault]:
     """Of trials that ended: any other goes on from the newest whole checkpoint that is there, whatever its row says."""
     named = [row for row in rows if row.checkpoint is not None and row.state in FINAL]
-    texts = _at_once(lambda key: _unlike_its_name(folder, key), [str(row.checkpoint) for row in named])
+    texts = at_once(lambda key: _unlike_its_name(folder, key), [str(row.checkpoint) for row in named])
     return [
         Fault("checkpoint", row.trial_id, f"checkpoint {text}", _LOST if row.state == "TERMINATED" else _PASSED_OVER)
         for row, text in zip(named, texts, strict=True)
@@ -141,7 +145,7 @@ def _checkpoint_faults(folder: Objects, rows: Sequence[TrialRow]) -> list[Fault]
 def _logits_faults(folder: Objects, rows: Sequence[TrialRow]) -> list[Fault]:
     """Of finished trials. One without logits is none: earlier versions kept none, and a store may have taken none."""
     named = [row for row in rows if row.logits is not None and row.state == "TERMINATED"]
-    texts = _at_once(lambda key: _unlike_its_name(folder, key), [str(row.logits) for row in named])
+    texts = at_once(lambda key: _unlike_its_name(folder, key), [str(row.logits) for row in named])
     return [
         Fault("logits", row.trial_id, text, f"its own numbers stand, ensembles with it cannot be made: {NO_LOGITS}")
         for row, text in zip(named, texts, strict=True)
@@ -238,7 +242,7 @@ def _epoch_faults(rows: Sequence[TrialRow], trials: pa.Table, tables: Mapping[st
     looked at row by row that a look at all columns at once does not clear.
     """
     suspects = _suspects(fit(trials, TRIALS_SCHEMA), [fit(table, EPOCHS_SCHEMA) for table in tables.values()])
-    held = {name: epoch_rows(_rows_of(table, suspects)) for name, table in tables.items()}
+    held = {name: epoch_rows(only(table, *suspects)) for name, table in tables.items()}
     epochs = newest([row for each in held.values() for row in each])
     unknown = {each.trial_id for each in epochs} - {row.trial_id for row in rows}
     return [
@@ -246,12 +250,6 @@ def _epoch_faults(rows: Sequence[TrialRow], trials: pa.Table, tables: Mapping[st
         *_doubled(held),
         *_gaps([row for row in rows if row.trial_id in suspects], epochs),
     ]
-
-
-def _rows_of(table: pa.Table, trial_ids: set[str]) -> pa.Table:
-    import pyarrow.compute as pc  # only here and below: it costs every command that loads the store a tenth of its time
-
-    return table.filter(pc.is_in(table.column("trial_id"), pa.array(sorted(trial_ids), pa.string())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +275,7 @@ def _suspects(trials: pa.Table, tables: Sequence[pa.Table]) -> set[str]:
     """The trials among which all are that have a fault in their rows."""
     import numpy as np
 
-    epochs = pa.concat_tables([EPOCHS_SCHEMA.empty_table(), *tables])
+    epochs = pa.concat_tables(tables) if tables else EPOCHS_SCHEMA.empty_table()
     named = pa.chunked_array([*trials.column("trial_id").chunks, *epochs.column("trial_id").chunks], pa.string())
     encoded = named.combine_chunks().dictionary_encode()
     codes = np.from_dlpack(encoded.indices).astype(np.int64)
@@ -294,11 +292,18 @@ def _suspects(trials: pa.Table, tables: Sequence[pa.Table]) -> set[str]:
     wrong = np.ones(len(rows.ids), dtype=bool)
     wrong[own] = False  # all that are in no row of the trials remain
     order = np.lexsort((*reversed(rows.keys), rows.trial))
-    last = order[np.append(~rows.same(order, (rows.trial, rows.keys[0])), [True] * bool(len(order)))]
+    last = order[_last(~rows.same(order, (rows.trial, rows.keys[0])), order)]
     wrong[_repeated(rows, order)] = True
     wrong |= _uneven(rows, last, own, _numbers(trials.column("epoch")))
     wrong[own[_contradicting(rows, last, own, trials)]] = True
     return {rows.ids[code] for code in np.flatnonzero(wrong).tolist()}
+
+
+def _last(changes: "NDArray[np.bool_]", rows: "NDArray[np.int64]") -> "NDArray[np.bool_]":
+    """Which rows are the last of their kind, of whether the next one is of another."""
+    import numpy as np
+
+    return np.concatenate([changes, np.ones(min(1, len(rows)), dtype=bool)])
 
 
 def _repeated(rows: _Columns, order: "NDArray[np.int64]") -> "NDArray[np.int64]":
@@ -331,7 +336,7 @@ def _contradicting(
     """Numbers of rows of finished trials that are not as their last epoch says."""
     import numpy as np
 
-    ends = last[np.append(np.diff(rows.trial[last]) != 0, [True] * bool(len(last)))]
+    ends = last[_last(np.diff(rows.trial[last]) != 0, last)]
     end = np.full(len(rows.ids), -1)
     end[rows.trial[ends]] = ends
     state = np.array([each == "TERMINATED" for each in trials.column("state").to_pylist()], dtype=bool)
@@ -349,7 +354,7 @@ def _differ(
 
     differ = np.zeros(len(rows), dtype=bool)
     for name in names:
-        a, b = one.column(name).take(pa.array(rows)), other.column(name).take(pa.array(others))
+        a, b = one.column(name).take(numbers(rows)), other.column(name).take(numbers(others))
         if pa.types.is_string(a.type):
             differ |= np.array([x != y for x, y in zip(a.to_pylist(), b.to_pylist(), strict=True)], dtype=bool)
         else:
@@ -361,7 +366,7 @@ def _differ(
 def _numbers(column: pa.ChunkedArray) -> Any:
     """A column of numbers or times as an array; what is null is a number that no measurement gives."""
     import numpy as np
-    import pyarrow.compute as pc
+    import pyarrow.compute as pc  # a tenth of the time of every command that loads the store
 
     if pa.types.is_floating(column.type):
         return np.from_dlpack(pc.fill_null(column, -1.7976931348623157e308).combine_chunks())

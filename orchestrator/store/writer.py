@@ -271,13 +271,9 @@ class SweepWriter:
         """Make one part of all that can be read, and delete what has outlived its hour."""
         with self._writing:
             before, parts = self._folder.sizes(f"{self._key}/epochs"), self._header.parts
-            unread = -1
-            while unread < len(
-                self._unmergeable
-            ):  # what cannot be read is left out, and what is left merged without it
-                unread = len(self._unmergeable)
-                names = [name for name in self._header.parts if name not in self._unmergeable]
-                self._merge(names if len(names) > 1 else [])
+            self._merge_all()
+            if self._unmergeable:  # once more, without what could not be read
+                self._merge_all()
             with self._lock:
                 self._changes["trials"] += 1
             self._write(self._batch())
@@ -293,6 +289,10 @@ class SweepWriter:
             bytes_deleted=sum(size for key, size in before.items() if key not in after),
             unread=sorted(self._unmergeable),
         )
+
+    def _merge_all(self) -> None:
+        names = [name for name in self._header.parts if name not in self._unmergeable]
+        self._merge(names if len(names) > 1 else [])
 
     def close(self, *, done: bool | None = None) -> None:
         """Write all there is, say whether the sweep is done (None: as it was before), and give the lease back. Twice is
@@ -422,6 +422,8 @@ class SweepWriter:
     def _copy_trials(self, data: bytes) -> None:
         """Under a name that no other driver touches, for readers of a place where one may overwrite the trials."""
         if not self._folder.atomic:
+            if max(self._files.copies()) > self.fence:  # the swap would not tell, where what is there is our own
+                raise self._lease.lost()
             self._folder.put(self._files.copy_key(self.fence), data)
 
     def _adopt(self, rows: Sequence[EpochRow], sealed: pa.Table) -> None:
