@@ -77,8 +77,15 @@ class Steps(Pace):
 class Threads:
     """Engines over one pace: `driver.run(..., engine=Threads().engine)`."""
 
-    def __init__(self, pace: Pace | None = None, *, gangs: int = AT_ONCE, wait_s: float = 0.2) -> None:
-        self.pace, self.gangs, self.wait_s = pace or Pace(), gangs, wait_s
+    def __init__(
+        self,
+        pace: Pace | None = None,
+        *,
+        gangs: int = AT_ONCE,
+        wait_s: float = 0.2,
+        kind: "type[MadeGang] | None" = None,
+    ) -> None:
+        self.pace, self.gangs, self.wait_s, self.kind = pace or Pace(), gangs, wait_s, kind or MadeGang
         self.crews: list[MadeCrew] = []
 
     @contextlib.contextmanager
@@ -153,7 +160,8 @@ class MadeCrew:
 
     def _work(self, name: str) -> None:
         try:
-            MadeGang(name, self._threads_of.pace, self._job, self._loop, self.desk, self._threads_of.wait_s).work()
+            threads = self._threads_of
+            threads.kind(name, threads.pace, self._job, self._loop, self.desk, threads.wait_s).work()
         except (GoneError, asyncio.CancelledError, concurrent.futures.CancelledError):
             pass
         except BaseException as error:
