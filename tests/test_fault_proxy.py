@@ -79,7 +79,7 @@ def test_a_request_cut_in_half_leaves_nothing(direct: Bucket, through: Bucket, p
 def test_faults_are_those_of_the_seed(bucket: str, s3_server: str) -> None:
     seen = []
     for seed in ("1", "1", "2"):
-        with FaultProxy(s3_server, seed=seed, rate=0.4, kinds=("slow_down", "error")) as proxy:
+        with FaultProxy(s3_server, seed=seed, rate=0.6, kinds=("slow_down", "error")) as proxy:
             through = Bucket.open(bucket.replace(s3_server, proxy.endpoint))
             for number in range(12):
                 through.put(f"object-{number}", b"x")

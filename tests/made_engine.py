@@ -1,0 +1,279 @@
+"""An engine of threads: the real driver, dispatcher and store around trainers that only count. No Ray, no torch.
+
+A gang is a thread that takes trials from a real `Dispatcher`, writes real checkpoints and resumes from them; what a
+trial reaches is a function of its id and its epoch. `Pace` says how fast, or lets a test take every step itself.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from orchestrator.dispatcher import Assignment, Dispatcher, EpochReport, Order, Update, Worker
+from orchestrator.engine import Job
+from orchestrator.errors import MixmoError, UnreachableError
+from orchestrator.store import DamagedError, ResultStore
+
+AT_ONCE = 2
+
+
+def metrics(trial_id: str, epoch: int) -> dict[str, float]:
+    """What a trial reaches at this epoch, in every attempt, sweep and process."""
+    return {"loss": 1 / epoch, "lr": 0.1, "top1": (int(trial_id[:4], 16) % 89 + epoch % 10) / 100}
+
+
+class Pace:
+    """How a gang spends its epochs. Every call is made from a gang's thread, before the epoch counts."""
+
+    def __init__(self, epoch_s: float = 0.0) -> None:
+        self.epoch_s = epoch_s
+
+    def epoch(self, order: Order, epoch: int) -> None:
+        """Returns when the epoch is over; raises what the trial is to fail with."""
+        time.sleep(self.epoch_s)
+
+
+class Steps(Pace):
+    """Epochs that end when a test lets them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun: list[tuple[int, int]] = []
+        self._changed = threading.Condition()
+        self._allowed = 0
+        self._open = False
+
+    def epoch(self, order: Order, epoch: int) -> None:
+        with self._changed:
+            self.begun.append((order.index, epoch))
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: self._open or self._allowed > 0, timeout=60)
+            self._allowed -= not self._open
+
+    def allow(self, epochs: int = 1) -> None:
+        with self._changed:
+            self._allowed += epochs
+            self._changed.notify_all()
+
+    def open(self) -> None:
+        """From here on nothing waits."""
+        with self._changed:
+            self._open = True
+            self._changed.notify_all()
+
+    def until(self, happened: Callable[[list[tuple[int, int]]], bool]) -> None:
+        """Wait until the epochs that have begun, as (index, epoch), are so."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: happened(self.begun), timeout=60), self.begun
+
+
+class Threads:
+    """Engines over one pace: `driver.run(..., engine=Threads().engine)`."""
+
+    def __init__(
+        self,
+        pace: Pace | None = None,
+        *,
+        gangs: int = AT_ONCE,
+        wait_s: float = 0.2,
+        kind: "type[MadeGang] | None" = None,
+    ) -> None:
+        self.pace, self.gangs, self.wait_s, self.kind = pace or Pace(), gangs, wait_s, kind or MadeGang
+        self.crews: list[MadeCrew] = []
+
+    @contextlib.contextmanager
+    def engine(self, job: Job) -> Iterator[tuple["MadeCrew", "MadeQueue"]]:
+        loop = _Loop()
+        retries = 10**9 if job.sweep.retry.crash == "unlimited" else job.sweep.retry.crash
+        desk = Dispatcher(job.orders, fence=job.fence, crash_retries=retries)
+        crew = MadeCrew(self, job, loop, desk)
+        self.crews.append(crew)
+        crew.form(self.gangs)
+        queue = MadeQueue(loop, desk, job.orders, self.gangs)
+        try:
+            yield crew, queue
+        finally:
+            crew.close()
+            loop.close()
+
+
+class _Loop:
+    """The dispatcher lives in one asyncio loop, as in its actor."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="dispatcher", daemon=True)
+        self._thread.start()
+
+    def call(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """Run a plain method of the dispatcher, or wait for one of its coroutines."""
+
+        async def act() -> Any:
+            result = function(*arguments, **named)
+            return await result if asyncio.iscoroutine(result) else result
+
+        return asyncio.run_coroutine_threadsafe(act(), self.loop).result(120)
+
+    def close(self) -> None:
+        async def end() -> None:
+            rest = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in rest:
+                task.cancel()
+            await asyncio.gather(*rest, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(end(), self.loop).result(10)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(10)
+        self.loop.close()
+
+
+class MadeCrew:
+    """As `fleet.Fleet`, over threads."""
+
+    def __init__(self, threads: Threads, job: Job, loop: _Loop, desk: Dispatcher) -> None:
+        self.desk, self._threads_of, self._job, self._loop = desk, threads, job, loop
+        self._threads: list[threading.Thread] = []
+        self._acknowledged = 0
+        self._closed = False
+        self.faults: list[BaseException] = []
+        """What escaped a gang, which is a fault of this file."""
+
+    def form(self, gangs: int) -> None:
+        for _ in range(gangs):
+            name = f"gang-{len(self._threads)}"
+            thread = threading.Thread(target=self._work, args=(name,), name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _work(self, name: str) -> None:
+        try:
+            threads = self._threads_of
+            threads.kind(name, threads.pace, self._job, self._loop, self.desk, threads.wait_s).work()
+        except BaseException as error:
+            self.faults.append(error)
+            self._loop.call(self.desk.gang_ended, name, repr(error))
+
+    def updates(self, wait_s: float) -> list[Update]:
+        told: list[Update] = self._loop.call(self.desk.updates, self._acknowledged, wait_s)
+        if told:
+            self._acknowledged = told[-1].seq
+        elif self.faults:
+            raise UnreachableError(f"a made gang broke: {self.faults[0]!r}")
+        return told
+
+    def close(self) -> list[Update]:
+        if self._closed:
+            return []
+        self._closed = True
+        self._loop.call(self.desk.close)
+        for thread in self._threads:
+            thread.join(10)
+        last: list[Update] = self._loop.call(self.desk.updates, self._acknowledged, 0.0)
+        return last
+
+    def in_hand(self) -> int:
+        return int(self._loop.call(self.desk.in_hand))
+
+    def drain(self) -> None:
+        self._loop.call(self.desk.drain)
+
+    def submit(self, indices: Iterable[int]) -> None:
+        for index in sorted(indices):
+            self._loop.call(self.desk.submit, index)
+
+
+class MadeQueue:
+    """As Tune over its proxies: so many trials at once, in their order; one begins when one is over for its proxy."""
+
+    error: BaseException | None = None
+
+    def __init__(self, loop: _Loop, desk: Dispatcher, orders: Iterable[Order], at_once: int) -> None:
+        self._desk, self._waiting = desk, list(orders)
+        self._drained = False
+        self._proxies = [asyncio.run_coroutine_threadsafe(self._proxy(), loop.loop) for _ in range(at_once)]
+
+    async def _proxy(self) -> None:
+        while self._waiting and not self._drained:
+            order = self._waiting.pop(0)
+            self._desk.submit(order.index)
+            epoch = 1
+            while epoch <= order.settings["optim.epochs"] and await self._desk.result(order.index, epoch):
+                epoch += 1
+
+    def is_alive(self) -> bool:
+        return not all(proxy.done() for proxy in self._proxies)
+
+    def drain(self) -> None:
+        self._drained = True
+
+    def join(self, timeout: float | None = None) -> None:
+        """They end with the loop."""
+
+
+class MadeGang:
+    """As `gang.Gang`, with a trainer that counts."""
+
+    def __init__(self, name: str, pace: Pace, job: Job, loop: _Loop, desk: Dispatcher, wait_s: float) -> None:
+        self.name, self.pace, self._loop, self.desk, self._wait_s = name, pace, loop, desk, wait_s
+        self._store = ResultStore.open(job.store_uri)
+
+    def work(self) -> None:
+        worker = Worker(
+            gang=self.name, rank=0, world_size=1, pid=0, host="made", device_name="thread", torch_version="0"
+        )
+        self._loop.call(self.desk.join, worker)
+        while (given := self._loop.call(self.desk.next, self.name, self._wait_s)) != "leave":
+            if isinstance(given, Assignment):
+                self._attempt(given)
+
+    def _attempt(self, given: Assignment) -> None:
+        self._loop.call(self.desk.accept, given.token)
+        try:
+            self._train(given)
+        except MixmoError as error:
+            self._loop.call(self.desk.abandon, given.token, f"the store is away: {error}", charge=False)
+        except Exception as error:
+            self._loop.call(self.desk.fail, given.token, f"Traceback ...\n{error!r}", repr(error))
+
+    def _train(self, given: Assignment) -> None:
+        order, epochs = given.order, given.order.settings["optim.epochs"]
+        reports = self._resumed(order)
+        if reports and self._loop.call(self.desk.report, given.token, reports, None) == "drop":
+            return
+        for epoch in range(len(reports) + 1, epochs + 1):
+            self.pace.epoch(order, epoch)
+            reports.append(report(order.trial_id, epoch))
+            key = self._save(given, reports)
+            answer = self._loop.call(self.desk.report, given.token, reports[-1:], key)
+            if answer in ("drop", False):
+                return
+        self._loop.call(self.desk.finish, given.token, None)
+
+    def _save(self, given: Assignment, reports: list[EpochReport]) -> str:
+        data = json.dumps({"epoch": len(reports)}).encode()
+        folder = self._store.attempt(given.order.trial_id, given.fence, given.attempt, given.token)
+        name = f"epoch-{len(reports):05d}-{hashlib.sha256(data).hexdigest()[:16]}.pt"
+        with TemporaryDirectory() as scratch:
+            path = Path(scratch) / name
+            path.write_bytes(data)
+            return folder.put_file(path, name)
+
+    def _resumed(self, order: Order) -> list[EpochReport]:
+        """The epochs behind the newest whole checkpoint."""
+        for key in self._store.checkpoints(order.trial_id):
+            with TemporaryDirectory() as scratch, contextlib.suppress(DamagedError):
+                state = json.loads(self._store.fetch(key, Path(scratch) / "state").read_bytes())
+                return [report(order.trial_id, epoch) for epoch in range(1, state["epoch"] + 1)]
+        return []
+
+
+def report(trial_id: str, epoch: int) -> EpochReport:
+    return EpochReport(
+        epoch=epoch, metrics=metrics(trial_id, epoch), wall_s=float(epoch), gpu_seconds=0.0, images_per_s=1000.0
+    )
