@@ -11,9 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import hypothesis
+import made_bucket
+import made_ceph
 import numpy as np
 import pytest
-from made_bucket import make_bucket, serve
 
 from orchestrator.store import ResultStore
 
@@ -61,22 +62,39 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """host:port of a server that speaks S3 and forgets everything when the tests end."""
-    with serve() as endpoint:
+    with made_bucket.serve() as endpoint:
         yield endpoint
+
+
+@pytest.fixture(scope="session")
+def ceph_server() -> Iterator[made_ceph.Ceph]:
+    """A real one, one for each process of the tests. It takes a quarter of a minute to start: what uses it is slow."""
+    with made_ceph.serve() as server:
+        yield server
 
 
 @pytest.fixture
 def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The address of a prefix in an empty bucket, with the credentials for it in the environment."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testkey")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush-testsecret")
-    return f"s3://{make_bucket(s3_server)}/some/results?endpoint_override={s3_server}&scheme=http"
+    return address_of_new(s3_server, monkeypatch)
 
 
-@pytest.fixture(params=["folder", "bucket"])
+@pytest.fixture
+def ceph_bucket(ceph_server: made_ceph.Ceph, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As `bucket`, on the real server."""
+    return address_of_new(ceph_server.endpoint, monkeypatch)
+
+
+def address_of_new(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", made_bucket.KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", made_bucket.SECRET)
+    return f"s3://{made_bucket.make_bucket(server)}/some/results?endpoint_override={server}&scheme=http"
+
+
+@pytest.fixture(params=["folder", "bucket", pytest.param("ceph_bucket", marks=pytest.mark.slow)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty place for a store: what holds for one kind holds for the other."""
-    return str(tmp_path / "results") if request.param == "folder" else str(request.getfixturevalue("bucket"))
+    """An empty place for a store: what holds for one kind holds for the others."""
+    return str(tmp_path / "results") if request.param == "folder" else str(request.getfixturevalue(request.param))
 
 
 @pytest.fixture

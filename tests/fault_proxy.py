@@ -64,7 +64,7 @@ class Response:
     body: bytes
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Trap:
     """What is to happen when a certain request comes by, once."""
 
@@ -134,6 +134,12 @@ class FaultProxy:
         with self._lock:
             self._traps.append(trap)
         return trap
+
+    def forget(self, trap: Trap) -> None:
+        """It is not to happen any more."""
+        with self._lock:
+            if trap in self._traps:
+                self._traps.remove(trap)
 
     @contextlib.contextmanager
     def away(self, how: Literal["refused", "silent"] = "refused") -> Iterator[None]:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 STARTS_S = 60.0
+KEY, SECRET = "testkey", "hush-hush-testsecret"
 _numbers = itertools.count(1)
 
 
@@ -51,8 +52,8 @@ def client(endpoint: str) -> Any:
     import boto3
 
     return boto3.client(
-        "s3", endpoint_url=f"http://{endpoint}", region_name="us-east-1", aws_access_key_id="testkey",
-        aws_secret_access_key="hush-hush-testsecret",
+        "s3", endpoint_url=f"http://{endpoint}", region_name="us-east-1", aws_access_key_id=KEY,
+        aws_secret_access_key=SECRET,
     )  # fmt: skip
 
 
