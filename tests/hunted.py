@@ -222,7 +222,7 @@ def warm() -> Any:
     here = Path(__file__).resolve().parent
     os.environ["PYTHONPATH"] = f"{here}:{here.parent}"
     made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload(["hunted"])
+    made.set_forkserver_preload(["hunted", "disturbed", "hunted_ray", "pytest"])  # the parent's main module needs them
     return made
 
 

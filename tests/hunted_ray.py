@@ -39,7 +39,7 @@ resources: {{gpus_per_worker: 0}}
 checkpoints: {{every_s: 0.2}}
 retry: {{crash: unlimited}}
 """
-EPOCHS = 24
+EPOCHS = 60
 MARK = "MIXMO_HUNTED"
 """In the environment of all that a hunt starts, so that it finds what is left of them, and nothing else."""
 ENDS_S = 30.0
@@ -393,3 +393,9 @@ def _one_attempt_each(hunt: Hunt, sweep: Sweep, *, compare: bool = True) -> None
         hunt.tally.lost += len(wanted - found.keys())
         hunt.tally.doubled += found.total() - len(found)
     hunt.close(sweep)
+
+
+def epoch_s(hunt: Hunt) -> float:
+    """How long an epoch takes here, the slowest trial's."""
+    store = ResultStore.open(hunt.place("undisturbed"))
+    return max(row.wall_s / row.epochs for row in store.trial_rows("hunted"))
