@@ -182,9 +182,14 @@ class InsuredGang(MadeGang):
                 time.sleep(0.1)
 
 
-def drive(uri: str, folder: Path, number: int, terms: Terms, blow: Blow | None, machine: str | None) -> None:
-    """One driver: its life, and maybe its death. The main function of a child process."""
+def drive(
+    uri: str, folder: Path, number: int, terms: Terms, blow: Blow | None, machine: str | None, aws: dict[str, str]
+) -> None:
+    """One driver: its life, and maybe its death. The main function of a child process, which has the environment that
+    the server had when it started, but for what `aws` says.
+    """
     _end_with_parent()
+    os.environ |= aws
     out = os.open(folder / f"driver-{number}.txt", os.O_WRONLY | os.O_CREAT, 0o666)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -283,7 +288,8 @@ class Game:
     def start(self, blow: Blow | None = None, *, machine: str | None = None) -> Child:
         self.number += 1
         self.began = time.monotonic()
-        return Child(self._uri, self.folder, self.number, self.terms, blow, machine)
+        aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        return Child(self._uri, self.folder, self.number, self.terms, blow, machine, aws)
 
     def trail(self, number: int | None = None) -> list[list[str]]:
         path = self.folder / f"trail-{number or self.number}.txt"
@@ -333,6 +339,9 @@ class Game:
 
     def close(self) -> None:
         """At its end every trial has one final state, and the store is as it should be."""
+        if not self.store.sweeps():
+            self.tally.faults.append(f"{self.folder}: nothing is stored: {self.said()}")
+            return
         states = Counter(row.state for row in self.store.trial_rows(self.name))
         if states != {"TERMINATED": len(self.planned)}:
             self.tally.faults.append(f"{self.folder}: states at the end: {dict(states)}")
