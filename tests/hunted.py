@@ -377,8 +377,8 @@ def recount(game: Game) -> None:
     rows = Counter((row.trial_id, row.epoch) for row in store.epoch_rows(game.name))
     tally.doubled += sum(count - 1 for count in rows.values())
     tally.lost += sum((trial_id, each + 1) not in rows for trial_id in finished for each in range(game.terms.epochs))
-    for record in _stored(store, game.name):
-        tally.wrong += _unlike(record["trial_id"], record["epoch"], record)
+    keyed = [(record["trial_id"], record["epoch"], record) for record in _stored(store, game.name)]
+    tally.wrong += len({(trial_id, each) for trial_id, each, record in keyed if _unlike(trial_id, each, record)})
 
 
 def _stored(store: ResultStore, sweep: str) -> Iterator[dict[str, Any]]:
