@@ -49,7 +49,7 @@ resources: {{gpus_per_worker: 0}}
 """
 LEASE_S, HEARTBEAT_S = 1.0, 0.2
 """Of the drivers here: a stale one is to be stale soon."""
-HUNG_S = 120.0
+HUNG_S = 300.0
 """A driver that takes longer than this for anything hangs."""
 
 

@@ -36,7 +36,7 @@ blocks:
   - {{label: cut, set: {{mixing.method: cutmix}}}}
 seeds: 2
 resources: {{gpus_per_worker: 0}}
-checkpoints: {{every_s: 0.2}}
+checkpoints: {{every_s: {every_s}}}
 retry: {{crash: unlimited}}
 """
 EPOCHS = 60
@@ -51,9 +51,11 @@ Told = Callable[[str], None]
 class Sweep(Mixmo):
     """A sweep through the command line, whose store is where `uri` says; its processes get `through`."""
 
-    def __init__(self, folder: Path, uri: str, *, through: str | None = None, epochs: int = EPOCHS) -> None:
+    def __init__(
+        self, folder: Path, uri: str, *, through: str | None = None, epochs: int = EPOCHS, every_s: str = "0.2"
+    ) -> None:
         folder.mkdir(parents=True)
-        super().__init__(folder, SWEEP.format(epochs=epochs))
+        super().__init__(folder, SWEEP.format(epochs=epochs, every_s=every_s))
         self.uri, self.through, self.planned_epochs = uri, through or uri, epochs
         self.mark = f"{os.getpid()}-{folder}"
         self.store = ResultStore.open(uri)
@@ -359,7 +361,8 @@ def at_rate(hunt: Hunt, rate: float) -> float:
 def while_away(hunt: Hunt, away_s: float, epochs: int) -> int:
     """Take the store away while trials train; how many of them finished meanwhile."""
     uri = hunt.place("away")
-    sweep = Sweep(hunt.folder / "away", uri, through=uri.replace(hunt.server, hunt.proxy.endpoint), epochs=epochs)
+    through = uri.replace(hunt.server, hunt.proxy.endpoint)
+    sweep = Sweep(hunt.folder / "away", uri, through=through, epochs=epochs, every_s="auto")
     hunt.tally.sweeps += 1
     process = sweep.start("run", "sweep.yaml")
     try:
