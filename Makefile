@@ -36,8 +36,9 @@ test: export MIXMO_TEST_INSTALL := 1
 test: .venv/tests ## every test that this machine can run, under 40 minutes on 2 cores
 	$(BIN)/python -m pytest
 
-chaos: .venv/tests ## kill a sweep ten times at random moments; about 10 minutes
-	$(BIN)/python -m pytest tests/chaos
+chaos: export MIXMO_TEST_INSTALL := 1
+chaos: .venv/tests ## kill, freeze and cut off sweeps by the thousand, in pieces; about 75 minutes, see tests/chaos
+	$(BIN)/python tests/chaos
 
 check: .venv/tests ## format, lint, types, import contracts, quick tests, under 3 minutes
 	$(BIN)/ruff format --check .

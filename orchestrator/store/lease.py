@@ -181,6 +181,7 @@ class HeldLease:
                 nonce=secrets.token_hex(8),
                 taken_at=now,
                 renewed_at=now,
+                duration_s=LEASE_S,
             )
             tag = self._folder.swap(self._key, lease.encode(), stored.tag if stored else None)
             if tag is not None:
