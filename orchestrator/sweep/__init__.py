@@ -114,6 +114,7 @@ class Shown:
     baseline: str | None = None
     ensembles: tuple[Ensemble, ...] = ()
     published: tuple[Published, ...] = ()
+    price: Price = Price()
 
 
 def shown(text: str, source: str) -> Shown:
@@ -126,8 +127,9 @@ def shown(text: str, source: str) -> Shown:
     reader = Reader(faults)
     ensembles = read_ensembles(root.value.get("ensembles"), None, reader)
     published = read_published(root.value.get("published"), reader)
+    price = read_section("price", root.value.get("price"), reader)
     named = str(baseline.value) if baseline and baseline.value is not None else None
-    return Shown(named) if faults.lines else Shown(named, ensembles, published)
+    return Shown(named) if faults.lines else Shown(named, ensembles, published, price)
 
 
 @dataclass(slots=True)
