@@ -42,6 +42,12 @@ if TYPE_CHECKING:
 FORMATS = ("png", "svg", "pdf")
 MOST_DIAGRAMS = 12
 """Cells whose calibration is drawn: each reads the logits of its trials."""
+MOST_NAMED = 12
+"""Lines of a legend, and cells of a scatter that look different."""
+MOST_CELLS = 80
+"""Lines of the figure of cells: of more, the best are shown."""
+FEW_IMAGES = 10
+"""The accuracy of fewer is chance."""
 DIVERSITY = ("ratio_error", "disagreement", "kl_divergence")
 
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
@@ -176,11 +182,11 @@ def draw_curves(drawn: Sequence[Cell], lines: Sequence[Curve], metric: str, told
         here = [(cell, line) for cell, line in zip(drawn, lines, strict=True) if cell.panel == panel]
         for number, (cell, line) in enumerate(here):
             _draw_curve(axis, cell, line, _scale(metric), _look(number, len(here)))
-        axis.legend(handlelength=3.2)
+        _legend(axis, outside=len(panels) == 1, handlelength=3.2)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.supxlabel("epoch", size="medium")
     figure.supylabel(_axis_name(metric), size="medium")
-    _tell(figure, f"Mean over seeds, whose number is in brackets; bands: one standard deviation. {told}")
+    _tell(figure, told, "Mean over seeds, whose number is in brackets; bands: one standard deviation.")
     return figure
 
 
@@ -195,7 +201,12 @@ def _draw_curve(axis: "Axes", cell: Cell, line: Curve, scale: float, look: Mappi
 
 
 def _accuracy(material: Material, metric: str) -> "Figure | str":
-    return draw_values(cells(material.rows, metric), metric, standing(material.rows, metric))
+    drawn, told = cells(material.rows, metric), standing(material.rows, metric)
+    if len(drawn) <= MOST_CELLS:
+        return draw_values(drawn, metric, told)
+    sign = -1 if BY_NAME[metric].better == "lower" else 1
+    best = sorted(drawn, key=lambda cell: -sign * spread(cell.values(metric))[0])[:MOST_CELLS]
+    return draw_values(best, metric, f"{told}, the best {MOST_CELLS} of {len(drawn):,} cells")
 
 
 def draw_values(drawn: Sequence[Cell], metric: str, told: str = "") -> "Figure":
@@ -215,7 +226,7 @@ def draw_values(drawn: Sequence[Cell], metric: str, told: str = "") -> "Figure":
     axis.set_ylim(-0.6, count - 0.4)
     axis.grid(visible=False, axis="y")
     axis.set_xlabel(_axis_name(metric))
-    _tell(figure, f"Rings: each seed; bars: mean and one standard deviation. {told}")
+    _tell(figure, told, "Rings: each seed; bars: mean and one standard deviation.")
     return figure
 
 
@@ -243,12 +254,12 @@ def draw_study(lines: Sequence[Line], field: str, metric: str, told: str = "") -
             axis.set_xscale("log")
         axis.set_xticks(values, [f"{value:g}" for value in values])
         axis.minorticks_off()
-        axis.legend(handlelength=3.2)
+        _legend(axis, outside=len(panels) == 1, handlelength=3.2)
     figure.supxlabel(setting_name(field), size="medium")
     figure.supylabel(_axis_name(metric), size="medium")
     bands = "Mean over seeds, whose number is in brackets; bands: 95 % interval of the mean, by Student's t."
     levels = " Lines across: the setting has no effect there." if any(line.is_level for line in lines) else ""
-    _tell(figure, f"{bands}{levels} {told}")
+    _tell(figure, told, f"{bands}{levels}")
     return figure
 
 
@@ -282,9 +293,9 @@ def _ensemble(material: Material, metric: str) -> "Figure | str":
     axis.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     axis.set_xlabel("accuracy of one subnetwork, mean over the M (%)")
     axis.set_ylabel("accuracy of their ensemble (%)")
-    axis.legend(handlelength=1.2)
-    told = standing(material.rows, "subnetwork_top1_mean")
-    _tell(figure, f"Small: each seed; large: mean. On the dotted line the ensemble gains nothing. {told}")
+    _legend(axis, outside=True, handlelength=1.2)
+    told = standing(_with_several(material.rows), "subnetwork_top1_mean")
+    _tell(figure, told, "Small: each seed; large: mean. On the dotted line the ensemble gains nothing.")
     return figure
 
 
@@ -296,29 +307,42 @@ def _diversity(material: Material, metric: str) -> "Figure | str":
     for axis, name in zip(axes, there, strict=True):
         _draw_scatter(axis, _several(material.rows, name), name, metric)
         axis.set_xlabel(_axis_name(name).replace("_", " "))
-    axes[0].legend(handlelength=1.2)
+    _legend(axes[-1], outside=True, handlelength=1.2)
     figure.supylabel(_axis_name(metric), size="medium")
-    _tell(figure, f"Small: each seed; large: mean. {standing(material.rows, there[0])}")
+    _tell(figure, standing(_with_several(material.rows), there[0]), "Small: each seed; large: mean.")
     return figure
 
 
 def _several(rows: Sequence[TrialRow], metric: str) -> list[Cell]:
     """The cells of more than one subnetwork that have a metric."""
-    return cells([row for row in rows if (row.config.get("model_subnetworks") or 0) > 1], metric)
+    return cells(_with_several(rows), metric)
+
+
+def _with_several(rows: Sequence[TrialRow]) -> list[TrialRow]:
+    return [row for row in rows if (row.config.get("model_subnetworks") or 0) > 1]
 
 
 def _draw_scatter(axis: "Axes", drawn: Sequence[Cell], x: str, y: str) -> None:
-    for number, cell in enumerate(drawn):
+    looks = list(dict.fromkeys(_kind(cell, len(drawn)) for cell in drawn))
+    named: set[str] = set()
+    for cell in drawn:
         pairs = [(row.metrics.get(x), row.metrics.get(y)) for row in cell.trials]
         both = [(_scale(x) * a, _scale(y) * b) for a, b in pairs if a is not None and b is not None]
         if not both:
             continue
-        look = _look(number, len(drawn))
+        kind = _kind(cell, len(drawn))
+        look = _look(looks.index(kind), len(looks))
         color, marker = look["color"], look["marker"]
         xs, ys = [a for a, _ in both], [b for _, b in both]
         axis.plot(xs, ys, color=color, marker=marker, markersize=3, linestyle="none", alpha=0.6)
         axis.plot([spread(xs)[0]], [spread(ys)[0]], color=color, marker=marker, markersize=8, linestyle="none",
-                  markeredgecolor="black", markeredgewidth=0.6, label=cell.counted)  # fmt: skip
+                  markeredgecolor="black", markeredgewidth=0.6, label=None if kind in named else kind)  # fmt: skip
+        named.add(kind)
+
+
+def _kind(cell: Cell, count: int) -> str:
+    """What looks alike in a scatter: a cell's trials; of too many cells, those of one label or panel."""
+    return cell.counted if count <= MOST_NAMED else cell.trials[0].label or cell.panel
 
 
 # --------------------------------------------------------------------------------------------------------- reliability
@@ -327,19 +351,17 @@ def _draw_scatter(axis: "Axes", drawn: Sequence[Cell], x: str, y: str) -> None:
 def _reliability(material: Material, metric: str) -> "Figure | str":
     drawn = cells(material.rows, "ece")
     found: dict[str, tuple[Cell, Calibration]] = {}
-    why = "no finished trial has an ece"
     for cell in drawn[:MOST_DIAGRAMS]:
         try:
             stored = [material.logits(row) for row in cell.trials]
-        except NotFoundError as error:
-            why = str(error)
+        except NotFoundError:
             continue
         found[cell.name] = cell, calibration(stored)
     if not found:
-        return why
+        return "no cell has the logits of all its finished trials in the store"
     told = standing(material.rows, "ece")
     if len(found) < len(drawn):
-        told = f"{len(found)} of {len(drawn)} cells are shown. {told}"
+        told = f"{told}, {len(found)} of {len(drawn)} cells"
     return draw_reliability(list(found.values()), told)
 
 
@@ -351,28 +373,30 @@ def draw_reliability(found: Sequence[tuple[Cell, Calibration]], told: str = "") 
     down = math.ceil(len(found) / across)
     figure = Figure(figsize=(0.5 + 2.1 * across, 0.4 + 2.9 * down), layout="constrained")
     parts = figure.subfigures(down, across, squeeze=False).flat
-    for number, (part, (cell, found_here)) in enumerate(zip(parts, found, strict=False)):
+    for number, (part, (cell, bins)) in enumerate(zip(parts, found, strict=False)):
         above, below = part.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        _draw_diagram(above, found_here)
+        _draw_diagram(above, bins)
         mean = math.fsum(values := cell.values("ece")) / len(values)
-        above.set_title("\n".join(textwrap.wrap(cell.counted, 26)), fontsize="small")
-        above.text(0.04, 0.96, f"ECE {100 * mean:.1f} %", transform=above.transAxes, va="top", fontsize="small")
-        edges = _edges(len(found_here.share))
-        below.bar(edges[:-1], [100 * each for each in found_here.share], width=edges[1], align="edge", color="0.35")
+        title = [*textwrap.wrap(cell.counted, 26), f"ECE {100 * mean:.1f} %"]
+        above.set_title("\n".join(title), fontsize="small")
+        edges = _edges(len(bins.images))
+        below.bar(edges[:-1], [100 * each for each in bins.shares], width=edges[1], align="edge", color="0.35")
         below.set(xlim=(0, 1), ylim=(0, 100), yticks=(0, 100), xticks=(0, 0.5, 1), xlabel="confidence")
         if number % across == 0:
             above.set_ylabel("accuracy")
             below.set_ylabel("images %")
-    _tell(figure, "Bars: share of right images in 15 bins of the ensemble's confidence, over all seeds; hatched: what "
-                  f"lacks to the confidence, or is above it. ECE: mean over seeds. {told}")  # fmt: skip
+    _tell(figure, told, "Bars: share of right images in 15 bins of the ensemble's confidence, over all seeds; white "
+                        f"where there are fewer than {FEW_IMAGES} images. Hatched: what lacks to the confidence, or is "
+                        "above it. ECE: mean over seeds.")  # fmt: skip
     return figure
 
 
-def _draw_diagram(axis: "Axes", found: Calibration) -> None:
-    edges = _edges(len(found.share))
-    for left, share, sure, right in zip(edges[:-1], found.share, found.confidence, found.accuracy, strict=True):
-        if share:
-            axis.bar(left, right, width=edges[1], align="edge", color="0.72", edgecolor="black", linewidth=0.6)
+def _draw_diagram(axis: "Axes", bins: Calibration) -> None:
+    edges = _edges(len(bins.images))
+    for left, images, sure, right in zip(edges[:-1], bins.images, bins.confidence, bins.accuracy, strict=True):
+        if images:
+            shade = "0.72" if images >= FEW_IMAGES else "white"
+            axis.bar(left, right, width=edges[1], align="edge", color=shade, edgecolor="black", linewidth=0.6)
             axis.bar(left, sure - right, width=edges[1], bottom=right, align="edge", fill=False, hatch="////",
                      edgecolor="0.25", linewidth=0.4)  # fmt: skip
     axis.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--")
@@ -411,8 +435,8 @@ def draw_gallery(samples: Sequence[Sample]) -> "Figure":
             _show(above[images + d], sample.masks_DHWC[d], f"{told} %")
             _show(below[images + d], sample.mixed_DHWC[d])
     made = "The images are made up. " if any(sample.is_made for sample in samples) else ""
-    _tell(figure, f"Upper lines: masks, white for image 1, with the shares of the images; lower lines: what they mix. "
-                  f"{made}Here pixels are mixed; training mixes feature maps of the same size.")  # fmt: skip
+    _tell(figure, "", "Upper lines: masks, white for image 1, with the shares of the images; lower lines: what they "
+                      f"mix. {made}Here pixels are mixed; training mixes feature maps of the same size.")  # fmt: skip
     return figure
 
 
@@ -439,6 +463,9 @@ def draw_front(front: Front) -> "Figure":
         figure = Figure(figsize=(5.6, 4.0), layout="constrained")
         axis = figure.subplots()
         scale = _scale(front.metric)
+        costs = [each.cost for each in front.members]
+        is_wide = min(costs) > 0 and max(costs) / min(costs) > 20
+        middle = math.sqrt(min(costs) * max(costs)) if is_wide else (min(costs) + max(costs)) / 2
         on = sorted((each for each in front.members if each.dominated_by is None), key=lambda each: each.cost)
         axis.plot([each.cost for each in on], [scale * each.mean for each in on], color="0.5", linewidth=1,
                   drawstyle="steps-post", zorder=1)  # fmt: skip
@@ -448,18 +475,30 @@ def draw_front(front: Front) -> "Figure":
             filled = "black" if each.dominated_by is None else "white"
             axis.plot([each.cost], [scale * each.mean], marker="o", markersize=5, linestyle="none", color="black",
                       markerfacecolor=filled)  # fmt: skip
-            if each.dominated_by is None or len(front.members) <= 2 * PANEL_LINES:
-                axis.annotate(each.name, (each.cost, scale * each.mean), xytext=(5, 4), textcoords="offset points",
-                              fontsize="x-small")  # fmt: skip
-        costs = [each.cost for each in front.members]
-        if min(costs) > 0 and max(costs) / min(costs) > 20:
+        _name_members(axis, front, scale, middle)
+        if is_wide:
             axis.set_xscale("log")
-        axis.margins(x=0.12)
+        axis.margins(x=0.08)
         axis.set_xlabel(front.cost_name)
         axis.set_ylabel(_axis_name(front.metric))
-        _tell(figure, "Filled: on the front, no other is as good for less; open: dominated. Bars: 95 % interval of "
-                      f"the mean, by Student's t. {front.standing}")  # fmt: skip
+        _tell(figure, front.standing, "Filled: on the front, no other is as good for less; open: dominated. Bars: 95 % "
+                                      "interval of the mean, by Student's t.")  # fmt: skip
     return figure
+
+
+def _name_members(axis: "Axes", front: Front, scale: float, middle: float) -> None:
+    """Those of the front, and the others too where they are few; of several in one place all in one line."""
+    places: dict[tuple[float, float], list[str]] = {}
+    for each in front.members:
+        if each.dominated_by is None or len(front.members) <= MOST_NAMED:
+            places.setdefault((each.cost, scale * each.mean), []).append(each.name)
+    for (cost, mean), names in places.items():
+        left = cost > middle
+        axis.annotate(
+            "; ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else ""), (cost, mean),
+            xytext=(-5 if left else 5, 4), textcoords="offset points", ha="right" if left else "left",
+            fontsize="x-small", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.75},
+        )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------- looks
@@ -495,7 +534,7 @@ def _panels(titles: Sequence[str], *, titled: bool = True, sharex: bool = True) 
 
     across = min(3, len(titles))
     down = math.ceil(len(titles) / across)
-    figure = Figure(figsize=(5.2 if across == 1 else 3.6 * across, 3.4 * down), layout="constrained")
+    figure = Figure(figsize=(6.2 if across == 1 else 3.6 * across, 3.4 * down), layout="constrained")
     axes = list(figure.subplots(down, across, sharex=sharex, sharey=True, squeeze=False).flat)
     for axis in axes[len(titles) :]:
         axis.remove()
@@ -507,14 +546,25 @@ def _panels(titles: Sequence[str], *, titled: bool = True, sharex: bool = True) 
 def _square() -> "tuple[Figure, Axes]":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6, 4.6), layout="constrained")
+    figure = Figure(figsize=(6.2, 4.4), layout="constrained")
     return figure, figure.subplots()
 
 
-def _tell(figure: "Figure", text: str) -> None:
-    """A line below the figure: what one has to know to read it."""
-    lines = textwrap.wrap(" ".join(text.split()), max(40, round(16 * figure.get_figwidth())))
+def _tell(figure: "Figure", told: str, how: str) -> None:
+    """Below the figure: how much of the sweep it shows, and what one has to know to read it."""
+    text = f"{told}. {how}" if told else how
+    lines = textwrap.wrap(text, max(40, round(16 * figure.get_figwidth())))
     figure.text(0.01, -0.02, "\n".join(lines), fontsize=7, color="0.35", va="top", linespacing=1.3)
+
+
+def _legend(axis: "Axes", *, outside: bool, **given: Any) -> None:
+    """What the lines are: beside the only plot, or the last; within each of several. Of many lines the first."""
+    handles, names = axis.get_legend_handles_labels()
+    more = len(names) - MOST_NAMED
+    if more > 1:
+        handles, names = handles[:MOST_NAMED], [*names[: MOST_NAMED - 1], f"{names[MOST_NAMED - 1]} and {more} more"]
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)} if outside else {"loc": "best"}
+    axis.legend(handles, names, **place, **given)
 
 
 def _look(number: int, of: int) -> dict[str, Any]:

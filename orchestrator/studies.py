@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from mixmo_core.config import leaves
 from mixmo_core.metrics import CALIBRATION_BINS
 from orchestrator.analysis import varied
+from orchestrator.result_table import shown
 from orchestrator.rows import FINAL, EpochRow, TrialRow
 from orchestrator.significance import interval
 
@@ -66,7 +67,7 @@ def finished(rows: Iterable[TrialRow], metric: str) -> list[TrialRow]:
 def cells(rows: Sequence[TrialRow], metric: str) -> list[Cell]:
     """The cells that have finished trials with this metric, in the order of the sweep."""
     full = finished(rows, metric)
-    names = varied(full)
+    names = _telling(full)
     planned: dict[str, set[str]] = {}
     for row in rows:
         planned.setdefault(row.cell_id, set()).add(row.trial_id)
@@ -81,12 +82,13 @@ def cells(rows: Sequence[TrialRow], metric: str) -> list[Cell]:
 
 
 def standing(rows: Sequence[TrialRow], metric: str) -> str:
-    """How much of a sweep a figure shows: `quickstart: 12 of 12 trials`."""
+    """How much of a sweep a figure shows: `quickstart: 12 of 12 trials`, `quickstart, unfinished: 7 of 12 trials`."""
     ids = {row.trial_id for row in rows}
     n, full = len(finished(rows, metric)), {row.trial_id for row in rows if row.state in FINAL}
     sweeps = ", ".join(dict.fromkeys(row.sweep for row in rows))
-    why = "" if n == len(ids) else "; unfinished" if full < ids else "; the others failed or lack this metric"
-    return f"{sweeps}: {n:,} of {len(ids):,} trials{why}"
+    unfinished = ", unfinished" if full < ids else ""
+    others = "" if unfinished or n == len(ids) else ", the others failed or lack this metric"
+    return f"{sweeps}{unfinished}: {n:,} of {len(ids):,} trials{others}"
 
 
 def _listed(rows: Iterable[TrialRow]) -> list[TrialRow]:
@@ -94,6 +96,18 @@ def _listed(rows: Iterable[TrialRow]) -> list[TrialRow]:
     kept = list(rows)
     order = {name: place for place, name in enumerate(dict.fromkeys(row.sweep for row in kept))}
     return sorted(kept, key=lambda row: (order[row.sweep], row.position))
+
+
+def _telling(rows: Sequence[TrialRow]) -> list[str]:
+    """What tells the cells apart: labels, where all have one, and of the settings those that labels do not imply."""
+    names = varied(rows)
+    if not all(row.label for row in rows):
+        return names
+    kept: list[str] = []
+    for name in names:
+        if len({_words(row, [*kept, name]) for row in rows}) > len({_words(row, kept) for row in rows}):
+            kept.append(name)
+    return kept
 
 
 def _name(row: TrialRow, names: Sequence[str]) -> str:
@@ -107,7 +121,7 @@ def _words(row: TrialRow, names: Sequence[str]) -> str:
         value = getattr(row, name) if name in ("label", "workers") else row.config.get(name)
         if value is not None:
             word = name.partition("_")[2].replace("_", " ")
-            words.append(value if isinstance(value, str) else f"{word or name} {value}")
+            words.append(value if isinstance(value, str) else f"{word or name} {shown(value)}")
     return ", ".join(dict.fromkeys(words))
 
 
@@ -203,9 +217,10 @@ def study(rows: Sequence[TrialRow], field: str, metric: str, confidence: float =
     given for each width makes no difference here.
     """
     full = finished(rows, metric)
-    names = [name for name in varied(full) if name != field]
-    if field not in varied(full):
+    names = _telling(full)
+    if field not in names:
         return []
+    names.remove(field)
     groups: dict[str, dict[float | None, list[TrialRow]]] = {}
     for row in full:
         groups.setdefault(_words(row, names), {}).setdefault(row.config.get(field), []).append(row)
@@ -248,19 +263,21 @@ def setting_name(field: str) -> str:
 class Calibration:
     """By bin of the confidence, over the images of all trials of a cell: what is promised, and what is kept."""
 
-    share: tuple[float, ...]
-    """Of the images whose confidence is in the bin."""
+    images: tuple[int, ...]
+    """How many have their confidence in the bin."""
     confidence: tuple[float, ...]
     """Mean of these; 0 where there are none."""
     accuracy: tuple[float, ...]
 
     @property
+    def shares(self) -> list[float]:
+        return [count / sum(self.images) for count in self.images]
+
+    @property
     def error(self) -> float:
         """The expected calibration error of all the images as one set."""
-        return math.fsum(
-            share * abs(right - sure)
-            for share, sure, right in zip(self.share, self.confidence, self.accuracy, strict=True)
-        )
+        bins = zip(self.shares, self.confidence, self.accuracy, strict=True)
+        return math.fsum(share * abs(right - sure) for share, sure, right in bins)
 
 
 def calibration(stored: Sequence["Logits"]) -> Calibration:
@@ -276,8 +293,8 @@ def calibration(stored: Sequence["Logits"]) -> Calibration:
             total += np.bincount(bin_N, weight_N, CALIBRATION_BINS)
     counts, confident, right = totals
     filled = np.maximum(counts, 1)
-    return Calibration(*(tuple(map(float, each)) for each in (counts / counts.sum(), confident / filled,
-                                                             right / filled)))  # fmt: skip
+    return Calibration(tuple(counts.astype(int).tolist()), tuple((confident / filled).tolist()),
+                       tuple((right / filled).tolist()))  # fmt: skip
 
 
 def _answers(stored: "Logits") -> tuple["NDArray[np.float64]", "NDArray[np.float64]"]:
