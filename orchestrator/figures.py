@@ -371,10 +371,14 @@ def draw_reliability(found: Sequence[tuple[Cell, Calibration]], told: str = "") 
 
     across = min(4, len(found))
     down = math.ceil(len(found) / across)
-    figure = Figure(figsize=(0.5 + 2.1 * across, 0.4 + 2.9 * down), layout="constrained")
-    parts = figure.subfigures(down, across, squeeze=False).flat
-    for number, (part, (cell, bins)) in enumerate(zip(parts, found, strict=False)):
-        above, below = part.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    figure = Figure(figsize=(0.5 + 2.1 * across, 0.3 + 3.2 * down))  # by hand: to find a layout takes seconds
+    grid = figure.add_gridspec(down, across, left=0.06, right=0.98, bottom=0.16 / down, top=1 - 0.12 / down, wspace=0.3,
+                               hspace=0.55)  # fmt: skip
+    for number, (cell, bins) in enumerate(found):
+        inner = grid[number // across, number % across].subgridspec(2, 1, height_ratios=(4, 1), hspace=0.15)
+        above = figure.add_subplot(inner[0])
+        below = figure.add_subplot(inner[1], sharex=above)
+        above.tick_params(labelbottom=False)
         _draw_diagram(above, bins)
         mean = math.fsum(values := cell.values("ece")) / len(values)
         title = [*textwrap.wrap(cell.counted, 26), f"ECE {100 * mean:.1f} %"]
@@ -421,19 +425,21 @@ def draw_gallery(samples: Sequence[Sample]) -> "Figure":
 
     images = max(len(sample.images_MHWC) for sample in samples)
     draws = max(len(sample.masks_DHWC) for sample in samples)
-    figure = Figure(figsize=(0.85 * (images + draws) + 0.2, 2.25 * len(samples)), layout="constrained")
-    axes = figure.subplots(2 * len(samples), images + draws, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
+    figure = Figure(figsize=(0.85 * (images + draws) + 0.2, 2.25 * len(samples)))  # by hand, as the diagrams
+    lines = figure.add_gridspec(
+        len(samples), 1, left=0.01, right=0.99, bottom=0, top=1 - 0.2 / len(samples), hspace=0.2
+    )
     for line, sample in enumerate(samples):
-        above, below = axes[2 * line], axes[2 * line + 1]
-        above[0].set_title(sample.name, loc="left", fontsize="medium")
+        grid = lines[line].subgridspec(2, images + draws, wspace=0.08, hspace=0.08)
         for m, image_HWC in enumerate(sample.images_MHWC):
-            _show(below[m], image_HWC, f"image {m + 1}")
+            _show(figure.add_subplot(grid[1, m]), image_HWC, f"image {m + 1}")
         for d, kappas in enumerate(sample.kappas):
             told = "/".join(f"{100 * kappa:.0f}" for kappa in kappas)
-            _show(above[images + d], sample.masks_DHWC[d], f"{told} %")
-            _show(below[images + d], sample.mixed_DHWC[d])
+            _show(figure.add_subplot(grid[0, images + d]), sample.masks_DHWC[d], f"{told} %")
+            _show(figure.add_subplot(grid[1, images + d]), sample.mixed_DHWC[d])
+        corner = figure.add_subplot(grid[0, :images])
+        corner.set_axis_off()
+        corner.text(0, 1, sample.name.replace(", ", "\n"), transform=corner.transAxes, va="top", fontsize="medium")
     made = "The images are made up. " if any(sample.is_made for sample in samples) else ""
     _tell(figure, "", "Upper lines: masks, white for image 1, with the shares of the images; lower lines: what they "
                       f"mix. {made}Here pixels are mixed; training mixes feature maps of the same size.")  # fmt: skip
@@ -443,7 +449,6 @@ def draw_gallery(samples: Sequence[Sample]) -> "Figure":
 def _show(axis: "Axes", image_HWC: Any, title: str = "") -> None:
     shown = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
     axis.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axis.set_axis_on()
     axis.grid(visible=False)
     axis.set(xticks=(), yticks=())
     for spine in axis.spines.values():

@@ -73,12 +73,12 @@ def _images(config: TrialConfig, folder: Path | None) -> tuple[Tensor, bool]:
 
 
 def _made(number: int, channels: int, size: int) -> Tensor:
-    """A picture unlike those of other numbers: a disc, stripes, squares, each in a colour of its own."""
+    """A picture unlike those of other numbers: a disc, stripes, squares, a slope, each in a colour of its own."""
     place = (torch.arange(size) + 0.5) / size
     y, x = place.view(-1, 1), place.view(1, -1)
     disc = 1 - (8 * ((x - 0.5) ** 2 + (y - 0.5) ** 2)).clamp(0, 1)
     stripes = 0.5 + 0.5 * torch.sin(4 * torch.pi * (x + y))
     squares = ((4 * x).floor() + (4 * y).floor()) % 2
-    shape_HW = (disc, stripes, squares)[number % 3].expand(size, size)
-    colours = torch.tensor([[0.2, 0.5, 1.0], [1.0, 0.6, 0.1], [0.3, 0.9, 0.4]])[number % 3, :channels]
+    shape_HW = (disc, stripes, squares, y)[number % 4].expand(size, size)
+    colours = torch.tensor([[0.2, 0.5, 1.0], [1.0, 0.6, 0.1], [0.3, 0.9, 0.4], [0.9, 0.4, 0.8]])[number % 4, :channels]
     return (0.15 + 0.85 * shape_HW) * colours.view(-1, 1, 1)

@@ -117,13 +117,13 @@ def _summary(content: Content) -> str:
         "GPU-hours": f"{gpu / 3600:,.2f}" if gpu else "none: no GPU was used",
         "FLOPs of training": f"{flops:.3g}" if flops else None,
         "Began": _moment(min((row.started_at for row in rows if row.started_at), default=None)),
-        "Commit": _listed(f"{row.git_commit}{' with local changes' * bool(row.git_dirty)}"
+        "Commit": _listed(f"{row.git_commit[:12]}{' with local changes' * bool(row.git_dirty)}"
                           for row in rows if row.git_commit),
         "torch": _listed(row.torch_version for row in rows),
         "Ray": _listed(row.ray_version for row in rows),
         "Devices": _listed(row.device_name for row in rows),
         "Hosts": _listed(host for row in rows for host in (row.hosts or "").split()),
-        "Numerics": _listed(row.numerics for row in rows),
+        "Numerics": _listed((part for row in rows for part in (row.numerics or "").split()), most=40),
     }  # fmt: skip
     pairs = "".join(f"<div><dt>{name}</dt><dd>{escape(text)}</dd></div>" for name, text in facts.items() if text)
     return f"<dl>{pairs}</dl>"
@@ -163,8 +163,7 @@ def _more(content: Content) -> str:
 
 
 def _ensembles(content: Content) -> str:
-    members = [key for key in content.results.row_keys if any(str(each).partition(" x ")[0].isdigit() for each in key)]
-    if not members and not content.ensembles:
+    if content.results.counted == "trials" and not content.ensembles:
         return ""
     told = (
         "<p>Several trained networks that predict together, with the softmax of their mean logits; their numbers stand "
@@ -216,7 +215,7 @@ def _figures(content: Content) -> str:
     ]
     lacking = [f"{TITLES[kind]}: {why}." for kind, why in content.drawn.lacking.items()]
     left = f"<details><summary>Not drawn: {len(lacking)}</summary>{_notes(lacking)}</details>" if lacking else ""
-    return "".join(parts) + left
+    return f'<div class="figures">{"".join(parts)}</div>{left}'
 
 
 def _figure(drawn: "Figure", title: str, alt: str) -> str:
@@ -318,11 +317,15 @@ h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem; overflow-wrap: anywhere; }
 a { color: var(--link); }
 .state { margin: 0 0 1rem; }
 .state.open { padding: .6rem .9rem; border-left: 4px solid var(--open); background: var(--open-soft); }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .75rem 1.5rem; margin: 1rem 0; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .75rem 1.5rem; margin: 1rem 0; }
 dt { color: var(--faint); font-size: .85rem; }
 dd { margin: 0; overflow-wrap: anywhere; }
 nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; list-style: none; padding: 0; margin: 1.25rem 0 0; }
-.wide { overflow-x: auto; margin: .5rem 0; }
+.wide { overflow-x: auto; margin: .5rem 0; background:
+  linear-gradient(90deg, var(--page) 40%, transparent) 0 0/3rem 100% no-repeat local,
+  linear-gradient(270deg, var(--page) 40%, transparent) 100% 0/3rem 100% no-repeat local,
+  linear-gradient(90deg, var(--line), transparent) 0 0/.9rem 100% no-repeat scroll,
+  linear-gradient(270deg, var(--line), transparent) 100% 0/.9rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--faint); font-size: .85rem; padding-bottom: .35rem; }
 th, td { padding: .3rem .9rem .3rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line);
@@ -330,7 +333,10 @@ th, td { padding: .3rem .9rem .3rem 0; text-align: left; white-space: nowrap; bo
 thead th { border-bottom: 2px solid var(--ink); font-weight: 600; vertical-align: bottom; }
 th.n, td.n { text-align: right; }
 .notes { color: var(--faint); font-size: .88rem; padding-left: 1.1rem; margin: .5rem 0 1rem; }
-figure { margin: 1.25rem 0; padding: 1rem; background: #f7f7f5; color: #1c1c1e; border: 1px solid var(--line);
+.figures { display: flex; flex-wrap: wrap; gap: 1.25rem; align-items: flex-start; }
+.figures figure { margin: 0; }
+figure { width: fit-content; max-width: 100%; margin: 1.25rem 0; padding: 1rem;
+  background: #f7f7f5; color: #1c1c1e; border: 1px solid var(--line);
   border-radius: 6px; }
 figcaption { font-weight: 600; margin-bottom: .5rem; }
 img { display: block; max-width: 100%; height: auto; }
@@ -338,7 +344,7 @@ pre { overflow-x: auto; padding: .9rem; background: var(--soft); border: 1px sol
   font: .85rem/1.45 ui-monospace, "DejaVu Sans Mono", monospace; }
 summary { cursor: pointer; margin: .75rem 0; }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } nav, a[download] { display: none; }
-  figure, tr, h2, h3 { break-inside: avoid; } h2, h3, figcaption { break-after: avoid; }
+  .figures { display: block; } figure, tr, h2, h3 { break-inside: avoid; } h2, h3, figcaption { break-after: avoid; }
   figure { border: 0; background: none; padding: 0; } pre { white-space: pre-wrap; } .wide { overflow: visible; }
   th, td { white-space: normal; } }
 """

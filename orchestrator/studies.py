@@ -56,12 +56,15 @@ def counted(n: int, planned: int) -> str:
 
 
 def finished(rows: Iterable[TrialRow], metric: str) -> list[TrialRow]:
-    """The trials that count, in the order of their sweeps; one of several sweeps once."""
+    """The trials that count, cell by cell in the order of the sweeps; one of several sweeps once."""
+    listed = _listed(rows)
+    places: dict[str, int] = {}
     held: dict[str, TrialRow] = {}
-    for row in _listed(rows):
+    for row in listed:
+        places.setdefault(row.cell_id, len(places))  # of the planned ones, lest a failure moves a cell
         if row.state == "TERMINATED" and not row.stopped_early and row.metrics.get(metric) is not None:
             held.setdefault(row.trial_id, row)
-    return list(held.values())
+    return sorted(held.values(), key=lambda row: places[row.cell_id])
 
 
 def cells(rows: Sequence[TrialRow], metric: str) -> list[Cell]:
