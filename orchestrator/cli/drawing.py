@@ -41,7 +41,7 @@ def figures(
     results: Results = "results",
     as_json: Json = False,
 ) -> None:
-    """Draw a sweep: learning curves, cells, studies of one setting, calibration, masks.
+    """Draw a sweep: curves, cells, studies of a setting, calibration, masks.
 
     Prints the files that it writes, and says of each figure that it leaves out what the sweep lacks for it. Kinds:
     curves, accuracy, width, subnetworks, probability, weight_root, repetition, ensemble, diversity, reliability,
@@ -81,7 +81,7 @@ def pareto(
     results: Results = "results",
     as_json: Json = False,
 ) -> None:
-    """Accuracy against cost: which cells no other beats for as much or less.
+    """Accuracy against cost, and which cells no other beats.
 
     Only finished trials count; ensembles that the sweep file names cost what their members do together. Where no
     trial had a GPU, hours are those of the wall clock.
@@ -126,9 +126,10 @@ def report(
     results: Results = "results",
     as_json: Json = False,
 ) -> None:
-    """One page of HTML with all of it: tables, tests, ensembles, cost, figures, failures.
+    """One page of HTML with all there is to say of a sweep.
 
-    It opens without a network: nothing lies beside it. Of a sweep that still runs it shows what has finished, and
+    Tables with tests, ensembles, cost, figures, failures, and what was run. It opens without a network: nothing lies
+    beside it. Of a sweep that still runs it shows what has finished, and
     says so. The same results make the same page.
     """
     from orchestrator import analysis
