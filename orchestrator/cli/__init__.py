@@ -15,7 +15,7 @@ from typing import NoReturn
 # Before numpy is loaded: its threads cost more than they give here, and two pools under load collapse.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from orchestrator.cli import planning, reading, drawing, folding, around  # noqa: F401, I001  (in the order of the help)
+from orchestrator.cli import planning, reading, drawing, folding, editing, around  # noqa: F401, I001  (in the order of the help)
 from orchestrator.cli.guard import guarded
 from orchestrator.cli.program import app
 

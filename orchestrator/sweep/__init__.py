@@ -14,6 +14,7 @@ from orchestrator.errors import SweepError
 from orchestrator.sweep.blocks import Block, Expansion, Rule, Trial, read_block, read_rule
 from orchestrator.sweep.document import Faults, Node, nearest, read, read_value, show
 from orchestrator.sweep.fields import MISSING, Given, Reader, settings
+from orchestrator.sweep.schema import json_schema
 from orchestrator.sweep.sections import (
     SECTIONS,
     Budget,
@@ -34,7 +35,7 @@ from orchestrator.sweep.sections import (
 
 __all__ = [
     "Budget", "Checkpoints", "Ensemble", "Price", "Published", "Range", "Resources", "Retry", "Scheduler", "Search",
-    "Shown", "Sweep", "SweepError", "Trial", "check_runnable", "load", "not_runnable", "parse", "shown",
+    "Shown", "Sweep", "SweepError", "Trial", "check_runnable", "json_schema", "load", "not_runnable", "parse", "shown",
 ]  # fmt: skip
 
 KEYS = ("name", "trial", "blocks", "exclude", "seeds", "baseline", *SECTIONS, "ensembles", "published", "quick")

@@ -253,13 +253,13 @@ def read_published(node: Node | None, reader: Reader) -> tuple[Published, ...]:
             continue
         where = reader.given(entries["where"], f"{path}.where") if "where" in entries else {}
         label = reader.text(entries["label"], f"{path}.label") if "label" in entries else None
-        metrics = {name: reader.typed(_metric(name), child, f"{path}.{name}") for name, child in given.items()}
+        metrics = {name: reader.typed(metric_field(name), child, f"{path}.{name}") for name, child in given.items()}
         source = reader.text(entries["source"], f"{path}.source")
         values = {name: setting.value for name, setting in where.items()}
         found.append(Published(label=label, where=values, metrics=metrics, source=source or ""))
     return tuple(found)
 
 
-def _metric(name: str) -> Field:
+def metric_field(name: str) -> Field:
     metric = BY_NAME[name]
     return Field(float, Setting(None, metric.meaning, at_least=0, at_most=1 if metric.unit == "fraction" else None))
