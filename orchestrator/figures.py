@@ -141,7 +141,7 @@ def save(figure: "Figure", path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with mpl.rc_context(_STYLE):
-            figure.savefig(path, bbox_inches="tight", metadata=dated)
+            figure.savefig(path, bbox_inches="tight", bbox_extra_artists=_artists(figure), metadata=dated)
     except OSError as error:
         raise UnreachableError(
             f"cannot write {path}: {error.strerror or error}; name another place with --out"
@@ -157,8 +157,15 @@ def svg(figure: "Figure") -> bytes:
 
     sink = io.BytesIO()
     with mpl.rc_context(_STYLE):
-        figure.savefig(sink, format="svg", bbox_inches="tight", metadata={"Date": None}, transparent=True)
+        figure.savefig(sink, format="svg", bbox_inches="tight", bbox_extra_artists=_artists(figure),
+                       metadata={"Date": None}, transparent=True)  # fmt: skip
     return sink.getvalue()
+
+
+def _artists(figure: "Figure") -> list[Any]:
+    """All that the file has to hold, legends too, for which the layout makes no room: long ones would take it all."""
+    legends = [legend for axis in figure.axes if (legend := axis.get_legend())]
+    return [*figure.get_default_bbox_extra_artists(), *legends]
 
 
 # ----------------------------------------------------------------------------------------------- curves, cells, studies
@@ -214,7 +221,8 @@ def draw_values(drawn: Sequence[Cell], metric: str, told: str = "") -> "Figure":
     from matplotlib.figure import Figure
 
     scale, count = _scale(metric), len(drawn)
-    figure = Figure(figsize=(5.6, 0.9 + 0.32 * count), layout="constrained")
+    longest = max(len(cell.counted) for cell in drawn)
+    figure = Figure(figsize=(4.2 + 0.075 * longest, 0.9 + 0.32 * count), layout="constrained")
     axis = figure.subplots()
     for line, cell in enumerate(reversed(drawn)):
         values = [scale * value for value in cell.values(metric)]
@@ -440,9 +448,11 @@ def draw_gallery(samples: Sequence[Sample]) -> "Figure":
         corner = figure.add_subplot(grid[0, :images])
         corner.set_axis_off()
         corner.text(0, 1, sample.name.replace(", ", "\n"), transform=corner.transAxes, va="top", fontsize="medium")
+    coloured = any(sample.masks_DHWC.shape[-1] > 1 for sample in samples)
+    colours = "Where each channel has a mask of its own, these are the red, green and blue ones. " if coloured else ""
     made = "The images are made up. " if any(sample.is_made for sample in samples) else ""
-    _tell(figure, "", "Upper lines: masks, white for image 1, with the shares of the images; lower lines: what they "
-                      f"mix. {made}Here pixels are mixed; training mixes feature maps of the same size.")  # fmt: skip
+    how = "Upper lines: masks, white for image 1, with the shares of the images; lower lines: what they mix. "
+    _tell(figure, "", f"{how}{colours}{made}Here pixels are mixed; training mixes feature maps of the same size.")
     return figure
 
 
@@ -539,7 +549,7 @@ def _panels(titles: Sequence[str], *, titled: bool = True, sharex: bool = True) 
 
     across = min(3, len(titles))
     down = math.ceil(len(titles) / across)
-    figure = Figure(figsize=(6.2 if across == 1 else 3.6 * across, 3.4 * down), layout="constrained")
+    figure = Figure(figsize=(5.2 if across == 1 else 3.6 * across, 3.4 * down), layout="constrained")
     axes = list(figure.subplots(down, across, sharex=sharex, sharey=True, squeeze=False).flat)
     for axis in axes[len(titles) :]:
         axis.remove()
@@ -551,7 +561,7 @@ def _panels(titles: Sequence[str], *, titled: bool = True, sharex: bool = True) 
 def _square() -> "tuple[Figure, Axes]":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.2, 4.4), layout="constrained")
+    figure = Figure(figsize=(4.6, 4.4), layout="constrained")
     return figure, figure.subplots()
 
 
@@ -565,11 +575,13 @@ def _tell(figure: "Figure", told: str, how: str) -> None:
 def _legend(axis: "Axes", *, outside: bool, **given: Any) -> None:
     """What the lines are: beside the only plot, or the last; within each of several. Of many lines the first."""
     handles, names = axis.get_legend_handles_labels()
-    more = len(names) - MOST_NAMED
+    most = MOST_NAMED if outside else PANEL_LINES
+    more = len(names) - most
     if more > 1:
-        handles, names = handles[:MOST_NAMED], [*names[: MOST_NAMED - 1], f"{names[MOST_NAMED - 1]} and {more} more"]
+        handles, names = handles[:most], [*names[: most - 1], f"{names[most - 1]} and {more} more"]
+    names = [textwrap.fill(name, 40) for name in names]
     place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)} if outside else {"loc": "best"}
-    axis.legend(handles, names, **place, **given)
+    axis.legend(handles, names, **place, **given).set_in_layout(False)
 
 
 def _look(number: int, of: int) -> dict[str, Any]:

@@ -217,7 +217,8 @@ def study(rows: Sequence[TrialRow], field: str, metric: str, confidence: float =
     """The metric over the values of a setting, one line for each combination of the others.
 
     Empty where no two cells differ in this setting alone, or in it and in what goes with it: a learning rate that is
-    given for each width makes no difference here.
+    given for each width makes no difference here. Where lines are too many for one plot, those of a single point are
+    left out.
     """
     full = finished(rows, metric)
     names = _telling(full)
@@ -227,16 +228,22 @@ def study(rows: Sequence[TrialRow], field: str, metric: str, confidence: float =
     groups: dict[str, dict[float | None, list[TrialRow]]] = {}
     for row in full:
         groups.setdefault(_words(row, names), {}).setdefault(row.config.get(field), []).append(row)
-    if all(len(points.keys() - {None}) < 2 for points in groups.values()):
+    longer = {name for name, points in groups.items() if len(points.keys() - {None}) > 1}
+    if not longer:
         return []
+    if len(groups) > PANEL_LINES and len(longer) < len(groups):
+        kept = {row.cell_id for name in longer for members in groups[name].values() for row in members}
+        return study([row for row in rows if row.cell_id in kept], field, metric, confidence)
     planned: dict[str, set[str]] = {}
     for row in rows:
         planned.setdefault(row.cell_id, set()).add(row.trial_id)
     panels = (names[1:2] if names[:1] == ["label"] else names[:1]) if len(groups) > PANEL_LINES else []
     lines = []
     for name, points in groups.items():
-        panel = _words(next(iter(points.values()))[0], panels)
-        within = ", ".join(word for word in name.split(", ") if word != panel) or name or metric
+        first = next(iter(points.values()))[0]
+        panel = _words(first, panels)
+        rest = ", ".join(word for word in name.split(", ") if word != panel)
+        within = rest or name or first.label or "all trials"
         made = {at: _point(at or 0.0, members, metric, confidence, planned) for at, members in points.items()}
         levels = [Line(within, panel, (made.pop(None),), is_level=True)] if None in made else []
         ordered = tuple(sorted(made.values(), key=lambda point: point.at))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import made_cifar
 import made_studies
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from orchestrator.pareto import front
 from orchestrator.rows import TrialRow
 from orchestrator.store import Logits
 from orchestrator.studies import PANEL_LINES, STUDIES, Sample, calibration, study
+from orchestrator.sweep import parse
 
 SWEEPS = {
     "width": made_studies.WIDTH, "probability": made_studies.PROBABILITY, "subnetworks": made_studies.SUBNETWORKS,
@@ -241,14 +243,19 @@ def test_the_gallery_mixes_as_the_masks_say() -> None:
     assert all(sum(kappas) == pytest.approx(1) for kappas in made[2].kappas)
 
 
-def test_images_are_made_up_only_where_there_are_none(shared_data: Path, tmp_path: Path) -> None:
+def test_images_are_made_up_only_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = made_studies.rows(BLOCKS[:1], seeds=1)
     (made,) = gallery.samples(rows, tmp_path)
     assert made.is_made
-    digits = made_studies.rows([(None, {"data.dataset": "digits"})], seeds=1)
-    (real,) = gallery.samples(digits)
+    made_cifar.write_cifar10(tmp_path / "data", monkeypatch)
+    made_cifar.forget()
+    (real,) = gallery.samples(made_studies.rows(BLOCKS[:1], seeds=1), tmp_path / "data")
+    made_cifar.forget()
     assert not real.is_made
-    assert real.images_MHWC.shape == (2, 8, 8, 1)
+    assert real.images_MHWC.shape == (2, 32, 32, 3)
+    (digits,) = gallery.samples(made_studies.rows([(None, {"data.dataset": "digits"})], seeds=1))
+    assert not digits.is_made
+    assert digits.images_MHWC.shape == (2, 8, 8, 1)
 
 
 def test_every_kind_of_mask_can_be_shown() -> None:
@@ -260,3 +267,20 @@ def test_every_kind_of_mask_can_be_shown() -> None:
     sink = io.BytesIO()
     drawn.savefig(sink, format="png")
     assert len(sink.getvalue()) > 20_000
+
+
+# ---------------------------------------------------------------------------------------------------------- the page
+
+PAGE = Path(__file__).parent.parent / "docs" / "figures.md"
+
+
+def test_the_page_shows_every_kind_with_its_command() -> None:
+    text = PAGE.read_text()
+    headings = {word for line in text.splitlines() if line.startswith("## ") for word in line[3:].split(", ")}
+    assert headings >= set(KINDS)
+    for path in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text):
+        assert (PAGE.parent / path).stat().st_size < 200_000
+    for kinds in re.findall(r"--only ([\w,]+)", text):
+        assert set(kinds.split(",")) <= set(KINDS)
+    (sweep,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert len(parse(sweep, source=PAGE.name).trials) == 60

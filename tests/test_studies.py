@@ -130,6 +130,15 @@ def test_a_line_tells_how_many_trials_its_points_have() -> None:
     ]  # fmt: skip
 
 
+def test_of_too_many_lines_those_of_a_single_point_are_left_out() -> None:
+    """As where a sweep varies one setting after another around one cell."""
+    around = [*(("a", {"model.width": w}) for w in (1, 2, 3, 4, 5, 6)), *(("a", {"mixing.alpha": a}) for a in (1, 3))]
+    rows = made_studies.rows([*around, ("vanilla", {"model.subnetworks": 1})])
+    (line,) = study(rows, "mixing_alpha", "top1") or study(rows, "model_width", "top1")
+    assert [point.at for point in line.points] == [1, 2, 3]
+    assert line.name == "a"
+
+
 @pytest.mark.parametrize("field", STUDIES.values())
 def test_there_is_no_study_where_no_cells_differ_in_the_setting_alone(field: str) -> None:
     apart = [
