@@ -57,4 +57,7 @@ METRICS: tuple[Metric, ...] = (
 )  # fmt: skip
 """`ensemble` is the softmax of the mean of the M logit vectors (the paper, section 3; facts of the reference)."""
 
+CALIBRATION_BINS = 15
+"""Of `ece`, `tace` and reliability diagrams."""
+
 BY_NAME: dict[str, Metric] = {metric.name: metric for metric in METRICS}

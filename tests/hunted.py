@@ -164,7 +164,7 @@ class InsuredGang(MadeGang):
 
     def _told(self, given: Assignment, reports: list[EpochReport], key: str | None) -> bool:
         """Whether the trial is to be dropped."""
-        return self._loop.call(self.desk.report, given.token, reports, key) == "drop"
+        return bool(self._loop.call(self.desk.report, given.token, reports, key) == "drop")
 
     def _put_logits(self, given: Assignment) -> str:
         import numpy as np

@@ -97,6 +97,7 @@ READS = [
     f"status {NAME}",
     f"watch {NAME} --once",
     f"table {NAME}",
+    f"pareto {NAME}",
     "show 2e2fd7b",
     "logs 2e2fd7b",
     f"verify {NAME}",
@@ -145,7 +146,8 @@ def test_every_command_and_option_says_what_it_is(words: str, command: Any) -> N
 
 def test_commands_of_the_design_are_there() -> None:
     words = {words for words, _ in COMMANDS}
-    assert words >= {"plan", "run", "ls", "status", "watch", "show", "logs", "table", "figures", "fold", "train",
+    assert words >= {"plan", "run", "ls", "status", "watch", "show", "logs", "table", "figures", "pareto", "report",
+                     "fold", "train",
                      "verify", "doctor", "data get"}  # fmt: skip
 
 
@@ -160,6 +162,17 @@ def test_the_version_is_told(mixmo: Shell) -> None:
     ended = mixmo("--version")
     assert ended.code == 0
     assert re.fullmatch(r"mixmo (\d+\.\d+\.\d+|from a source tree that is not installed)\n", ended.out)
+
+
+@pytest.mark.parametrize(("typed", "offered"), [("rep", "report"), ("data g", "get"), ("pareto --co", "--cost")])
+def test_a_shell_completes_what_is_typed(typed: str, offered: str) -> None:
+    line = f"mixmo {typed}"
+    asked = {"_MIXMO_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    done = subprocess.run(
+        [sys.executable, "-c", "from orchestrator.cli import script; script()"],
+        cwd=ROOT, env={**os.environ, **asked}, capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.split() == [offered]
 
 
 # ------------------------------------------------------------------------------------------------------ exit codes

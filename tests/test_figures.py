@@ -1,106 +1,286 @@
-"""Figures: what is drawn, and that it can be told apart without colour."""
+"""Figures: what is drawn where, that it can be told apart without colour, and that files are the same each time."""
 
-import itertools
-import math
-from collections.abc import Mapping
-from dataclasses import replace
+import io
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import made_cifar
+import made_studies
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from made_rows import NOTHING, epoch, reached, trial
+from made_rows import NOTHING
+from matplotlib.patches import Rectangle
 
+from orchestrator import figures, gallery
 from orchestrator.errors import NotFoundError, UnreachableError, UsageError
-from orchestrator.figures import PANEL_LINES, curve, draw_curves, figures, plots
-from orchestrator.rows import EpochRow, TrialRow
+from orchestrator.figures import FORMATS, KINDS, TITLES, Material, draw, draw_front, draw_study, write
+from orchestrator.pareto import front
+from orchestrator.rows import TrialRow
+from orchestrator.store import Logits
+from orchestrator.studies import PANEL_LINES, STUDIES, Sample, calibration, study
+from orchestrator.sweep import parse
+
+SWEEPS = {
+    "width": made_studies.WIDTH, "probability": made_studies.PROBABILITY, "subnetworks": made_studies.SUBNETWORKS,
+    "many": made_studies.MANY,
+}  # fmt: skip
 
 
-def sweep(widths: int, seeds: int = 2) -> tuple[list[TrialRow], list[EpochRow]]:
-    """For each width a cell with one subnetwork and one with two; all trials finished after three epochs."""
-    rows: list[TrialRow] = []
-    epochs: list[EpochRow] = []
-    for width, subnetworks, seed in itertools.product(range(1, widths + 1), (1, 2), range(seeds)):
-        label = "vanilla" if subnetworks == 1 else None
-        row = trial(seed, width=width, subnetworks=subnetworks, label=label, position=len(rows))
-        value = 0.5 + 0.05 * width + 0.02 * subnetworks + 0.01 * seed
-        for number in (1, 2, 3):
-            metrics = {**NOTHING, "top1": value * number / 3}
-            epochs.append(replace(epoch(row, number), metrics=metrics))
-        rows.append(reached(row, 3, metrics=metrics))
-    return rows, epochs
+def no_logits(row: TrialRow) -> Logits:
+    raise NotFoundError("none are stored")
 
 
-@given(st.lists(st.lists(st.floats(0, 1), min_size=4, max_size=4), min_size=1, max_size=5))
-def test_a_curve_is_the_mean_and_spread_of_its_trials(values: list[list[float]]) -> None:
-    drawn = curve([dict(enumerate(each, start=1)) for each in values])
-    assert drawn.epochs == (1, 2, 3, 4)
-    assert drawn.mean == pytest.approx(np.mean(values, axis=0), abs=1e-12)
-    spread = np.std(values, axis=0, ddof=1) if len(values) > 1 else np.zeros(4)
-    assert drawn.std == pytest.approx(spread, abs=1e-9)
+def material(rows: Sequence[TrialRow], **given: Any) -> Material:
+    """Of trials without logits; a gallery is not asked for."""
+    return Material(**{
+        "rows": rows, "epochs": lambda: made_studies.epochs(rows), "logits": no_logits, "samples": list[Sample], **given
+    })  # fmt: skip
 
 
-def test_a_curve_has_the_epochs_that_all_its_trials_have() -> None:
-    trials: list[Mapping[int, float]] = [{1: 0.1, 2: 0.2, 4: 0.4}, {2: 0.4, 3: 0.5, 4: 0.8}]
-    assert curve(trials).epochs == (2, 4)
-    assert curve([{}]).epochs == ()
+def logits(row: TrialRow) -> Logits:
+    return made_studies.some_logits(row.position, M=row.config["model_subnetworks"])
 
 
-def test_only_finished_trials_are_drawn() -> None:
-    rows, epochs = sweep(widths=1)
-    rows[0] = rows[0].replace(state="RUNNING")
-    rows[1] = rows[1].replace(stopped_early=True)
-    (cell,) = plots(rows, epochs, "top1")
-    assert cell.values == pytest.approx((0.59, 0.60))
-    assert cell.curve.mean == pytest.approx((0.595 / 3, 2 * 0.595 / 3, 0.595))
-    with pytest.raises(NotFoundError, match="no trial has finished"):
-        figures(rows[:2], epochs, Path("nowhere"))
+def told(figure: Any) -> str:
+    """What stands below a figure."""
+    return " ".join(" ".join(text.get_text() for text in figure.texts).split())
 
 
-def test_lines_differ_in_dash_marker_and_brightness() -> None:
-    rows, epochs = sweep(widths=PANEL_LINES // 2)
-    (axis,) = draw_curves(plots(rows, epochs, "top1"), "top1").axes
-    lines = axis.get_lines()
-    assert len(lines) == PANEL_LINES
-    assert len({str(line.get_linestyle()) + str(line.get_marker()) for line in lines}) == PANEL_LINES
-    bright = [float(np.dot(np.array(line.get_color(), dtype=float), [0.299, 0.587, 0.114])) for line in lines]
-    assert bright == sorted(bright)
-    assert min(np.diff(bright)) > 0.05
-    assert lines[0].get_label() == "vanilla, width 1, subnetworks 1 (2)"
-    assert np.asarray(lines[0].get_ydata()) == pytest.approx([100 * 0.575 * n / 3 for n in (1, 2, 3)])
+# ----------------------------------------------------------------------------------------------------- what is drawn
 
 
-def test_many_cells_are_split_into_panels_and_no_empty_one_is_left() -> None:
-    rows, epochs = sweep(widths=4)
-    drawn = draw_curves(plots(rows, epochs, "top1"), "top1")
-    assert [axis.get_title() for axis in drawn.axes] == [f"width {width}" for width in range(1, 5)]
-    names = [[line.get_label() for line in axis.get_lines()] for axis in drawn.axes]
-    assert names == [["vanilla, subnetworks 1 (2)", "subnetworks 2 (2)"]] * 4
+@pytest.mark.parametrize(
+    ("name", "studies"),
+    [("width", {"width"}), ("probability", {"probability", "weight_root"}), ("subnetworks", {"subnetworks"}),
+     ("many", {"width", "repetition"})],
+)  # fmt: skip
+def test_each_figure_is_drawn_where_the_sweep_has_what_it_needs(name: str, studies: set[str]) -> None:
+    drawn = draw(material(made_studies.rows(SWEEPS[name])))
+    several = {"ensemble", "diversity"}
+    assert set(drawn.figures) == {"curves", "accuracy", *studies, *several}
+    assert set(drawn.lacking) == set(KINDS) - set(drawn.figures)
+    assert all(TITLES[kind] for kind in KINDS)
+    for kind in set(STUDIES) - studies:
+        assert drawn.lacking[kind] == f"no cells differ in {STUDIES[kind].replace('_', '.', 1)} alone"
 
 
-def test_files_are_written_in_each_format_and_are_the_same_each_time(tmp_path: Path) -> None:
-    rows, epochs = sweep(widths=3)
-    written = figures(rows, epochs, tmp_path / "new" / "folder")
-    names = ["curves.png", "curves.svg", "accuracy.png", "accuracy.svg"]
-    assert [path.name for path in written] == names
-    assert all(path.stat().st_size > 2000 for path in written)
-    again = figures(rows, epochs, tmp_path / "again")
-    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in written]
+def test_a_sweep_of_single_networks_has_no_ensemble_diversity_or_gallery() -> None:
+    rows = made_studies.rows(made_studies.WIDTH[:5])
+    drawn = draw(material(rows, samples=lambda: gallery.samples(rows)), only=["ensemble", "diversity", "gallery"])
+    assert not drawn.figures
+    assert drawn.lacking == {
+        "ensemble": "no finished trial has several subnetworks",
+        "diversity": "no finished trial has several subnetworks whose predictions differ",
+        "gallery": "no trial mixes several images",
+    }
 
 
-def test_a_metric_that_is_no_number_does_no_harm(tmp_path: Path) -> None:
-    rows, _ = sweep(widths=2)
-    rows[0] = rows[0].replace(metrics={**rows[0].metrics, "top1": math.nan})
-    assert len(figures(rows, [], tmp_path, formats=["png"])) == 2
+def test_what_is_costly_is_asked_for_only_by_who_needs_it() -> None:
+    def never(*given: Any) -> Any:
+        raise AssertionError("nobody needs it")
+
+    drawn = draw(material(made_studies.rows(SWEEPS["width"]), epochs=never, logits=never, samples=never),
+                 only=["accuracy", "width", "ensemble", "diversity"])  # fmt: skip
+    assert not drawn.lacking
+
+
+def test_an_unfinished_sweep_says_so_in_every_figure() -> None:
+    rows = made_studies.rows(SWEEPS["width"])
+    rows[-1] = rows[-1].replace(state="RUNNING", metrics=NOTHING)
+    drawn = draw(material(rows, logits=logits))
+    for kind in ("curves", "accuracy", "width", "reliability"):
+        assert "made, unfinished: 44 of 45 trials" in told(drawn.figures[kind]), kind
+    for kind in ("ensemble", "diversity"):
+        assert "made, unfinished: 29 of 30 trials" in told(drawn.figures[kind]), kind
+    assert "made, unfinished: 44 of 45 trials" in told(draw_front(front(rows)))
 
 
 def test_what_there_is_not_is_refused(tmp_path: Path) -> None:
-    rows, epochs = sweep(widths=2)
-    with pytest.raises(UsageError, match="no format gif; there are png"):
-        figures(rows, epochs, tmp_path, formats=["gif"])
+    rows = made_studies.rows(SWEEPS["width"])
     with pytest.raises(UsageError, match="no metric top2"):
-        figures(rows, epochs, tmp_path, metric="top2")
+        draw(material(rows), metric="top2")
+    with pytest.raises(UsageError, match="no figure heigth; there are curves, accuracy"):
+        draw(material(rows), only=["heigth"])
+    with pytest.raises(NotFoundError, match="no trial has finished"):
+        draw(material([row.replace(state="RUNNING") for row in rows]))
+    drawn = draw(material(rows), only=["accuracy"]).figures
+    with pytest.raises(UsageError, match="no format gif; there are png"):
+        write(drawn, tmp_path, ["gif"])
+    with pytest.raises(UsageError, match="no format is named"):
+        write(drawn, tmp_path, [])
     (tmp_path / "file").write_text("")
     with pytest.raises(UnreachableError, match="--out"):
-        figures(rows, epochs, tmp_path / "file" / "folder", formats=["png"])
+        write(drawn, tmp_path / "file" / "folder", ["png"])
+
+
+def test_a_metric_that_is_no_number_does_no_harm(tmp_path: Path) -> None:
+    rows = made_studies.rows(SWEEPS["width"])
+    rows[0] = rows[0].replace(metrics={**rows[0].metrics, "top1": np.nan})
+    assert write(draw(material(rows)).figures, tmp_path, ["png"])
+
+
+def test_a_single_cell_of_a_single_seed_is_drawn(tmp_path: Path) -> None:
+    rows = made_studies.rows([(None, {})], seeds=1)
+    drawn = draw(material(rows, logits=logits, samples=lambda: gallery.samples(rows)))
+    assert set(drawn.figures) == set(KINDS) - set(STUDIES)
+    assert len(write(drawn.figures, tmp_path, ["png"])) == len(drawn.figures)
+
+
+# -------------------------------------------------------------------------------------------------- how it looks
+
+
+def brightness(colour: Any) -> float:
+    return float(np.dot(np.array(colour[:3], dtype=float), [0.299, 0.587, 0.114]))
+
+
+def test_lines_differ_in_dash_marker_and_brightness() -> None:
+    blocks = [
+        (str(p), {"mixing.probability": p, "model.width": w}) for p in (0, 0.1, 0.2, 0.3, 0.4, 0.5) for w in (1, 2)
+    ]
+    lines = study(made_studies.rows(blocks), "model_width", "top1")
+    (axis,) = draw_study(lines, "model_width", "top1").axes
+    drawn = axis.get_lines()
+    assert len(drawn) == PANEL_LINES
+    assert len({str(line.get_linestyle()) + str(line.get_marker()) for line in drawn}) == PANEL_LINES
+    bright = [brightness(line.get_color()) for line in drawn]
+    assert bright == sorted(bright)
+    assert min(np.diff(bright)) > 0.05
+
+
+def test_a_grey_print_keeps_the_lines_apart() -> None:
+    """As a printer sees it: the figure's own pixels, without their colours."""
+    from PIL import Image
+
+    figure = draw(material(made_studies.rows(SWEEPS["width"])), only=["width"]).figures["width"]
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png")
+    grey = np.asarray(Image.open(sink).convert("L"))
+    for line in figure.axes[0].get_lines():
+        shade = round(255 * brightness(line.get_color()))
+        assert (np.abs(grey.astype(int) - shade) <= 3).sum() > 100, line.get_label()
+
+
+def test_axes_are_in_percent_and_named() -> None:
+    drawn = draw(material(made_studies.rows(SWEEPS["probability"])), only=["probability"]).figures["probability"]
+    assert (drawn.get_supxlabel(), drawn.get_supylabel()) == ("probability (p)", "top1 (%)")
+    line = next(line for line in drawn.axes[0].get_lines() if line.get_label() == "Cut-MixMo, weight root 3 (3)")
+    assert np.asarray(line.get_ydata(), dtype=float).max() == pytest.approx(72.5, abs=1)
+
+
+def test_a_diagram_has_the_bars_of_the_bins() -> None:
+    rows = made_studies.rows([(None, {})], seeds=1)
+    drawn = draw(material(rows, logits=logits), only=["reliability"]).figures["reliability"]
+    above, _ = drawn.axes
+    bins = calibration([logits(rows[0])])
+    heights = [bar.get_height() for bar in above.patches if isinstance(bar, Rectangle) and bar.get_fill()]
+    assert heights == pytest.approx([a for a, n in zip(bins.accuracy, bins.images, strict=True) if n])
+    assert "ECE 2.0 %" in above.get_title()  # the trial's own number, which the table has
+
+
+def test_more_cells_than_diagrams_are_told() -> None:
+    rows = made_studies.rows(SWEEPS["width"])
+    drawn = draw(material(rows, logits=logits), only=["reliability"]).figures["reliability"]
+    assert "12 of 15 cells" in told(drawn)
+
+
+def test_hundreds_of_cells_are_drawn_without_a_warning(tmp_path: Path) -> None:
+    blocks = [(None, {"model.width": w, "mixing.probability": p / 40}) for w in range(1, 4) for p in range(40)]
+    drawn = draw(material(made_studies.rows(blocks, seeds=1)), only=["curves", "accuracy", "width", "ensemble"])
+    assert "the best 80 of 120 cells" in told(drawn.figures["accuracy"])
+    for figure in drawn.figures.values():
+        figures.svg(figure)
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def test_files_are_written_in_each_format_and_are_the_same_each_time(tmp_path: Path) -> None:
+    rows = made_studies.rows(SWEEPS["probability"][-2:], seeds=2)
+    whole = material(rows, logits=logits, samples=lambda: gallery.samples(rows))
+    drawn = draw(whole).figures
+    written = write(drawn, tmp_path / "new" / "folder", FORMATS)
+    assert [path.name for path in written] == [f"{kind}.{each}" for kind in drawn for each in FORMATS]
+    assert all(path.stat().st_size > 2000 for path in written)
+    again = write(draw(whole).figures, tmp_path / "again", FORMATS)
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in written]
+    for path in written:
+        if path.suffix == ".svg":
+            assert not re.search(r"<dc:date>|20\d\d-\d\d-\d\d", path.read_text())
+
+
+def test_the_figure_of_another_metric_has_a_name_of_its_own(tmp_path: Path) -> None:
+    drawn = draw(material(made_studies.rows(SWEEPS["width"])), metric="nll", only=["accuracy"]).figures
+    assert [path.name for path in write(drawn, tmp_path, ["svg"], "nll")] == ["nll.svg"]
+
+
+def test_a_front_is_drawn_with_its_members_named() -> None:
+    found = front(made_studies.rows(SWEEPS["subnetworks"]), cost="flops")
+    axis = draw_front(found).axes[0]
+    names = [text.get_text() for text in axis.texts]
+    assert all(any(each.name in name for name in names) for each in found.members)
+    assert axis.get_xlabel() == "FLOPs of training"
+
+
+# ----------------------------------------------------------------------------------------------------------- gallery
+
+
+BLOCKS: list[made_studies.Block] = [
+    (None, {"mixing.method": method})
+    for method in ("sum", "linear", "cutmix", "cowmix", "fmix", "horizontal", "channel", "patchup_soft")
+]
+
+
+def test_the_gallery_mixes_as_the_masks_say() -> None:
+    made = gallery.samples(made_studies.rows([*BLOCKS[1:3], (None, {"model.subnetworks": 3})], seeds=1))
+    assert [sample.name for sample in made] == ["linear, 2 images", "cutmix, 2 images", "cutmix, 3 images"]
+    for sample in made[:2]:
+        one, two = sample.images_MHWC
+        for mask, mixed, kappas in zip(sample.masks_DHWC, sample.mixed_DHWC, sample.kappas, strict=True):
+            assert mixed == pytest.approx(mask * one + (1 - mask) * two, abs=1e-5)
+            assert kappas == pytest.approx((mask.mean(), 1 - mask.mean()), abs=1e-5)
+    assert all(sum(kappas) == pytest.approx(1) for kappas in made[2].kappas)
+
+
+def test_images_are_made_up_only_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = made_studies.rows(BLOCKS[:1], seeds=1)
+    (made,) = gallery.samples(rows, tmp_path)
+    assert made.is_made
+    made_cifar.write_cifar10(tmp_path / "data", monkeypatch)
+    made_cifar.forget()
+    (real,) = gallery.samples(made_studies.rows(BLOCKS[:1], seeds=1), tmp_path / "data")
+    made_cifar.forget()
+    assert not real.is_made
+    assert real.images_MHWC.shape == (2, 32, 32, 3)
+    (digits,) = gallery.samples(made_studies.rows([(None, {"data.dataset": "digits"})], seeds=1))
+    assert not digits.is_made
+    assert digits.images_MHWC.shape == (2, 8, 8, 1)
+
+
+def test_every_kind_of_mask_can_be_shown() -> None:
+    made = gallery.samples(made_studies.rows(BLOCKS, seeds=1))
+    assert len(made) == len(BLOCKS)
+    drawn = figures.draw_gallery(made)
+    assert figures.svg(drawn) == figures.svg(figures.draw_gallery(made))
+    assert "made up" in told(drawn)
+    sink = io.BytesIO()
+    drawn.savefig(sink, format="png")
+    assert len(sink.getvalue()) > 20_000
+
+
+# ---------------------------------------------------------------------------------------------------------- the page
+
+PAGE = Path(__file__).parent.parent / "docs" / "figures.md"
+
+
+def test_the_page_shows_every_kind_with_its_command() -> None:
+    text = PAGE.read_text()
+    headings = {word for line in text.splitlines() if line.startswith("## ") for word in line[3:].split(", ")}
+    assert headings >= set(KINDS)
+    for path in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text):
+        assert (PAGE.parent / path).stat().st_size < 200_000
+    for kinds in re.findall(r"--only ([\w,]+)", text):
+        assert set(kinds.split(",")) <= set(KINDS)
+    (sweep,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert len(parse(sweep, source=PAGE.name).trials) == 60

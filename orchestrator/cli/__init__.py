@@ -15,7 +15,18 @@ from typing import NoReturn
 # Before numpy is loaded: its threads cost more than they give here, and two pools under load collapse.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from orchestrator.cli import planning, steering, reading, pulling, folding, upkeep, space, around  # noqa: F401, I001
+from orchestrator.cli import (  # noqa: I001  (in the order of the help)
+    planning,  # noqa: F401
+    steering,  # noqa: F401
+    reading,  # noqa: F401
+    drawing,  # noqa: F401
+    pulling,  # noqa: F401
+    folding,  # noqa: F401
+    upkeep,  # noqa: F401
+    space,  # noqa: F401
+    editing,  # noqa: F401
+    around,  # noqa: F401
+)
 from orchestrator.cli.guard import guarded
 from orchestrator.cli.program import app
 

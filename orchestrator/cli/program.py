@@ -37,7 +37,7 @@ class Sections(typer.core.TyperGroup):
 RUNNING, READING, AROUND = "Plan and run", "Read results", "Around it"
 _SETTINGS: Any = {"help_option_names": ["-h", "--help"], "max_content_width": 90}
 app = typer.Typer(
-    cls=Sections, context_settings=_SETTINGS, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    cls=Sections, context_settings=_SETTINGS, no_args_is_help=True, rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )  # fmt: skip
 data_app = typer.Typer(cls=Sections, context_settings=_SETTINGS, no_args_is_help=True, rich_markup_mode=None)

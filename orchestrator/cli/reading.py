@@ -1,11 +1,10 @@
-"""The commands that read results: sweeps, their state, tables, figures, single trials."""
+"""The commands that read results: sweeps, their state, tables, single trials."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -174,29 +173,6 @@ def table(
         "latex": lambda: made.to_latex(with_results(shlex.join(words), results)),
     }  # fmt: skip
     print(shapes["json" if as_json else format]().rstrip("\n"))
-
-
-@app.command(cls=Command, rich_help_panel=READING)
-def figures(
-    sweep: SweepName,
-    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the files go.")] = Path("figures"),
-    results: Results = "results",
-    as_json: Json = False,
-) -> None:
-    """Draw a sweep: learning curves, and the accuracy of every cell.
-
-    Prints the files that it writes.
-    """
-    from orchestrator.figures import figures as draw
-    from orchestrator.store import ResultStore
-
-    store = ResultStore.open(results)
-    files = draw(store.trial_rows(sweep), store.epoch_rows(sweep), out / sweep)
-    if as_json:
-        streams.print_json("figures", {"sweep": sweep, "files": [str(file) for file in files]})
-        return
-    for file in files:
-        print(file)
 
 
 @app.command(cls=Command, rich_help_panel=READING)

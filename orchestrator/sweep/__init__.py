@@ -13,6 +13,7 @@ from orchestrator.errors import SweepError
 from orchestrator.sweep.blocks import Block, Expansion, Rule, Trial, read_block, read_rule
 from orchestrator.sweep.document import Faults, Node, nearest, read, read_value, show
 from orchestrator.sweep.fields import MISSING, Exchange, Given, Reader, settings
+from orchestrator.sweep.schema import json_schema
 from orchestrator.sweep.sections import (
     SECTIONS,
     Budget,
@@ -34,7 +35,8 @@ from orchestrator.sweep.sections import (
 
 __all__ = [
     "Budget", "Checkpoints", "Ensemble", "Price", "Published", "Range", "Resources", "Retry", "Scheduler", "Search",
-    "Shown", "Sweep", "SweepError", "Trial", "check_runnable", "is_quick", "load", "not_runnable", "parse", "shown",
+    "Shown", "Sweep", "SweepError", "Trial", "check_runnable", "is_quick", "json_schema", "load", "not_runnable",
+    "parse", "shown",
 ]  # fmt: skip
 
 KEYS = ("name", "trial", "blocks", "exclude", "seeds", "baseline", *SECTIONS, "ensembles", "published", "quick")
@@ -119,6 +121,7 @@ class Shown:
     baseline: str | None = None
     ensembles: tuple[Ensemble, ...] = ()
     published: tuple[Published, ...] = ()
+    price: Price = Price()
 
 
 def shown(text: str, source: str) -> Shown:
@@ -131,8 +134,9 @@ def shown(text: str, source: str) -> Shown:
     reader = Reader(faults)
     ensembles = read_ensembles(root.value.get("ensembles"), None, reader)
     published = read_published(root.value.get("published"), reader)
+    price = read_section("price", root.value.get("price"), reader)
     named = str(baseline.value) if baseline and baseline.value is not None else None
-    return Shown(named) if faults.lines else Shown(named, ensembles, published)
+    return Shown(named) if faults.lines else Shown(named, ensembles, published, price)
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ Given = dict[str, Node]
 """Settings by dotted name: typed values, each with its place."""
 MISSING: Any = object()
 """In place of a value that was refused."""
-_UNIONS: tuple[Any, ...] = (Union, types.UnionType)
+UNIONS: tuple[Any, ...] = (Union, types.UnionType)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def _spoken(hint: Any) -> str:
     if _is_literal(hint):
         words = [show(each) for each in get_args(hint)]
         return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-    if get_origin(hint) in _UNIONS:
+    if get_origin(hint) in UNIONS:
         words_first = sorted(get_args(hint), key=lambda each: not _is_literal(each))
         return " or ".join(_spoken(each) for each in words_first if each is not type(None))
     simple: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
@@ -76,7 +76,7 @@ def taken(hint: Any, value: Any) -> Any:
     """The value as its type hint has it. Nothing is guessed: text is no number, 3.0 and true are no whole numbers, but
     a whole number is a number. Raises ValueError.
     """
-    if get_origin(hint) in _UNIONS:
+    if get_origin(hint) in UNIONS:
         for each in get_args(hint):
             with contextlib.suppress(ValueError):
                 return taken(each, value)

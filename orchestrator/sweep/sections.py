@@ -255,15 +255,15 @@ def read_published(node: Node | None, reader: Reader) -> tuple[Published, ...]:
             continue
         where = _read_where(entries["where"], f"{path}.where", reader) if "where" in entries else {}
         label = reader.text(entries["label"], f"{path}.label") if "label" in entries else None
-        metrics = {name: reader.typed(_metric(name), child, f"{path}.{name}") for name, child in given.items()}
+        metrics = {name: reader.typed(metric_field(name), child, f"{path}.{name}") for name, child in given.items()}
         source = reader.text(entries["source"], f"{path}.source")
         values = {name: setting.value for name, setting in where.items()}
-        members = reader.typed(_MEMBERS, entries["members"], f"{path}.members") if "members" in entries else 1
+        members = reader.typed(MEMBERS, entries["members"], f"{path}.members") if "members" in entries else 1
         found.append(Published(label=label, where=values, metrics=metrics, source=source or "", members=members))
     return tuple(found)
 
 
-_MEMBERS = Field(int, Setting(1, "How many networks predict together.", at_least=2))
+MEMBERS = Field(int, Setting(1, "How many networks predict together.", at_least=2))
 
 
 def _read_where(node: Node, path: str, reader: Reader) -> Given:
@@ -289,6 +289,6 @@ def read_recipe(node: Node | None, path: str, reader: Reader) -> Given:
     return {name: Node(value, f"{node.place} (recipe {recipe})") for name, value in RECIPES[recipe].items()}
 
 
-def _metric(name: str) -> Field:
+def metric_field(name: str) -> Field:
     metric = BY_NAME[name]
     return Field(float, Setting(None, metric.meaning, at_least=0, at_most=1 if metric.unit == "fraction" else None))
