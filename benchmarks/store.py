@@ -124,11 +124,12 @@ def steady(store: ResultStore, rate: int, seconds: float) -> Figures:
                 epochs = [made.epoch(row) for row in rows]
                 spent(lambda: hand_over(writer, rows, epochs))  # noqa: B023  (called at once)
                 given += len(rows)
+            lasted = passed  # the rows that were due until then are handed over
             spent(writer.flush)
             rest = max(0.0, PERIOD_S - (time.perf_counter() - began - passed))
             waited += rest
             time.sleep(rest)
-        lasted, closing = passed, Clock()  # the last rows were due then
+        closing = Clock()
         closing(writer.close)
     held = len(store.epochs("steady", ["epoch"]))
     if held != given:
