@@ -162,10 +162,13 @@ def svg(figure: "Figure") -> bytes:
     return sink.getvalue()
 
 
-def _artists(figure: "Figure") -> list[Any]:
-    """All that the file has to hold, legends too, for which the layout makes no room: long ones would take it all."""
+def _artists(figure: "Figure") -> list[Any] | None:
+    """All that the file has to hold, legends too, for which the layout makes no room: long ones would take it all.
+
+    None where there are no legends: every axis goes through the list, which takes a gallery half a minute.
+    """
     legends = [legend for axis in figure.axes if (legend := axis.get_legend())]
-    return [*figure.get_default_bbox_extra_artists(), *legends]
+    return [*figure.get_default_bbox_extra_artists(), *legends] if legends else None
 
 
 # ----------------------------------------------------------------------------------------------- curves, cells, studies

@@ -185,6 +185,7 @@ def test_more_cells_than_diagrams_are_told() -> None:
     assert "12 of 15 cells" in told(drawn)
 
 
+@pytest.mark.slow
 def test_hundreds_of_cells_are_drawn_without_a_warning(tmp_path: Path) -> None:
     blocks = [(None, {"model.width": w, "mixing.probability": p / 40}) for w in range(1, 4) for p in range(40)]
     drawn = draw(material(made_studies.rows(blocks, seeds=1)), only=["curves", "accuracy", "width", "ensemble"])
@@ -196,6 +197,7 @@ def test_hundreds_of_cells_are_drawn_without_a_warning(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
+@pytest.mark.slow
 def test_files_are_written_in_each_format_and_are_the_same_each_time(tmp_path: Path) -> None:
     rows = made_studies.rows(SWEEPS["probability"][-2:], seeds=2)
     whole = material(rows, logits=logits, samples=lambda: gallery.samples(rows))
