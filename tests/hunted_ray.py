@@ -43,7 +43,7 @@ EPOCHS = 60
 MARK = "MIXMO_HUNTED"
 """In the environment of all that a hunt starts, so that it finds what is left of them, and nothing else."""
 ENDS_S = 3.0
-"""What a killed driver leaves behind may live so long. Its gangs end in this time; two agents of Ray's take a minute."""
+"""So long may live what a killed driver leaves behind. Its gangs end in this time, two agents of Ray's do not."""
 Results = dict[str, dict[str, Any]]
 Told = Callable[[str], None]
 
