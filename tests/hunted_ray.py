@@ -42,8 +42,8 @@ retry: {{crash: unlimited}}
 EPOCHS = 60
 MARK = "MIXMO_HUNTED"
 """In the environment of all that a hunt starts, so that it finds what is left of them, and nothing else."""
-ENDS_S = 30.0
-"""How long what a killed driver leaves behind may live."""
+ENDS_S = 3.0
+"""So long may live what a killed driver leaves behind. Its gangs end in this time, two agents of Ray's do not."""
 Results = dict[str, dict[str, Any]]
 Told = Callable[[str], None]
 

@@ -122,6 +122,7 @@ def test_a_server_that_is_killed_and_started_again_costs_nothing(
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_sample_of_ten_kills_on_ray(tmp_path: Path, bucket: str, s3_server: str) -> None:
     """Five drivers at named moments, and five processes below them."""
     hunt = hunted_ray.Hunt(
