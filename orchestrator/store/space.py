@@ -194,6 +194,8 @@ def clean(folder: Objects, found: Iterable[Leftover]) -> int:
 
     Raises UnreachableError; what is deleted by then is deleted, and the rest is found again.
     """
+    if not folder.names("", folders=True):
+        return 0  # there is no such place, and none is made
     freed, items = 0, sorted(found, key=lambda each: each.key)
     for start in range(0, len(items), BATCH):
         look = _look(folder)
@@ -440,5 +442,5 @@ def _refuse_running(folder: Objects, files: SweepFiles) -> None:
     if lease is not None and not lease.expired:
         raise RefusedError(
             f"sweep {files.sweep} is being run by {lease.holder} (process {lease.process.pid} on "
-            f"{lease.process.host}). Stop it first, or wait until it is done"
+            f"{lease.process.host}). End it with `mixmo stop {files.sweep}`, or wait until it is done"
         )
