@@ -136,6 +136,10 @@ def test_a_driver_that_has_just_begun_may_want_any_trial(store: ResultStore, mon
         found = store.leftovers()
         assert (found.items, len(found.notes)) == ((), 1)
         assert "a driver of made has just begun; try again in 5 min" in found.notes[0]
+        store.folder.delete("sweeps/made/trials.parquet")  # as before its first write
+        told = " ".join(store.leftovers().notes)
+        assert "its driver is about to write it" in told
+        assert "mixmo rm" not in told
 
 
 def test_a_driver_that_begins_between_the_look_and_the_deletion_loses_nothing(

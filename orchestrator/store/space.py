@@ -152,9 +152,8 @@ def _look(folder: Objects, apart: str | None = None) -> _Look:
             for row in trial_rows(table):
                 rows[row.trial_id].append(row)
         except NotFoundError:
-            lease = leases.get(name)
-            if _has_rows(files) or (lease is not None and not lease.expired):
-                notes.append(f"{name} has no trials.parquet: put it back from a copy, or `mixmo rm {name}`")
+            if note := _tableless(files, leases.get(name)):
+                notes.append(note)
             else:
                 headers[name] = None
         except DamagedError as error:
@@ -164,6 +163,15 @@ def _look(folder: Objects, apart: str | None = None) -> _Look:
 
 def _live(header: Header) -> str:
     return f"live-{header.fence}.parquet"
+
+
+def _tableless(files: SweepFiles, lease: Lease | None) -> str:
+    """What is to be said of a sweep without trials.parquet; empty where nothing is left of it, or was ever written."""
+    if lease is not None and not lease.expired:
+        return f"{files.sweep} has no trials.parquet yet: its driver is about to write it"
+    if _has_rows(files):
+        return f"{files.sweep} has no trials.parquet: put it back from a copy, or `mixmo rm {files.sweep}`"
+    return ""
 
 
 def _has_rows(files: SweepFiles) -> bool:
