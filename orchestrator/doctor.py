@@ -144,7 +144,7 @@ def results_folder(results: Path) -> Check:
     except OSError as error:
         text = f"{place} cannot be written: {error.strerror}"
         return Check("results", "bad", text, _ELSEWHERE, ExitCode.UNREACHABLE)
-    return Check("results", "good", f"{results}" if place == results else f"{results}, which a run will make")
+    return Check("results", "good", f"{results}" if results.exists() else f"{results}, which a run will make")
 
 
 def results_bucket(uri: str) -> Check:

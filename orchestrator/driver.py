@@ -36,6 +36,8 @@ STORE_PATIENCE_S = 60.0
 """How long the end of a sweep waits for a store that takes nothing. While trials run, the wait has no limit."""
 
 Observer = Callable[[Snapshot], None]
+_STOPPING = "stopping: running trials finish, nothing new starts. Ctrl-C again stops now."
+_STOPPING_NOW = "stopping now"
 
 
 def run(
@@ -298,7 +300,7 @@ class _Session:
                 queue.drain()
                 crew.drain()
                 self.sharing.rest(crew)
-                self._say("stopping: running trials finish, nothing new starts. Ctrl-C again stops now.")
+                self._say(_STOPPING_NOW if self.signals.stop or steering.stop else _STOPPING)
             if not (drained or resubmitted or queue.is_alive()):
                 resubmitted = True
                 crew.submit(left)  # whatever became of Tune: a grid needs no more than its order

@@ -81,6 +81,8 @@ class Steering:
     def _pause(self, command: Command) -> str:
         if self.drain:
             raise RefusedError("the sweep is stopping")
+        if self.paused:
+            return "the sweep is paused already"
         self._crew.pause()
         self.paused = True
         self._sharing.rest(self._crew)

@@ -569,13 +569,16 @@ def test_a_package_that_is_not_there_is_told_with_its_command() -> None:
     assert "pip install 'torch>=2.11'" in check.advice
 
 
-def test_results_that_cannot_be_written_end_with_7(tmp_path: Path) -> None:
+def test_results_that_cannot_be_written_end_with_7(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.write_text("")
     check = doctor.results_folder(file)
     assert (check.verdict, check.code) == ("bad", ExitCode.UNREACHABLE)
     assert doctor.verdict([doctor.Check("a", "note", ""), check]) is ExitCode.UNREACHABLE
-    assert doctor.results_folder(tmp_path / "deep" / "down").verdict == "good"
+    assert doctor.results_folder(tmp_path / "deep" / "down").found.endswith(", which a run will make")
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    assert doctor.results_folder(Path("here")).found == "here"
 
 
 def test_a_dataset_with_a_wrong_file_is_a_fault_and_one_that_is_not_there_a_note(tmp_path: Path) -> None:

@@ -267,6 +267,37 @@ def test_a_row_names_a_checkpoint_when_it_is_stored_and_not_before(
 
 
 @in_a_folder
+def test_what_the_row_of_a_cancelled_trial_names_stays(
+    store: ResultStore, work: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each upload takes until the next report, so that one is under way when the trial is dropped."""
+    desk, reports, numbers = Desk(config(), store), threading.Semaphore(0), itertools.count(1)
+
+    def hold() -> None:
+        assert reports.acquire(timeout=60)
+
+    when_uploading(store, monkeypatch, hold)
+
+    def cancels(name: str, *_: Any) -> bool:
+        if name != "report" or desk.saver is None:
+            return False
+        if next(numbers) == 5:
+            desk.desk.cancel([0], "cancelled by a test")
+            threading.Timer(0.3, reports.release).start()  # when the gang has heard of it
+        else:
+            reports.release()
+            assert desk.saver.wait(60)
+        return False
+
+    desk.fatal, desk.waits = cancels, False
+    work(desk)
+    row, kept = desk.row(), store.checkpoints(desk.trial_id)
+    assert (row.state, next(numbers)) == ("CANCELLED", 6)
+    assert "dropped: " in desk.log()
+    assert row.checkpoint in kept[1:]
+
+
+@in_a_folder
 @pytest.mark.parametrize("back", [True, False])
 def test_a_trial_that_ends_while_the_store_is_away_waits_for_it_and_ends_in_any_case(
     store: ResultStore, work: Callable[..., None], monkeypatch: pytest.MonkeyPatch, *, back: bool

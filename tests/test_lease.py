@@ -23,7 +23,7 @@ from orchestrator.store import (
 def test_a_second_driver_is_refused_and_told_who_holds_the_sweep(store: ResultStore) -> None:
     with begin(store, holder="ada@lab") as writer:
         with pytest.raises(
-            RefusedError, match=rf"made is being run by ada@lab \(process {os.getpid()} on .*kill {os.getpid()}"
+            RefusedError, match=rf"made is being run by ada@lab \(process {os.getpid()} on .*mixmo stop made"
         ):
             begin(store)
         lease = store.lease("made")

@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from test_cli import COMMANDS, Shell
 from test_cli import mixmo as mixmo  # the fixture
 
-from mixmo_core import networks
 from mixmo_core.config import DATASETS, cell_id, flatten, unflatten, validation_images
 from mixmo_core.cost import forward_flops, trial_flops
 from orchestrator.analysis import EnsembleRow, table
@@ -193,7 +191,8 @@ def test_a_number_is_the_same_in_every_file() -> None:
 
 def comment(path: Path) -> list[str]:
     lines = path.read_text().splitlines()
-    return [line.removeprefix("#").removeprefix(" ") for line in lines[: lines.index(f"name: {path.stem}")]]
+    lines = [line.removeprefix("#").removeprefix(" ") for line in lines[: lines.index(f"name: {path.stem}")]]
+    return [line for line in lines if not line.startswith("yaml-language-server:")]
 
 
 def commands(path: Path) -> list[str]:
@@ -279,23 +278,6 @@ def test_the_commands_of_a_file_run(name: str, mixmo: Shell, tmp_path: Path) -> 
             without = ["--no-ensembles"] if sweep.ensembles else []
             ended = mixmo(command, *rest, *without, "--results", tmp_path)
             assert ended.code == 0, ended.err
-
-
-def test_the_page_counts_the_active_filters_of_a_network() -> None:
-    """Its block, on weights whose shares are known: half of the filters of each layer hold nothing."""
-    (code,) = (block.partition("```")[0] for block in PAGE.read_text().split("```python\n")[1:])
-    definition = code.partition("\nresults = ")[0]
-    names: dict[str, Any] = {}
-    exec(compile(definition, "docs/paper.md", "exec"), names)
-    net = networks.build(unflatten({"model.depth": 10, "model.width": 1, "data.dataset": "digits"}))
-    convolutions = [weight for weight in net.core.parameters() if weight.dim() == 4]
-    with torch.no_grad():
-        for weight in convolutions:
-            weight.fill_(1.0)
-            weight[::2] *= 0.25
-    assert len(convolutions) == 6 + 2
-    assert names["active"](net, 0.2) == 1.0
-    assert names["active"](net, 0.3) == 0.5
 
 
 if __name__ == "__main__":

@@ -136,6 +136,10 @@ def test_a_driver_that_has_just_begun_may_want_any_trial(store: ResultStore, mon
         found = store.leftovers()
         assert (found.items, len(found.notes)) == ((), 1)
         assert "a driver of made has just begun; try again in 5 min" in found.notes[0]
+        store.folder.delete("sweeps/made/trials.parquet")  # as before its first write
+        told = " ".join(store.leftovers().notes)
+        assert "its driver is about to write it" in told
+        assert "mixmo rm" not in told
 
 
 def test_a_driver_that_begins_between_the_look_and_the_deletion_loses_nothing(
@@ -549,7 +553,7 @@ def shell(store: ResultStore, capsys: pytest.CaptureFixture[str], *words: str) -
 
 
 def test_gc_shows_what_goes_and_deletes_it_only_when_it_may(
-    old: ResultStore, capsys: pytest.CaptureFixture[str]
+    old: ResultStore, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (item,) = old.leftovers().items
     for words, told in ((["gc"], "nothing was deleted: --yes deletes it"), (["gc", "--dry-run", "--yes"], "")):
@@ -562,6 +566,9 @@ def test_gc_shows_what_goes_and_deletes_it_only_when_it_may(
     code, out, err = shell(old, capsys, "gc", "--yes")
     assert (code, err) == (0, f"{item.bytes} B freed\n")
     assert shell(old, capsys, "gc") == (0, f"nothing needless in {old.uri}\n", "")
+    nowhere = ResultStore.open(tmp_path / "nowhere")
+    assert shell(nowhere, capsys, "gc", "--yes") == (0, f"nothing needless in {nowhere.uri}\n", "")
+    assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize("answer", ["y", "n"])

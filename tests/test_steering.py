@@ -177,6 +177,7 @@ def test_stop_now_ends_at_once_with_all_that_had_arrived(
     assert "ends now" in mixmo("stop", "made", "--now")
     steps.open()
     assert running.end() == ExitCode.STOPPED
+    assert running.said[-1] == "stopping now"
     assert set(running.states()) == {"PENDING"}
     assert sum(row.epoch for row in running.rows()) >= 2
 
@@ -194,6 +195,7 @@ def test_a_paused_sweep_saves_its_trials_and_goes_on_from_there(
     status = json.loads(mixmo("status", "made", "--json"))
     assert (status["status"], status["paused"], status["running"], status["eta_s"]) == ("paused", 2, 0, None)
     assert "paused by " in mixmo("watch", "made", "--once")
+    assert "paused already" in mixmo("pause", "made")
     begun = len(steps.begun)
     steps.open()
     time.sleep(0.5)

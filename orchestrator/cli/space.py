@@ -71,7 +71,7 @@ def rm(
     """Remove sweeps and what only they need.
 
     Shows what goes and asks for the sweep's name first. Trials that another sweep has too keep their files. Refused
-    while a driver runs the sweep. Ends with 4 if it was not to be.
+    while a driver runs the sweep. Ends with 4 if another name was typed, and nothing of that sweep went.
     """
     light()
     from orchestrator.lines import room

@@ -22,7 +22,7 @@ WAIT_S = 60.0
 POLL_S = 1.0
 
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Do not wait for the driver's answer.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Trials = Annotated[
     list[str] | None, typer.Argument(metavar="[TRIAL...]", help="Trial ids, or as many of their first digits as tell.")
 ]

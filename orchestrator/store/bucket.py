@@ -66,7 +66,8 @@ ADVICE: Mapping[str, str] = {
         "allow to list the bucket and to get, put and delete its objects"
     ),
     "encryption": "Does this store encrypt when asked to? Some do over https alone; else leave sse out of the address",
-    "certificate": "If the store's certificate is of a CA of your own, name its file with AWS_CA_BUNDLE",
+    "certificate": "If the store's certificate is of a CA of your own, name its file with AWS_CA_BUNDLE; "
+    "if it speaks http, add scheme=http to the address",
     "away": "Run the same command again when the store answers",
 }
 _CUT = (
@@ -109,7 +110,7 @@ class Address:
         """Raises UsageError, with nothing in it of what may be a secret."""
         if "@" in uri:
             raise UsageError(
-                "the address of the results has a user name or a password in it (or an @ elsewhere). Leave it out: "
+                "the address of the results has a user name or a password in it (or an @ elsewhere). Leave it out. "
                 + ADVICE["credentials"]
             )
         parts = urlsplit(uri)

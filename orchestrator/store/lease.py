@@ -219,9 +219,7 @@ def _refusal(sweep: str, held: Lease, process: Process) -> str:
         f"sweep {sweep} is being run by {held.holder} (process {held.process.pid} on {held.process.host}) since {since}"
     )
     if process.sees_alive(held.process):
-        return (
-            f"{who}. Watch it with `mixmo watch {sweep}`, or end it with `kill {held.process.pid}` and run this again"
-        )
+        return f"{who}. Watch it with `mixmo watch {sweep}`, or end it with `mixmo stop {sweep}` and run this again"
     left = max(1, round(held.duration_s - held.age_s))
     return (
         f"{who}, and was heard of {held.age_s:.0f} s ago. Watch it with `mixmo watch {sweep}`. If it is dead, run this "

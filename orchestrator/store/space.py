@@ -152,9 +152,8 @@ def _look(folder: Objects, apart: str | None = None) -> _Look:
             for row in trial_rows(table):
                 rows[row.trial_id].append(row)
         except NotFoundError:
-            lease = leases.get(name)
-            if _has_rows(files) or (lease is not None and not lease.expired):
-                notes.append(f"{name} has no trials.parquet: put it back from a copy, or `mixmo rm {name}`")
+            if note := _tableless(files, leases.get(name)):
+                notes.append(note)
             else:
                 headers[name] = None
         except DamagedError as error:
@@ -164,6 +163,15 @@ def _look(folder: Objects, apart: str | None = None) -> _Look:
 
 def _live(header: Header) -> str:
     return f"live-{header.fence}.parquet"
+
+
+def _tableless(files: SweepFiles, lease: Lease | None) -> str:
+    """What is to be said of a sweep without trials.parquet; empty where nothing is left of it, or was ever written."""
+    if lease is not None and not lease.expired:
+        return f"{files.sweep} has no trials.parquet yet: its driver is about to write it"
+    if _has_rows(files):
+        return f"{files.sweep} has no trials.parquet: put it back from a copy, or `mixmo rm {files.sweep}`"
+    return ""
 
 
 def _has_rows(files: SweepFiles) -> bool:
@@ -194,6 +202,8 @@ def clean(folder: Objects, found: Iterable[Leftover]) -> int:
 
     Raises UnreachableError; what is deleted by then is deleted, and the rest is found again.
     """
+    if not folder.names("", folders=True):
+        return 0  # there is no such place, and none is made
     freed, items = 0, sorted(found, key=lambda each: each.key)
     for start in range(0, len(items), BATCH):
         look = _look(folder)
@@ -440,5 +450,5 @@ def _refuse_running(folder: Objects, files: SweepFiles) -> None:
     if lease is not None and not lease.expired:
         raise RefusedError(
             f"sweep {files.sweep} is being run by {lease.holder} (process {lease.process.pid} on "
-            f"{lease.process.host}). Stop it first, or wait until it is done"
+            f"{lease.process.host}). End it with `mixmo stop {files.sweep}`, or wait until it is done"
         )
