@@ -13,7 +13,7 @@ import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -38,6 +38,8 @@ class Order:
     """Every setting by its dotted name."""
     attempts: int = 0
     """Attempts begun before this driver's time."""
+    checkpoint: str | None = None
+    """The newest that the trial's row names."""
     held_back: bool = False
     """Another sweep may be training it: not to be handed out before it is released."""
 
@@ -186,6 +188,8 @@ class Dispatcher:
         if standing is None or standing.held is None:
             return "drop"
         standing.reports |= {report.epoch: report for report in epochs}
+        if checkpoint is not None:
+            standing.order = replace(standing.order, checkpoint=checkpoint)
         self._tell("epochs", standing, epochs=tuple(epochs), checkpoint=checkpoint)
         standing.changed.set()
         if standing.stopped_early:

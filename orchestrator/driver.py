@@ -272,7 +272,9 @@ class _Session:
     def _order_of(self, position: int) -> Order:
         trial, row = self.sweep.trials[position], self.ledger.rows[position]
         settings = flatten(trial.config)
-        return Order(index=position, trial_id=trial.trial_id, settings=settings, attempts=row.attempts)
+        return Order(
+            index=position, trial_id=trial.trial_id, settings=settings, attempts=row.attempts, checkpoint=row.checkpoint
+        )
 
     def _follow(self, crew: Crew, queue: Queue, steering: Steering) -> None:
         """Turn what happens into rows until every trial has ended, or the user wants no more."""

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from mixmo_core import train
 from mixmo_core.config import TrialConfig, digest, identity, unflatten
-from orchestrator.dispatcher import Answer, Assignment, EpochReport, Worker
+from orchestrator.dispatcher import Answer, Assignment, EpochReport, Order, Worker
 from orchestrator.errors import MixmoError, NotFoundError, UnreachableError
 from orchestrator.saver import Saver
 from orchestrator.store import DamagedError, Logits, ResultStore
@@ -186,12 +186,12 @@ class Gang:
 
     def _take_up(self, hand: "Hand") -> bool:
         """Go on from the newest checkpoint, if there is one. Whether the trial is this gang's still."""
-        trial_id, log = hand.assignment.order.trial_id, hand.log
-        resume = self._resume_point(trial_id, hand.config, log)
+        order, log = hand.assignment.order, hand.log
+        resume = self._resume_point(order, hand.config, log)
         if resume is None:
             return True
         hand.state, hand.reports, hand.logits = resume.state, list(resume.reports), resume.state.get("logits")
-        hand.saver.adopt(resume.key, self._patiently(lambda: self._store.checkpoints(trial_id), log))
+        hand.saver.adopt(resume.key, self._checkpoints(order, log))
         log.line(f"resumed from {resume.key}")
         return self._report(hand, hand.reports) != "drop"
 
@@ -237,14 +237,17 @@ class Gang:
         hand.log.lines(hand.saver.lines())
         return stored
 
-    def _resume_point(self, trial_id: str, config: TrialConfig, log: "LogTail") -> "ResumePoint | None":
+    def _resume_point(self, order: Order, config: TrialConfig, log: "LogTail") -> "ResumePoint | None":
         """The newest checkpoint of any attempt that is whole and this config's."""
-        found = self._newest(trial_id, config, log) if self.rank == 0 else None
+        found = self._newest(order, config, log) if self.rank == 0 else None
         key = self._from_first(found and found.key)
         return None if key is None else found or self._patiently(lambda: self._load(key, config), log)
 
-    def _newest(self, trial_id: str, config: TrialConfig, log: "LogTail") -> "ResumePoint | None":
-        for key in self._patiently(lambda: self._store.checkpoints(trial_id), log):
+    def _checkpoints(self, order: Order, log: "LogTail") -> list[str]:
+        return self._patiently(lambda: self._store.checkpoints(order.trial_id, order.checkpoint), log)
+
+    def _newest(self, order: Order, config: TrialConfig, log: "LogTail") -> "ResumePoint | None":
+        for key in self._checkpoints(order, log):
             try:
                 return self._patiently(partial(self._load, key, config), log)
             except (train.CheckpointError, DamagedError, NotFoundError) as error:  # the one before it will do

@@ -18,7 +18,7 @@ from typing import Any
 
 from orchestrator.dispatcher import Assignment, Dispatcher, EpochReport, Order, Update, Worker
 from orchestrator.engine import Job
-from orchestrator.errors import MixmoError, UnreachableError
+from orchestrator.errors import MixmoError, NotFoundError, UnreachableError
 from orchestrator.store import DamagedError, ResultStore
 
 AT_ONCE = 2
@@ -303,8 +303,8 @@ class MadeGang:
 
     def _resumed(self, order: Order) -> list[EpochReport]:
         """The epochs behind the newest whole checkpoint."""
-        for key in self._store.checkpoints(order.trial_id):
-            with TemporaryDirectory() as scratch, contextlib.suppress(DamagedError):
+        for key in self._store.checkpoints(order.trial_id, order.checkpoint):
+            with TemporaryDirectory() as scratch, contextlib.suppress(DamagedError, NotFoundError):
                 state = json.loads(self._store.fetch(key, Path(scratch) / "state").read_bytes())
                 return [report(order.trial_id, epoch) for epoch in range(1, state["epoch"] + 1)]
         return []

@@ -43,6 +43,9 @@ def test_the_checkpoint_of_the_latest_epoch_comes_first_whichever_attempt_wrote_
     assert store.checkpoints(ID)[:3] == [old[1], new, old[2]]
     assert first.checkpoints() == [old[1], old[2], old[0]]
     assert store.checkpoints("f" * 12) == []
+    unlisted = f"trials/{ID}/9-9-0123abcd/epoch-200000-0123456789abcdef.pt"  # a server's listings may lag
+    assert store.checkpoints(ID, unlisted) == [unlisted, *store.checkpoints(ID)]
+    assert store.checkpoints(ID, old[1]) == store.checkpoints(ID)
 
 
 @given(st.sets(st.tuples(st.integers(1, 100_001), st.none() | st.integers(1, 1_000_001)), min_size=2, max_size=8))

@@ -476,6 +476,29 @@ def test_connections_that_break_are_made_anew(bucket: str) -> None:
     assert Rude.calls == ["PUT"] * 3 + ["GET"] * 3
 
 
+class Faltering(Rude):
+    """Refuses for a moment, and breaks off in the middle of saying so."""
+
+    def do_GET(self) -> None:
+        self.calls.append("GET")
+        if self.calls.count("GET") > 2:
+            return self.answer(b"12345")
+        self.send_response(503)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(b"<Error><Code>Slow")
+        self.close_connection = True
+        return None
+
+
+def test_a_refusal_that_is_cut_short_is_waited_out(bucket: str) -> None:
+    Faltering.calls.clear()
+    with serving(Faltering) as address:
+        stored = Bucket.open(f"s3://bucket/a?endpoint_override={address}&scheme=http").read("a")
+    assert stored is not None
+    assert (stored.data, Faltering.calls) == (b"12345", ["GET"] * 3)
+
+
 def test_a_store_that_hangs_is_not_waited_for_eight_times(
     faulty: Callable[..., Bucket], monkeypatch: pytest.MonkeyPatch
 ) -> None:

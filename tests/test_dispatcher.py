@@ -102,6 +102,17 @@ def test_a_checkpoint_in_the_middle_of_an_epoch_is_told_without_an_epoch() -> No
     ]  # fmt: skip
 
 
+def test_who_takes_a_lost_trial_up_is_told_of_its_newest_checkpoint() -> None:
+    """A listing of the store may not show it yet."""
+    desk = dispatcher(1)
+    first = take(desk)
+    desk.report(first.token, [report(1)], "older")
+    desk.report(first.token, [], "newer")
+    desk.report(first.token, [report(2)], None)
+    desk.abandon(first.token, "the device was lost")
+    assert take(desk).order.checkpoint == "newer"
+
+
 def test_the_end_of_a_trial_names_its_logits() -> None:
     desk = dispatcher(2)
     assert desk.finish(take(desk).token, "logits")

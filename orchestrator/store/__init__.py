@@ -236,10 +236,14 @@ class ResultStore:
             raise ValueError(f"no attempt can be called {trial_id}/{fence}-{attempt}-{token}")
         return AttemptFolder(self.folder, f"trials/{trial_id}/{fence}-{attempt}-{token}")
 
-    def checkpoints(self, trial_id: str) -> list[str]:
-        """Keys of a trial's checkpoints over all attempts, the furthest first. `fetch` checks them."""
+    def checkpoints(self, trial_id: str, named: str | None = None) -> list[str]:
+        """Keys of a trial's checkpoints over all attempts, the furthest first. `fetch` checks them.
+
+        `named` is one that the trial's row names: it is among them also where a listing does not show it yet.
+        """
         folders = [AttemptFolder(self.folder, f"trials/{trial_id}/{name}") for name in self._attempts(trial_id)]
-        return sorted((key for folder in folders for key in folder.checkpoints()), key=progress_of, reverse=True)
+        keys = {key for folder in folders for key in folder.checkpoints()} | ({named} if named else set())
+        return sorted(keys, key=progress_of, reverse=True)
 
     def fetch(self, key: str, local: Path) -> Path:
         """Copy a stored file to a local path. A checkpoint whose content is not what its name says is refused.

@@ -25,6 +25,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import boto3
 import botocore.exceptions as faults
 import botocore.session
+import urllib3.exceptions
 from botocore.config import Config
 
 from orchestrator.errors import UnreachableError, UsageError
@@ -73,6 +74,7 @@ ADVICE: Mapping[str, str] = {
 _CUT = (
     faults.HTTPClientError, faults.IncompleteReadError, faults.ResponseStreamingError, faults.ReadTimeoutError,
     faults.EndpointConnectionError, faults.ConnectTimeoutError, faults.ProxyConnectionError,
+    urllib3.exceptions.HTTPError,  # of a refusal whose text is cut: botocore lets it through as it is
 )  # fmt: skip
 """A connection that was not made or did not last: the server may be on its way up again."""
 _NO_CREDENTIALS = (
@@ -455,7 +457,7 @@ class Bucket(Objects):
         while True:
             try:
                 return request()
-            except (faults.BotoCoreError, faults.ClientError) as error:
+            except (faults.BotoCoreError, faults.ClientError, urllib3.exceptions.HTTPError) as error:
                 tried += 1
                 enough = tried >= TRIES or (tried >= 3 and time.monotonic() - began > PATIENCE_S)
                 if enough or not _passes(error):
@@ -482,7 +484,7 @@ class Bucket(Objects):
                     return self._own(key, body) if doubtful else None
                 doubtful = doubtful or _status(error) >= 500
                 raise
-            except faults.BotoCoreError:
+            except (faults.BotoCoreError, urllib3.exceptions.HTTPError):
                 doubtful = True
                 raise
 
