@@ -131,13 +131,15 @@ class Inbox:
             for name in names[:-KEPT]:
                 self._commands.delete(name)
             names, self._begun = names[-KEPT:], True
-        fresh = []
-        for name in names:
-            if name not in self._seen:
+        fresh: list[Command] = []
+        for name in [name for name in names if name not in self._seen]:
+            try:
                 command = self._commands.get(name.removesuffix(".json"))
-                if command is not None and self._is_mine(command):
-                    fresh.append(command)
-                self._seen.add(name)
+            except UnreachableError:
+                break  # with those after it, in their order
+            if command is not None and self._is_mine(command):
+                fresh.append(command)
+            self._seen.add(name)
         return fresh
 
     def answer(self, command: Command, text: str, *, done: bool = True) -> None:
