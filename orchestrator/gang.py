@@ -309,7 +309,7 @@ class Gang:
         hand.log.lines(hand.saver.lines())
         checkpoint = hand.saver.unnamed()
         answer: Answer = ray.get(self.dispatcher.report.remote(hand.assignment.token, reports, checkpoint))
-        if checkpoint is not None:
+        if checkpoint is not None and answer != "drop":  # else the row names an earlier one, which is to stay
             hand.saver.name(checkpoint)
         return answer
 

@@ -267,6 +267,32 @@ def test_a_row_names_a_checkpoint_when_it_is_stored_and_not_before(
 
 
 @in_a_folder
+def test_a_trial_that_is_cancelled_while_it_uploads_keeps_the_checkpoint_that_its_row_names(
+    store: ResultStore, work: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each upload goes on when its epoch's report comes. The fourth report is in vain: what it names, no row does."""
+    desk, reports, count = Desk(config(), store), threading.Semaphore(0), itertools.count(1)
+    when_uploading(store, monkeypatch, lambda: reports.acquire(timeout=60))
+
+    def look(name: str, *_: Any) -> bool:
+        if name == "report":
+            number = next(count)
+            reports.release()
+            if number < 4:
+                assert desk.saver is not None
+                assert desk.saver.wait(60)
+            elif number == 4:
+                desk.desk.cancel([0], "cancelled")
+        return False
+
+    desk.fatal, desk.waits = look, False
+    work(desk)
+    row, held = desk.row(), store.checkpoints(desk.trial_id)
+    assert (row.state, row.checkpoint) == ("CANCELLED", held[2])
+    assert len(held) == 3
+
+
+@in_a_folder
 @pytest.mark.parametrize("back", [True, False])
 def test_a_trial_that_ends_while_the_store_is_away_waits_for_it_and_ends_in_any_case(
     store: ResultStore, work: Callable[..., None], monkeypatch: pytest.MonkeyPatch, *, back: bool
