@@ -21,7 +21,7 @@ from orchestrator import plan as planning
 from orchestrator import sweep as sweeps
 from orchestrator.dispatcher import Order, Update
 from orchestrator.engine import Crew, Engine, Job, Queue, on_ray
-from orchestrator.errors import ExitCode, UnreachableError, UsageError
+from orchestrator.errors import ExitCode, NotFoundError, UnreachableError, UsageError
 from orchestrator.ledger import Ledger
 from orchestrator.rows import FINAL, TrialRow
 from orchestrator.sharing import Sharing
@@ -122,7 +122,7 @@ def _open_books(sweep: sweeps.Sweep, planned: planning.Plan, store: ResultStore,
         position, label = item.trial.position, item.trial.label
         held[position] = held[position].replace(position=position, label=label, sweep=sweep.name)
         if item.action == "cached" and held[position].cached_from:
-            with contextlib.suppress(DamagedError):  # its curve is lost, its result is not
+            with contextlib.suppress(NotFoundError, DamagedError):  # its curve is lost, its result is not
                 writer.add(store.epoch_rows(held[position].cached_from or "", item.trial.trial_id))
     writer.forget(row.trial_id for row in planned.removed)
     begun = [row for row in planned.removed if row.epoch and row.state not in FINAL]

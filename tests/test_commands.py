@@ -60,6 +60,27 @@ def test_a_store_that_goes_away_between_two_commands_loses_neither(
     assert inbox.new() == [second]
 
 
+@in_a_folder
+def test_an_answer_that_the_store_did_not_take_is_given_when_it_is_back(
+    store: ResultStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = store.commands("made").give("stop", fence=1, given_by="ada@lab")
+    inbox = Inbox(store.commands("made"), fence=1)
+    inbox.new()
+
+    def away(key: str, data: bytes) -> None:
+        raise UnreachableError("the store is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.folder, "put", away)
+        inbox.answer(command, "stopping")
+    assert answered(store, command) is None
+    assert inbox.new() == []
+    answer = answered(store, command)
+    assert answer is not None
+    assert (answer.done, answer.text) == (True, "stopping")
+
+
 def test_a_driver_takes_no_command_that_was_given_to_another(store: ResultStore) -> None:
     commands = store.commands("made")
     old, mine, later = (commands.give("stop", fence=fence, given_by="ada@lab") for fence in (1, 2, 3))
