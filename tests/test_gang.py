@@ -272,7 +272,11 @@ def test_a_trial_that_is_cancelled_while_it_uploads_keeps_the_checkpoint_that_it
 ) -> None:
     """Each upload goes on when its epoch's report comes. The fourth report is in vain: what it names, no row does."""
     desk, reports, count = Desk(config(), store), threading.Semaphore(0), itertools.count(1)
-    when_uploading(store, monkeypatch, lambda: reports.acquire(timeout=60))
+
+    def hold() -> None:
+        assert reports.acquire(timeout=60)
+
+    when_uploading(store, monkeypatch, hold)
 
     def look(name: str, *_: Any) -> bool:
         if name == "report":
