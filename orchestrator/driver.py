@@ -21,7 +21,7 @@ from orchestrator import plan as planning
 from orchestrator import sweep as sweeps
 from orchestrator.dispatcher import Order, Update
 from orchestrator.engine import Crew, Engine, Job, Queue, on_ray
-from orchestrator.errors import ExitCode, UnreachableError, UsageError
+from orchestrator.errors import ExitCode, NotFoundError, UnreachableError, UsageError
 from orchestrator.ledger import Ledger
 from orchestrator.rows import FINAL, TrialRow
 from orchestrator.sharing import Sharing
@@ -124,7 +124,7 @@ def _open_books(sweep: sweeps.Sweep, planned: planning.Plan, store: ResultStore,
         position, label = item.trial.position, item.trial.label
         held[position] = held[position].replace(position=position, label=label, sweep=sweep.name)
         if item.action == "cached" and held[position].cached_from:
-            with contextlib.suppress(DamagedError):  # its curve is lost, its result is not
+            with contextlib.suppress(NotFoundError, DamagedError):  # its curve is lost, its result is not
                 writer.add(store.epoch_rows(held[position].cached_from or "", item.trial.trial_id))
     writer.forget(row.trial_id for row in planned.removed)
     begun = [row for row in planned.removed if row.epoch and row.state not in FINAL]
@@ -231,7 +231,8 @@ class _Session:
     talk: Callable[[str], None]
     store_silent_since: float | None = None
     spent: list[str] = field(default_factory=list)
-    """Trials that have ended and whose checkpoints nobody wants."""
+    """Trials that have ended and whose checkpoints this sweep does not want."""
+    next_drop: float = 0.0
 
     def run(self) -> bool:
         """Whether the sweep was cancelled."""
@@ -349,7 +350,7 @@ class _Session:
         try:
             spent, over = list(self.spent), self.sharing.over()
             if self.writer.flush(force=force) or force:
-                self._drop_checkpoints(spent)
+                self._drop_checkpoints(spent, force=force)
                 self.sharing.drop(over)
             if self.store_silent_since is not None:
                 self._say("the store takes writes again")
@@ -360,11 +361,20 @@ class _Session:
                 self._say(f"{error}. Trials go on; their rows are kept and written when the store is back.")
         self._show()
 
-    def _drop_checkpoints(self, trial_ids: Sequence[str]) -> None:
-        """Of trials whose end is written, where the sweep keeps none."""
+    def _drop_checkpoints(self, trial_ids: Sequence[str], *, force: bool) -> None:
+        """Of trials whose end is written, where the sweep keeps none; but for what another sweep names. Now and then:
+        to see what others name may take a twentieth of the time.
+        """
+        began = time.monotonic()
+        if not trial_ids or (began < self.next_drop and not force):
+            return
+        rows = self.store.all_trial_rows()
+        self.next_drop = time.monotonic() + 20 * (time.monotonic() - began)
+        named = {row.checkpoint for row in rows if row.sweep != self.sweep.name}
         for trial_id in trial_ids:
             for key in self.store.checkpoints(trial_id):
-                self.store.discard(key)
+                if key not in named:
+                    self.store.discard(key)
             self.spent.remove(trial_id)
 
     def _show(self) -> None:

@@ -204,7 +204,7 @@ class Sharing:
         for sweep, row in elsewhere.items():
             if row.state == "TERMINATED" and not row.stopped_early:
                 epochs: list[EpochRow] = []
-                with contextlib.suppress(DamagedError):  # its curve is lost, its result is not
+                with contextlib.suppress(NotFoundError, DamagedError):  # its curve is lost, its result is not
                     epochs = self._store.epoch_rows(sweep, row.trial_id)
                 self._taken[position] = (row, epochs)
                 return True

@@ -1,5 +1,6 @@
 """Carries out what people ask of a running sweep, and answers them. Part of its driver."""
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -118,7 +119,8 @@ class Steering:
         if command.sweep is None:
             raise RefusedError("it does not say which sweep it is of")
         shared = self._sharing.join(self._crew, command.sweep, command.trials or ())
-        self._writer.flush(force=True)  # the other reads our rows when it has the answer
+        with contextlib.suppress(UnreachableError):  # the store is away: trials go on, and the other may train one too
+            self._writer.flush(force=True)  # the other reads our rows when it has the answer
         return f"{_trials(shared)} shared with {command.sweep}"
 
     def _chosen(self, command: Command) -> list[int]:

@@ -691,6 +691,33 @@ def test_what_a_stale_driver_overwrites_is_not_read_and_is_put_right(
     assert store.verify("made") == []
 
 
+@pytest.mark.parametrize("killed", [False, True], ids=["lives", "is killed"])
+def test_a_result_that_an_old_driver_writes_during_a_take_over_is_taken_in(bucket: str, killed: bool) -> None:
+    """The new one has read the trials and not yet written its own, on a server that forgets conditions."""
+    made, other = Bucket.open(bucket), Bucket.open(bucket)
+    client = made._client = Unconditional(made._client, forgets=BOTH)
+    other._client = Unconditional(other._client, forgets=BOTH)
+    old, store = begin(ResultStore(other), process=DEAD), ResultStore(made)
+    ended = list[str]()
+
+    def meanwhile(key: str) -> None:
+        if "/epochs/live-2" in key and not ended:
+            finish(old, trial(0))
+            ended.append(key)
+        elif ended and killed and key.endswith("/trials.parquet"):
+            raise KilledError
+
+    client.before = meanwhile
+    with pytest.raises(KilledError) if killed else contextlib.nullcontext():
+        begin(store, process=DEAD)
+    client.before = lambda key: None
+    assert [row.state for row in store.trial_rows("made")] == ["TERMINATED"]
+    with begin(store) as writer:
+        assert [row.state for row in writer.rows] == ["TERMINATED"]
+    assert [number for _, number in keys(store)] == [1, 2, 3]
+    assert store.verify("made") == []
+
+
 def states_of_the_object(store: ResultStore) -> list[str]:
     """As a reader sees them that knows nothing of us."""
     table = pq.read_table(io.BytesIO(content(store, "sweeps/made/trials.parquet")))

@@ -2,9 +2,12 @@
 
 import threading
 
-from made_rows import begin
+import pytest
+from made_rows import begin, in_a_folder
 
+from orchestrator.errors import UnreachableError
 from orchestrator.store import Answer, Command, Inbox, ResultStore
+from orchestrator.store.objects import Stored
 
 
 def answered(store: ResultStore, command: Command) -> Answer | None:
@@ -35,6 +38,47 @@ def test_a_command_is_taken_once_in_its_order_and_answered_in_place(store: Resul
     assert (given[2].trials, given[0].trials) == (("0123456789ab",), None)
     assert inbox.new() == []
     assert Inbox(commands, fence=3).new() == given[:2]  # what has its answer is over
+
+
+@in_a_folder
+def test_a_store_that_goes_away_between_two_commands_loses_neither(
+    store: ResultStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = store.commands("made")
+    first, second = (commands.give(verb, fence=1, given_by="ada@lab") for verb in ("pause", "stop"))
+    inbox, read = Inbox(commands, fence=1), store.folder.read
+
+    def away(key: str) -> Stored | None:
+        if second.id in key:
+            raise UnreachableError("the store is away")
+        return read(key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.folder, "read", away)
+        assert inbox.new() == [first]
+        assert inbox.new() == []
+    assert inbox.new() == [second]
+
+
+@in_a_folder
+def test_an_answer_that_the_store_did_not_take_is_given_when_it_is_back(
+    store: ResultStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = store.commands("made").give("stop", fence=1, given_by="ada@lab")
+    inbox = Inbox(store.commands("made"), fence=1)
+    inbox.new()
+
+    def away(key: str, data: bytes) -> None:
+        raise UnreachableError("the store is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.folder, "put", away)
+        inbox.answer(command, "stopping")
+    assert answered(store, command) is None
+    assert inbox.new() == []
+    answer = answered(store, command)
+    assert answer is not None
+    assert (answer.done, answer.text) == (True, "stopping")
 
 
 def test_a_driver_takes_no_command_that_was_given_to_another(store: ResultStore) -> None:

@@ -13,8 +13,8 @@ from test_steering import Running, Shell, hurried, load, mixmo, steps
 from orchestrator import driver
 from orchestrator import plan as planning
 from orchestrator.dispatcher import Order
-from orchestrator.errors import ExitCode
-from orchestrator.store import Claim, ResultStore
+from orchestrator.errors import ExitCode, UnreachableError
+from orchestrator.store import Claim, Folder, ResultStore
 
 __all__ = ["hurried", "mixmo", "steps"]  # fixtures
 
@@ -55,6 +55,69 @@ def test_a_trial_that_runs_in_another_sweep_is_waited_for_and_taken(
     assert len(curve(store, "second", shared.trial_id)) == 4
     assert store.folder.sizes("claims") == {}
     assert store.verify("first") == store.verify("second") == []
+
+
+@in_a_folder
+def test_a_store_that_takes_nothing_when_another_sweep_joins_ends_no_sweep(
+    tmp_path: Path, store: ResultStore, steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = Folder.put
+
+    def full(self: Folder, key: str, data: bytes) -> None:
+        if key == "sweeps/first/trials.parquet":
+            raise UnreachableError("no room")
+        put(self, key, data)
+
+    first = Running(load(tmp_path, name="first", seeds=1), store, Threads(steps))
+    steps.until(lambda begun: begun == [(0, 1)])
+    first.until(lambda: first.states() == ["RUNNING"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "put", full)
+        steps.allow()
+        first.until(lambda: any("no room" in line for line in first.said))
+        second = Running(load(tmp_path, name="second", seeds=1), store, Threads(Counting()))
+        second.until(lambda: answers(store) == ["1 trial shared with second"])
+    steps.open()
+    assert (first.end(), second.end()) == (ExitCode.OK, ExitCode.OK)
+    assert second.rows()[0].cached_from == "first"
+
+
+def answers(store: ResultStore) -> list[str]:
+    """What the first sweep's driver has answered."""
+    commands = store.commands("first")
+    found = [commands.get(name.removesuffix(".json")) for name in commands.names()]
+    return [command.answer.text for command in found if command and command.answer]
+
+
+@in_a_folder
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_sweep_that_is_removed_while_its_result_is_taken_costs_the_curve_alone(
+    tmp_path: Path, store: ResultStore, steps: Steps, monkeypatch: pytest.MonkeyPatch, *, waits: bool
+) -> None:
+    names, removable = Folder.names, threading.Event()
+
+    def watched(self: Folder, prefix: str, *, folders: bool = False) -> list[str]:
+        """Who takes an epoch lists them, after it has read the trials."""
+        if prefix == "sweeps/first/epochs" and threading.current_thread().name == "second" and removable.is_set():
+            removable.clear()
+            store.remove("first")
+        return names(self, prefix, folders=folders)
+
+    monkeypatch.setattr(Folder, "names", watched)
+    first = Running(load(tmp_path, name="first", seeds=1), store, Threads(steps))
+    steps.until(lambda begun: begun == [(0, 1)])
+    if waits:
+        second = Running(load(tmp_path, name="second", seeds=1), store, Threads(Counting()))
+        second.until(lambda: answers(store) != [])
+    steps.open()
+    assert first.end() == ExitCode.OK
+    removable.set()
+    if not waits:
+        second = Running(load(tmp_path, name="second", seeds=1), store, Threads(Counting()))
+    assert second.end() == ExitCode.OK
+    assert store.sweeps() == ["second"]
+    assert [(row.state, row.cached_from) for row in second.rows()] == [("TERMINATED", "first")]
+    assert store.verify("second") == []
 
 
 @pytest.mark.slow

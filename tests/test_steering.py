@@ -327,6 +327,29 @@ def test_without_a_driver_there_is_none_to_stop_and_a_finished_trial_is_not_trai
 
 
 @in_a_folder
+def test_a_sweep_that_keeps_no_checkpoints_leaves_those_that_another_names(
+    tmp_path: Path, store: ResultStore, mixmo: Shell
+) -> None:
+    """A trial fails in the first, is trained by the second meanwhile, and asked for again."""
+    steps = Failing(0)
+    file = tmp_path / "first.yaml"
+    file.write_text(SWEEP.format(name="first", seeds=2, epochs=4) + "checkpoints: {keep: none}\n")
+    first = Running(sweeps.load(file), store, Threads(steps, gangs=1))
+    steps.allow(2)
+    first.until(lambda: "ERROR" in first.states())
+    assert driver.run(load(tmp_path, name="second", seeds=1), store, engine=Threads().engine) == ExitCode.OK
+    (row,) = store.trial_rows("second")
+    mixmo("retry", "first", row.trial_id)
+    steps.positions.clear()
+    steps.open()
+    assert first.end() == ExitCode.OK
+    assert [each.checkpoint for each in first.rows()] == [None, None]
+    assert store.checkpoints(first.rows()[1].trial_id) == []
+    assert store.checkpoints(row.trial_id) == [row.checkpoint]
+    assert store.verify("second") == []
+
+
+@in_a_folder
 def test_cancel_and_retry_work_without_a_driver(tmp_path: Path, store: ResultStore, mixmo: Shell) -> None:
     sweep, steps = load(tmp_path), Steps()
     running = Running(sweep, store, Threads(steps))

@@ -318,7 +318,7 @@ def test_writing_takes_a_twentieth_of_the_time_at_most(slow: Slow, writes_s: flo
         rows = [trial(seed, epochs=10**6) for seed in range(3)]
         writer.flush(force=True)
         began = clock.now
-        for number in range(1, 101):
+        for number in range(1, 201):
             rows = [advance(writer, row, number, seq=number) for row in rows[:1]] + rows[1:]
             writer.event("tick", "tock")
             before = clock.now
@@ -330,7 +330,7 @@ def test_writing_takes_a_twentieth_of_the_time_at_most(slow: Slow, writes_s: flo
         before = clock.now
         writer.close()  # it waits for no pause
         assert clock.now - before < 10 * writes_s
-        assert len(keys(store)) == 100
+        assert len(keys(store)) == 200
 
 
 def test_a_store_that_comes_back_is_written_to_within_half_a_minute(slow: Slow) -> None:

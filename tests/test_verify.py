@@ -247,6 +247,23 @@ def test_a_lost_checkpoint_is_a_fault_only_where_it_was_the_last_word(store: Res
     assert "mixmo train" not in finished.advice + failed.advice
 
 
+def test_a_checkpoint_that_a_newer_one_replaced_is_no_fault_of_a_trial_that_ended_unfinished(
+    store: ResultStore,
+) -> None:
+    """Its driver was killed before it wrote what its gang had saved last; then it was cancelled."""
+    row, content = trial(2), b"further"
+    attempt = store.attempt(row.trial_id, 2, 1, "aa")
+    lost = attempt.path_of(CHECKPOINT)
+    with store.writer("made", sweep_text="") as writer:
+        writer.put([reached(row, 0, state="CANCELLED", checkpoint=lost)])
+    assert [fault.kind for fault in store.verify("made")] == ["checkpoint"]
+    newer = attempt.path_of(f"epoch-00004-{hashlib.sha256(content).hexdigest()[:16]}.pt")
+    store.folder.put(newer, content)
+    assert store.verify("made") == []
+    store.folder.put(newer, b"damaged")
+    assert [fault.kind for fault in store.verify("made")] == ["checkpoint"]
+
+
 def test_a_driver_at_work_is_not_faulted_for_what_it_has_yet_to_name(store: ResultStore) -> None:
     with store.writer("made", sweep_text="") as writer:
         store.folder.put(f"sweeps/made/epochs/part-{writer.fence}-000009.parquet", content(store, part(store)))

@@ -10,6 +10,7 @@ A command is for one driver, whose fence it names. A later driver answers that i
 `stop` ends no sweep of today.
 """
 
+import contextlib
 import json
 import re
 import secrets
@@ -120,34 +121,41 @@ class Inbox:
         self._commands, self._fence = commands, fence
         self._seen: set[str] = set()
         self._begun = False
+        self._unsent: dict[str, tuple[Command, Answer]] = {}
 
     def new(self) -> list[Command]:
         """Those that have come since the last call, in their order; it costs one listing, and a read for each.
 
         Those to earlier drivers are answered here. One that could not be read, since the store is away, comes again.
         """
+        self._send()
         names = self._commands.names()
         if not self._begun:
             for name in names[:-KEPT]:
                 self._commands.delete(name)
             names, self._begun = names[-KEPT:], True
-        fresh = []
-        for name in names:
-            if name not in self._seen:
+        fresh: list[Command] = []
+        for name in [name for name in names if name not in self._seen]:
+            try:
                 command = self._commands.get(name.removesuffix(".json"))
-                if command is not None and self._is_mine(command):
-                    fresh.append(command)
-                self._seen.add(name)
+            except UnreachableError:
+                break  # with those after it, in their order
+            if command is not None and self._is_mine(command):
+                fresh.append(command)
+            self._seen.add(name)
         return fresh
 
     def answer(self, command: Command, text: str, *, done: bool = True) -> None:
-        """Say what became of it. A store that is away keeps the answer from whoever waits, and harms nothing else."""
-        try:
-            self._commands.answer(
-                command, Answer(done=done, text=text, fence=self._fence, at=datetime.now(UTC))
-            )  # fmt: skip
-        except UnreachableError:
-            return
+        """Say what became of it: if the store is away, when commands are next looked for."""
+        given = Answer(done=done, text=text, fence=self._fence, at=datetime.now(UTC))
+        self._unsent[command.id] = command, given
+        self._send()
+
+    def _send(self) -> None:
+        with contextlib.suppress(UnreachableError):
+            for name, (command, answer) in list(self._unsent.items()):
+                self._commands.answer(command, answer)
+                del self._unsent[name]
 
     def _is_mine(self, command: Command) -> bool:
         if command.answer is None and command.fence < self._fence:

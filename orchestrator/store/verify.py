@@ -21,7 +21,7 @@ from orchestrator.rows import (
     newest,
     trial_rows,
 )
-from orchestrator.store.attempts import ATTEMPT, CHECKPOINT, LOGITS, NO_LOGITS, matches
+from orchestrator.store.attempts import ATTEMPT, CHECKPOINT, LOGITS, NO_LOGITS, matches, progress_of
 from orchestrator.store.lease import read_lease
 from orchestrator.store.objects import DamagedError, Objects
 from orchestrator.store.tables import (
@@ -50,6 +50,7 @@ _LOST = (
 _PASSED_OVER = "its numbers stand; should it be run again, it goes on from an older checkpoint, or from the start"
 _STALE = "readers take the copy, whose fence is higher; `mixmo run` or `mixmo compact` writes the table again"
 _FOREIGN = "no reader takes it: delete it if you want to"
+_ORPHANED = "no reader takes it: `mixmo gc` deletes what is older than an hour, or delete it if you want to"
 _REPORT = "keep a copy of the sweep's folder and report this: no driver writes it"
 
 
@@ -132,14 +133,30 @@ def _other_damage(files: SweepFiles) -> list[Fault]:
 
 
 def _checkpoint_faults(folder: Objects, rows: Sequence[TrialRow]) -> list[Fault]:
-    """Of trials that ended: any other goes on from the newest whole checkpoint that is there, whatever its row says."""
+    """Of trials that ended: any other goes on from the newest whole checkpoint that is there, whatever its row says. So
+    does one that ended unfinished, whose driver was killed, or another sweep trained it on, after it had a newer one.
+    """
     named = [row for row in rows if row.checkpoint is not None and row.state in FINAL]
     texts = at_once(lambda key: _unlike_its_name(folder, key), [str(row.checkpoint) for row in named])
     return [
         Fault("checkpoint", row.trial_id, f"checkpoint {text}", _LOST if row.state == "TERMINATED" else _PASSED_OVER)
         for row, text in zip(named, texts, strict=True)
-        if text
+        if text and not (_is_unfinished(row) and _is_overtaken(folder, str(row.checkpoint)))
     ]
+
+
+def _is_unfinished(row: TrialRow) -> bool:
+    return row.state != "TERMINATED" or row.stopped_early
+
+
+def _is_overtaken(folder: Objects, lost: str) -> bool:
+    """Whether its trial has a whole checkpoint that is further."""
+    further = [
+        key
+        for key in folder.sizes(lost.rpartition("/")[0].rpartition("/")[0])
+        if CHECKPOINT.fullmatch(key.rpartition("/")[2]) and progress_of(key)[:2] > progress_of(lost)[:2]
+    ]
+    return any(_unlike_its_name(folder, key) is None for key in further)
 
 
 def _logits_faults(folder: Objects, rows: Sequence[TrialRow]) -> list[Fault]:
@@ -202,7 +219,7 @@ def _unnamed_of_trials(folder: Objects, own: set[str]) -> list[Fault]:
     except (UnreachableError, NotFoundError):  # another sweep is damaged or going: these may be its trials
         return faults
     return faults + [
-        Fault("unnamed", trial_id, f"trials/{trial_id} belongs to no trial of any sweep", "delete it if you want to")
+        Fault("unnamed", trial_id, f"trials/{trial_id} belongs to no trial of any sweep", _ORPHANED)
         for trial_id in others
         if trial_id not in known
     ]

@@ -451,10 +451,10 @@ class SweepWriter:
             self._load()
             self._write_live(list(self._live.values()), EPOCHS_SCHEMA.empty_table())
             header, data = self._trials_object(self.rows, self._header.parts, self._header.retired)
-            self._copy_trials(data)
             self._tag = self._folder.swap(f"{self._key}/trials.parquet", data, self._tag)
             if self._tag is not None:
                 self._header = header
+                self._copy_trials(data)  # not before: it would hide what an earlier driver has written since the look
                 self._files.drop_copies(below=self.fence)
                 return
         raise UnreachableError(f"{self._folder}/{self._key} keeps changing: an older driver must still run; stop it")
