@@ -186,7 +186,7 @@ def test_files_of_epochs_go_when_no_table_names_them(store: ResultStore, monkeyp
     assert store.leftovers().items == ()
     later(store, monkeypatch)
     assert kinds(clean(store)) == dict.fromkeys(needless, "epochs")
-    assert store.verify("made") == []
+    assert [fault.text for fault in store.verify("made")] == ["sweeps/made/epochs/notes.txt is no file of mixmo"]
 
 
 @pytest.mark.parametrize("heard_of", ["dead", "asleep", "given up"])
