@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mixmo_core.config import leaves
 from mixmo_core.metrics import CALIBRATION_BINS
 from orchestrator.analysis import varied
-from orchestrator.result_table import shown
+from orchestrator.result_table import heading, shown
 from orchestrator.rows import FINAL, EpochRow, TrialRow
 from orchestrator.significance import interval
 
@@ -85,13 +85,16 @@ def cells(rows: Sequence[TrialRow], metric: str) -> list[Cell]:
 
 
 def standing(rows: Sequence[TrialRow], metric: str) -> str:
-    """How much of a sweep a figure shows: `quickstart: 12 of 12 trials`, `quickstart, unfinished: 7 of 12 trials`."""
+    """How much of a sweep a figure shows: `quickstart: 12 of 12 trials`, `quickstart, unfinished: 7 of 12 trials`. And
+    that a quick form is one, as tables say.
+    """
     ids = {row.trial_id for row in rows}
     n, full = len(finished(rows, metric)), {row.trial_id for row in rows if row.state in FINAL}
-    sweeps = ", ".join(dict.fromkeys(row.sweep for row in rows))
+    sweeps = [*dict.fromkeys(row.sweep for row in rows)]
     unfinished = ", unfinished" if full < ids else ""
     others = "" if unfinished or n == len(ids) else ", the others failed or lack this metric"
-    return f"{sweeps}{unfinished}: {n:,} of {len(ids):,} trials{others}"
+    quick = f" ({told})" if (told := heading(sweeps)) else ""
+    return f"{', '.join(sweeps)}{unfinished}: {n:,} of {len(ids):,} trials{others}{quick}"
 
 
 def _listed(rows: Iterable[TrialRow]) -> list[TrialRow]:

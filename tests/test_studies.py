@@ -61,6 +61,11 @@ def test_what_failed_is_told_apart_from_what_is_to_come() -> None:
     assert standing(rows, "top1") == "made: 20 of 21 trials, the others failed or lack this metric"
 
 
+def test_a_quick_form_is_told_so_below_a_figure() -> None:
+    rows = [row.replace(sweep="made-quick") for row in made_studies.rows(made_studies.SUBNETWORKS)]
+    assert standing(rows, "top1") == "made-quick: 21 of 21 trials (quick form, not comparable)"
+
+
 def test_a_trial_of_two_sweeps_counts_once() -> None:
     rows = made_studies.rows(made_studies.SUBNETWORKS)
     twice = [*rows, *(row.replace(sweep="again") for row in rows)]
