@@ -583,3 +583,28 @@ def test_what_a_stale_driver_still_writes_is_ignored(tmp_path: Path, at: int) ->
     assert [store.trials("made"), store.epochs("made"), store.snapshot("made")] == after
     promised(store, acknowledged)
     assert {fault.kind for fault in store.verify("made")} <= {"unnamed"}
+
+
+@pytest.mark.parametrize("learns", ["by writing", "by renewing"])
+def test_who_has_lost_the_sweep_writes_nothing_more_however_often_it_tries(store: ResultStore, learns: str) -> None:
+    """A driver flushes once more on its way out, whatever ended it."""
+    old = begin(store, process=ELSEWHERE)
+    row = reached(trial(), 1, seq=1)
+    old.add([epoch(row, 1, seq=1)])
+    old.put([row])
+    old.flush(force=True)
+    store.folder.delete("sweeps/made/lease.json")  # as if its time were over
+    with begin(store) as new:
+        new.put([reached(row, 1, seq=2).replace(state="CANCELLED")])
+    after = [store.trials("made"), store.epochs("made"), store.snapshot("made")]
+    if learns == "by renewing":
+        with pytest.raises(LeaseLostError):
+            old.renew()
+    old.put([row.replace(state="TERMINATED", seq=3)])
+    for _ in range(3):
+        with pytest.raises(LeaseLostError):
+            old.flush(force=True)
+        assert [store.trials("made"), store.epochs("made"), store.snapshot("made")] == after
+    with pytest.raises(LeaseLostError):
+        old.close(done=True)
+    assert [store.trials("made"), store.epochs("made"), store.snapshot("made")] == after

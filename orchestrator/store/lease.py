@@ -139,6 +139,7 @@ class HeldLease:
         """Take the lease at this key, under a fence above all that were. Raises RefusedError while another holds it."""
         self._folder, self._key, self._sweep, self._now = folder, key, sweep, now
         self._lock = threading.Lock()
+        self._gone: LeaseLostError | None = None
         self._lease, self._tag = self._take(holder or who(process), process, above)
 
     @property
@@ -155,6 +156,11 @@ class HeldLease:
         with self._lock:
             self._swap(replace(self._lease, released=True))
 
+    def check(self) -> None:
+        """Raises LeaseLostError, without a request, if it is known that another has taken over: it stays so."""
+        if self._gone is not None:
+            raise self._gone
+
     def lost(self) -> LeaseLostError:
         """What to raise when another has taken over."""
         ours = f"its fence is above {self.fence}, which is this driver's"
@@ -162,10 +168,11 @@ class HeldLease:
             held = read_lease(self._folder, self._key)
             if held is not None:
                 ours = f"{held.holder}, process {held.process.pid}, fence {held.fence} after {self.fence}"
-        return LeaseLostError(
+        self._gone = LeaseLostError(
             f"sweep {self._sweep} was taken over by another driver ({ours}), because this one was not heard of for "
             f"{LEASE_S:.0f} s. That one goes on, and nothing is lost: `mixmo watch {self._sweep}` shows it"
         )
+        return self._gone
 
     def _take(self, holder: str, process: Process, above: int) -> tuple[Lease, str]:
         for _ in range(5):
@@ -194,11 +201,19 @@ class HeldLease:
             if tag is not None:
                 self._lease, self._tag = lease, tag
                 return
-            held, stored = read_lease(self._folder, self._key), self._folder.read(self._key)
-            if held is None or stored is None or held.nonce != self._lease.nonce:
+            stored = self._folder.read(self._key)
+            if stored is None or _nonce(stored.data) != self._lease.nonce:
                 raise self.lost()
             self._tag = stored.tag  # our own, whose answer was lost
         raise UnreachableError(f"{self._folder}/{self._key} keeps changing under this driver")
+
+
+def _nonce(data: bytes) -> str | None:
+    """Whose lease this is; None if it is none."""
+    try:
+        return Lease.decode(data, age_s=0.0).nonce
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def who(process: Process) -> str:

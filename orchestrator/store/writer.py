@@ -323,6 +323,7 @@ class SweepWriter:
 
     def _write(self, batch: _Batch) -> None:
         """Part, then live, then trials: what the trials say is always backed by rows."""
+        self._lease.check()
         changed = {name for name, count in batch.changes.items() if count != self._written[name]}
         sealed = to_table(batch.sealing, EPOCHS_SCHEMA)
         parts, sources = self._write_parts(sealed) if "trials" in changed else (self._header.parts, [])
@@ -410,13 +411,14 @@ class SweepWriter:
                 self._tag = tag
                 return
             try:
-                _, held, self._tag = self._files.trials()  # an older driver's, or our own whose answer was lost
+                _, held, tag = self._files.trials()  # an older driver's, or our own whose answer was lost
             except NotFoundError:  # the sweep was removed: only who holds its lease may make it anew
                 self._lease.renew()
                 self._tag = None
                 continue
             if held.fence > self.fence:
                 raise self._lease.lost()
+            self._tag = tag  # to know a newer driver's would be the right to replace it
         raise UnreachableError(f"{self._folder}/{key} keeps changing under this driver; an older one must still run")
 
     def _copy_trials(self, data: bytes) -> None:
