@@ -274,7 +274,7 @@ class Game:
     def __init__(self, folder: Path, uri: str, terms: Terms, *, through: str) -> None:
         """`through` is the address of the same place that drivers get; `uri` is the one to look at it by."""
         folder.mkdir(parents=True)
-        self.folder, self.terms, self._uri = folder, terms, through
+        self.folder, self.terms, self._uri, self._directly = folder, terms, through, through == uri
         self.store = ResultStore.open(uri)
         (folder / "sweep.yaml").write_text(SWEEP.format(seeds=terms.seeds, epochs=terms.epochs))
         sweep = sweeps.load(folder / "sweep.yaml")
@@ -346,7 +346,8 @@ class Game:
         if states != {"TERMINATED": len(self.planned)}:
             self.tally.faults.append(f"{self.folder}: states at the end: {dict(states)}")
         for fault in self.store.verify(self.name):
-            if fault.kind == "unnamed" and self.stale_drivers:  # what a stale one wrote, and nobody reads
+            # What a stale driver wrote, or a dead one's request that was under way for long: nobody reads it.
+            if fault.kind == "unnamed" and (self.stale_drivers or not self._directly):
                 self.tally.unnamed += 1
             else:
                 self.tally.faults.append(f"{self.folder}: {fault.text}")
