@@ -131,7 +131,8 @@ class Gang:
         """Tell the dispatcher what became of the trial. Whether Ray Train must form the gang anew: the other ranks may
         wait in a collective, or the device's context is lost.
         """
-        told, cause = (without_secrets(text, os.environ) for text in (traceback.format_exc(), _cause(error)))
+        known = self._store.folder.secrets
+        told, cause = (without_secrets(text, os.environ, known) for text in (traceback.format_exc(), _cause(error)))
         log.write(told)
         log.put()
         if _store_away(error):

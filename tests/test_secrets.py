@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from command_line import Mixmo
 from made_bucket import SECRET
-from made_rows import finished
+from made_rows import finished, trial
 
 from orchestrator import cli
 from orchestrator.cli.guard import guarded
@@ -74,6 +74,11 @@ def test_no_object_of_a_store_holds_a_secret(planted: str) -> None:
     store = ResultStore.open(planted, create=True)
     finished(store)
     store.attempt("ab" * 6, 1, 1, "t").put_log(0, f"printed {SECRET} and {TOKEN}")
+    with store.writer("failed", sweep_text="name: failed\n") as writer:
+        told_by_a_library = f"cannot sign with {SECRET}, {TOKEN}"
+        writer.put([trial(state="ERROR", error=told_by_a_library, error_cause=told_by_a_library)])
+        writer.event("lost", told_by_a_library, cause=told_by_a_library)
+    assert [row.error for row in store.trial_rows("failed")] == ["cannot sign with ***, ***"]
     sizes = store.folder.sizes("")
     assert any(key.endswith(".parquet") for key in sizes)
     for key in sizes:

@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -110,9 +110,8 @@ class AttemptFolder:
     def put_log(self, rank: int, text: str, environ: Mapping[str, str] = os.environ) -> str:
         """Replace the log of a rank by this text: its last 256 KiB, without the secrets of environment and store."""
         key = self.path_of(f"log-{rank}.txt")
-        for secret in self._folder.secrets:
-            text = text.replace(secret, "***")
-        self._folder.put(key, without_secrets(text, environ).encode(errors="replace")[-LOG_BYTES:])
+        text = without_secrets(text, environ, self._folder.secrets)
+        self._folder.put(key, text.encode(errors="replace")[-LOG_BYTES:])
         return key
 
     def checkpoints(self) -> list[str]:
@@ -135,8 +134,10 @@ def progress_of(key: str) -> tuple[int, float, str]:
     return (int(match[1]), int(match[2]) if match[2] else float("inf"), key)
 
 
-def without_secrets(text: str, environ: Mapping[str, str]) -> str:
-    """The text with the values of variables that are called like secrets starred out."""
+def without_secrets(text: str, environ: Mapping[str, str], more: Iterable[str] = ()) -> str:
+    """The text with the values of variables that are called like secrets starred out, and those of `more`."""
+    for value in more:
+        text = text.replace(value, "***")
     for name, value in environ.items():
         if len(value) >= 8 and re.search(r"SECRET|TOKEN|PASSW|API_?KEY|ACCESS_?KEY|CREDENTIAL", name, re.IGNORECASE):
             text = text.replace(value, "***")

@@ -8,6 +8,7 @@ one of its predecessor fail.
 
 import contextlib
 import operator
+import os
 import threading
 import time
 from collections import Counter, defaultdict
@@ -30,6 +31,7 @@ from orchestrator.rows import (
     to_table,
     trial_rows,
 )
+from orchestrator.store.attempts import without_secrets
 from orchestrator.store.lease import HeldLease, LeaseLostError, Process
 from orchestrator.store.objects import DamagedError
 from orchestrator.store.tables import (
@@ -180,6 +182,8 @@ class SweepWriter:
         with self._lock:
             for given in rows:
                 row = given if self._owns(given) else given.replace(sweep=self.sweep, fence=self.fence)
+                if row.error or row.error_cause:
+                    row = row.replace(error=self._starred(row.error), error_cause=self._starred(row.error_cause))
                 held = self._rows.get(row.trial_id)
                 if held is None or (_news(row, held) and _succeeds(row, held)):
                     self._rows[row.trial_id] = row
@@ -201,9 +205,14 @@ class SweepWriter:
 
     def event(self, kind: str, text: str, trial_id: str | None = None, cause: str | None = None) -> None:
         """Something to tell people; only the last 1,000 are kept."""
+        text, cause = self._starred(text), self._starred(cause)
         with self._lock:
             self._events = [*self._events[1 - EVENTS_KEPT :], Event(self._now(), kind, text, trial_id, cause)]
             self._changes["events"] += 1
+
+    def _starred(self, text: str | None) -> Any:
+        """Whatever a library says in its errors, no secret gets into a table."""
+        return text and without_secrets(text, os.environ, self._folder.secrets)
 
     def forget(self, trial_ids: Iterable[str]) -> None:
         """Drop the rows of trials that are planned no more. Those that have done an epoch stay: they are results."""
