@@ -141,6 +141,17 @@ def test_a_sweep_that_cannot_be_listed_blocks_no_other(store: ResultStore, monke
     assert len(store.all_trial_rows()) == 1
 
 
+def test_a_sweep_that_a_listing_does_not_show_yet_is_read_by_its_name(
+    store: ResultStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that planned without its own rows would train finished trials again."""
+    finished(store, trials=1)
+    monkeypatch.setattr(type(store.folder), "names", lambda *_, **__: [])
+    assert store.all_trial_rows() == []
+    assert [each.sweep for each in store.all_trial_rows("made")] == ["made"]
+    assert store.all_trial_rows("never begun") == store.all_trial_rows("begun-never") == []
+
+
 @in_a_folder
 def test_a_copy_of_a_sweep_beside_it_is_no_sweep(store: ResultStore) -> None:
     finished(store, trials=1)

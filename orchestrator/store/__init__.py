@@ -202,10 +202,11 @@ class ResultStore:
     def all_trial_rows(self, needed: str | None = None) -> list[TrialRow]:
         """The rows of all sweeps but those that cannot be read: `damaged_sweeps` tells which these are.
 
-        Raises UnreachableError if the sweep that is `needed` is one of them.
+        The sweep that is `needed` is read also where a listing does not show it yet; raises UnreachableError if it
+        cannot be.
         """
         rows: list[TrialRow] = []
-        for sweep in self.sweeps():
+        for sweep in sorted({*self.sweeps(), *([needed] if needed else [])}):
             try:
                 rows += self.trial_rows(sweep)
             except (NotFoundError, UnreachableError) as error:  # deleted since it was listed; damaged

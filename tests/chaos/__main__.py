@@ -293,7 +293,8 @@ def measure(bench: Bench, name: str, number: int) -> dict[str, Any]:
     return {
         **row, "n": tally.refused or tally.struck.total(), "sweeps": tally.sweeps, "lost": tally.lost,
         "doubled": tally.doubled, "wrong": tally.wrong, "rerun": tally.rerun, "refused": tally.refused,
-        "unnamed": tally.unnamed, "struck": dict(sorted(tally.struck.items())), "faults": tally.faults,
+        "unnamed": tally.unnamed, "struck": dict(sorted(tally.struck.items())),
+        "faults": [each.replace(f"{bench.folder}/", "") for each in tally.faults],
         "first_row_s": {"median": median(times), "worst": times[-1], "n": len(times)} if times else None,
         "command": f"MIXMO_CHAOS={name}:{number} MIXMO_CHAOS_SEED={bench.seed} make chaos",
         "took_s": round(time.monotonic() - began), "commit": commit(),
@@ -378,7 +379,8 @@ def _notes(rows: list[dict[str, Any]]) -> list[str]:
         more += f"; of the path: {fired}" if fired and row["struck"] != row["fired"] else ""
         notes += [
             f"- {row['title']} ({row['harness']}): {struck}{more}",
-            *(f"  - {each}" for each in row["faults"][:5]),
+            *(f"  - {' '.join(each.split())[:600]}" for each in row["faults"][:5]),
+            *([f"  - and {len(row['faults']) - 5} more, in chaos.json"] if len(row["faults"]) > 5 else []),
         ]
     return notes
 
