@@ -246,13 +246,13 @@ class Dispatcher:
             self._work.set()
 
     async def result(self, index: int, epoch: int) -> EpochReport | None:
-        """What the trial reported of this epoch, once it has; None when it ended before, or is held back: its proxy
-        would only keep another trial from being queued. Earlier epochs are dropped: Tune asks for each once, and a long
-        sweep's would fill the memory.
+        """What the trial reported of this epoch, once it has; None when it ended before, is held back (its proxy would
+        only keep another trial from being queued), or nobody trains any more. Earlier epochs are dropped: Tune asks for
+        each once, and a long sweep's would fill the memory.
         """
         standing = self._standings[index]
         standing.reports = {each: report for each, report in standing.reports.items() if each >= epoch}
-        while epoch not in standing.reports and not (standing.ended or standing.held_back):
+        while epoch not in standing.reports and not (standing.ended or standing.held_back or self._closed):
             standing.changed.clear()
             await standing.changed.wait()
         return standing.reports.get(epoch)
@@ -354,9 +354,13 @@ class Dispatcher:
                 self._conclude(standing, "withdrawn", text=text)
 
     def close(self) -> None:
-        """Send every gang home when it next asks."""
+        """Send every gang home when it next asks, and let Tune's proxies end, which wait for epochs: else Tune's thread
+        is still at work when Ray goes down under it, and the driver's process with it.
+        """
         self._closed = True
         self._work.set()
+        for standing in self._standings.values():
+            standing.changed.set()
 
     # Inside
 

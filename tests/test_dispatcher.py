@@ -283,6 +283,22 @@ def test_a_trial_submitted_twice_is_trained_once() -> None:
     assert asyncio.run(desk.next("gang-1", 0.0)) == "wait"
 
 
+def test_who_waits_for_epochs_hears_that_nobody_trains_any_more() -> None:
+    """Else Tune's thread would still wait when Ray goes down."""
+
+    async def scenario() -> list[EpochReport | None]:
+        desk = Dispatcher([order(0), order(1)], fence=1, crash_retries=0)
+        desk.submit(0)
+        assert isinstance(await desk.next(GANG, 0.0), Assignment)
+        waiting = [asyncio.create_task(desk.result(index, 1)) for index in (0, 1)]
+        await asyncio.sleep(0)
+        desk.close()
+        told = await asyncio.wait_for(asyncio.gather(*waiting), 10)
+        return [*told, await asyncio.wait_for(desk.result(1, 2), 10)]
+
+    assert run(scenario()) == [None, None, None]
+
+
 def test_a_closed_dispatcher_takes_a_last_report_and_sends_the_gang_away() -> None:
     desk = dispatcher(1)
     token = take(desk).token

@@ -9,9 +9,6 @@ from test_driver import LONG, reached
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
-@pytest.mark.skip(
-    reason="STEERING ON RAY WAS NOT TESTED WHOLE: this test failed in a full run, and its cause is still to be found"
-)
 def test_a_sweep_that_was_paused_cancelled_stopped_and_retried_comes_to_the_same_numbers(tmp_path: Path) -> None:
     sweep = LONG.replace("seeds: 2", "seeds: 4")  # so many that some are left when it is stopped
     undisturbed, mixmo = (Mixmo(tmp_path / name, sweep) for name in ("undisturbed", "steered"))
