@@ -249,7 +249,7 @@ class SweepWriter:
         """
         with self._writing:
             began = time.monotonic()
-            if began >= self._next_look:
+            if not self._folder.atomic and began >= self._next_look:
                 self._look()
             if self._changes == self._written or not (force or began >= self._next_flush):
                 return False
