@@ -102,9 +102,24 @@ def store(place: str) -> ResultStore:
     return ResultStore.open(place, create=True)
 
 
+CONTRACTS = {
+    "test_objects.py",
+    "test_store.py",
+    "test_attempts.py",
+    "test_lease.py",
+    "test_bucket.py",
+    "test_commands.py",
+}
+"""What says what a place must do. What is built upon that is tried in a bucket by `make test`, not by `make check`."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What starts a Ray cluster runs last, so that a quick fault is seen first."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
+    for item in items:
+        case = getattr(item, "callspec", None)
+        if case is not None and case.params.get("place") == "bucket" and item.path.name not in CONTRACTS:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -15,6 +15,8 @@ import torch
 from mixmo_core import augment, export, networks
 from mixmo_core.config import DataConfig, ModelConfig, TrialConfig
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = {
     "wide": TrialConfig(data=DataConfig(dataset="cifar10"), model=ModelConfig(depth=10, width=1, subnetworks=3)),
     "preact": TrialConfig(

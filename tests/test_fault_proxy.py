@@ -1,5 +1,6 @@
 """The proxy that injects faults: each of them happens as it says, and the store lives with all of them."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from fault_proxy import KINDS, FaultProxy, Kind
 from orchestrator.errors import UnreachableError
 from orchestrator.store import bucket as buckets
 from orchestrator.store.bucket import Bucket
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +85,8 @@ def test_faults_are_those_of_the_seed(bucket: str, s3_server: str) -> None:
         with FaultProxy(s3_server, seed=seed, rate=0.6, kinds=("slow_down", "error")) as proxy:
             through = Bucket.open(bucket.replace(s3_server, proxy.endpoint))
             for number in range(12):
-                through.put(f"object-{number}", b"x")
+                with contextlib.suppress(UnreachableError):  # all eight tries may be drawn
+                    through.put(f"object-{number}", b"x")
             seen.append(proxy.history)
     assert seen[0] == seen[1] != seen[2]
     assert len(seen[0]) > 3

@@ -18,6 +18,8 @@ from orchestrator.plan import initial_row
 from orchestrator.store import DamagedError, ResultStore
 from orchestrator.sweep import Trial, parse
 
+pytestmark = pytest.mark.slow
+
 FILE = """\
 name: tiny
 trial:
