@@ -65,7 +65,7 @@ def test_stale_drivers_that_wake_are_refused_and_harm_nothing(tmp_path: Path, on
 def test_drivers_are_killed_while_the_path_fails(tmp_path: Path, bucket: str, s3_server: str) -> None:
     with FaultProxy(s3_server, seed=SEED, rate=0.1, stale_rate=0.2) as proxy:
         place = places(bucket, s3_server, proxy)
-        tally = hunted.by_killing(tmp_path, place, SEED, 3, QUICK)
+        tally = hunted.by_killing(tmp_path, place, SEED, 3, replace(QUICK, lists_lag=True))
         assert proxy.fired.total() > 0
     assert_clean(tally)
 

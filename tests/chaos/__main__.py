@@ -138,8 +138,8 @@ def kills(bench: Bench, number: int) -> tuple[Tally, dict[str, Any]]:
 
 def kills_s3(bench: Bench, number: int) -> tuple[Tally, dict[str, Any]]:
     with bench.path(rate=0.05, stale_rate=0.1) as (proxy, place):
-        folder = bench.fresh("kills-s3")
-        tally = hunted.in_parallel(hunted.by_killing, folder, place, bench.seed, number, Terms(), 4, say)
+        folder, terms = bench.fresh("kills-s3"), Terms(lists_lag=True)
+        tally = hunted.in_parallel(hunted.by_killing, folder, place, bench.seed, number, terms, 4, say)
         return tally, {"fired": dict(proxy.fired)}
 
 
