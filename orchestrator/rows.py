@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any, Literal, Self
 
 import pyarrow as pa
@@ -198,16 +198,33 @@ def to_table(rows: Iterable[TrialRow] | Iterable[EpochRow], schema: pa.Schema) -
     """Column by column: rows are many, and a dictionary for each would cost more than all else."""
     held: list[Any] = list(rows)
     own = set(_own_names(type(held[0]))) if held else set()
-    configs = [row.config for row in held] if any(name in _SETTINGS for name in schema.names) else []
-    metrics = [row.metrics for row in held]
+    configs = _Mappings([row.config for row in held] if any(name in _SETTINGS for name in schema.names) else [])
+    metrics = _Mappings([row.metrics for row in held])
     columns = []
     for spec in schema:
         if spec.name in own:
-            values = list(map(attrgetter(spec.name), held))
+            columns.append(pa.array(list(map(attrgetter(spec.name), held)), spec.type))
         else:
-            values = [each.get(spec.name) for each in (configs if spec.name in _SETTINGS else metrics)]
-        columns.append(pa.array(values, spec.type))
+            columns.append((configs if spec.name in _SETTINGS else metrics).column(spec))
     return pa.table(columns, schema=schema)
+
+
+class _Mappings:
+    """Columns from mappings that mostly have the same keys, and lack most of a schema's."""
+
+    def __init__(self, mappings: Sequence[Mapping[str, Any]]) -> None:
+        self._mappings = mappings
+        kinds = list(map(set, set(map(tuple, mappings))))  # one or two, as a rule
+        self._some: set[str] = set().union(*kinds)
+        self._all: set[str] = set.intersection(*kinds) if kinds else set()
+
+    def column(self, spec: pa.Field) -> pa.Array:
+        name = spec.name
+        if name not in self._some:
+            return pa.nulls(len(self._mappings), spec.type)
+        if name in self._all:
+            return pa.array(list(map(itemgetter(name), self._mappings)), spec.type)
+        return pa.array([each.get(name) for each in self._mappings], spec.type)
 
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

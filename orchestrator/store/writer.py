@@ -62,9 +62,9 @@ LINGER_ROWS = 1 << 17
 """Where rows come in thousands a second, no more than these stay: the live file is written again with every flush."""
 PIECE = 256
 """Trials that are encoded together. Of the pieces of a large sweep, a flush makes only those anew that have changed."""
-FLUSH_PAUSE, MERGE_PAUSE = 30, 60
-"""How many times as long as it took one waits before the next flush or merge: both together take a twentieth of the
-driver's time at most.
+FLUSH_PAUSE, MERGE_PAUSE = 40, 80
+"""How many times as long as it took one waits before the next flush or merge: with what it takes to hand thousands of
+rows a second over, the store has less than a twentieth of the driver's time (benchmarks/store.py).
 """
 RETRY_S = 30.0
 """A store that took nothing is tried again after this at the latest, however long the failing took."""
@@ -180,8 +180,9 @@ class SweepWriter:
         Raises RefusedError if two configs share an id, ValueError for a finished trial that would become unfinished.
         """
         with self._lock:
+            fence = self.fence
             for given in rows:
-                row = given if self._owns(given) else given.replace(sweep=self.sweep, fence=self.fence)
+                row = given if self._owns(given, fence) else given.replace(sweep=self.sweep, fence=fence)
                 if row.error or row.error_cause:
                     row = row.replace(error=self._starred(row.error), error_cause=self._starred(row.error_cause))
                 held = self._rows.get(row.trial_id)
@@ -193,15 +194,16 @@ class SweepWriter:
     def add(self, rows: Iterable[EpochRow]) -> None:
         """Epochs that are done. Of two rows of one epoch the one with the highest order holds."""
         with self._lock:
+            fence = self.fence
             for given in rows:
-                row = given if self._owns(given) else replace(given, sweep=self.sweep, fence=self.fence)
+                row = given if self._owns(given, fence) else replace(given, sweep=self.sweep, fence=fence)
                 held = self._live.get((row.trial_id, row.epoch))
                 if held is None or row.order >= held.order:
                     self._live[row.trial_id, row.epoch] = row
                     self._changes["live"] += 1
 
-    def _owns(self, row: TrialRow | EpochRow) -> bool:
-        return row.fence == self.fence and row.sweep == self.sweep
+    def _owns(self, row: TrialRow | EpochRow, fence: int) -> bool:
+        return row.fence == fence and row.sweep == self.sweep
 
     def event(self, kind: str, text: str, trial_id: str | None = None, cause: str | None = None) -> None:
         """Something to tell people; only the last 1,000 are kept."""
@@ -524,6 +526,8 @@ def _still(lingering: Sequence[tuple[float, pa.Table]], limit: float) -> list[tu
 
 def _news(row: TrialRow, held: TrialRow) -> bool:
     """Whether a row says anything that the one held does not; under which fence it is said is no news."""
+    if (row.attempt, row.seq) != (held.attempt, held.seq):  # most rows; to compare all that they say takes longer
+        return True
     return (row if row.fence == held.fence else row.replace(fence=held.fence)) != held
 
 
