@@ -10,9 +10,10 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +22,11 @@ from crash_points import POINTS
 from fault_proxy import FaultProxy, Trap
 from hunted import Blow, Tally, until
 
+from orchestrator import plan as planning
+from orchestrator import sweep as sweeps
 from orchestrator.errors import NotFoundError
 from orchestrator.rows import TrialRow
-from orchestrator.store import ResultStore
+from orchestrator.store import ResultStore, SweepWriter
 
 SWEEP = """
 name: hunted
@@ -130,6 +133,28 @@ class Sweep(Mixmo):
         return found
 
 
+@contextlib.contextmanager
+def rival(sweep: Sweep) -> Iterator[None]:
+    """Another sweep that is at work and wants the same trials, so that ours claims them. It trains none."""
+    trials = sweeps.load(sweep.folder / "sweep.yaml")
+    with sweep.store.writer("rival", sweep_text="") as writer:
+        writer.put(planning.initial_row(trial, trials).replace(sweep="rival") for trial in trials.trials)
+        writer.flush(force=True)
+        over = threading.Event()
+        renewing = threading.Thread(target=_renew, args=(writer, over), daemon=True)
+        renewing.start()
+        try:
+            yield
+        finally:
+            over.set()
+            renewing.join()
+
+
+def _renew(writer: SweepWriter, over: threading.Event) -> None:
+    while not over.wait(5.0):
+        writer.renew()
+
+
 def end(process: "subprocess.Popen[str]") -> None:
     process.kill()
     process.wait()
@@ -164,7 +189,8 @@ class Hunt:
         sweep, waiting, killed = self.fresh(), list(blows), False
         misses: Counter[str] = Counter()
         while waiting:
-            struck = self._strike(sweep, waiting[0], after_kill=killed)
+            with rival(sweep) if waiting[0].point == "claim" else contextlib.nullcontext():
+                struck = self._strike(sweep, waiting[0], after_kill=killed)
             self.look(sweep)
             killed = struck
             if struck:
@@ -174,8 +200,8 @@ class Hunt:
                 self.close(sweep)
                 sweep = self.fresh()
                 misses[str(waiting[0])] += 1
-                if misses[str(waiting[0])] == 2:
-                    self.told(f"{waiting[0]}: it never came")
+                if misses[str(waiting[0])] >= 2:
+                    self.tally.faults.append(f"{waiting[0]}: it never came")
                     waiting.pop(0)
         self._finish(sweep, after_kill=killed)
 
