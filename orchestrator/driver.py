@@ -23,7 +23,7 @@ from orchestrator.dispatcher import Order, Update
 from orchestrator.engine import Crew, Engine, Job, Queue, on_ray
 from orchestrator.errors import ExitCode, NotFoundError, UnreachableError, UsageError
 from orchestrator.ledger import Ledger
-from orchestrator.rows import FINAL, TrialRow
+from orchestrator.rows import FINAL, NO_ERROR, TrialRow
 from orchestrator.sharing import Sharing
 from orchestrator.steering import Steering
 from orchestrator.store import DamagedError, Inbox, ResultStore, Snapshot, SweepWriter
@@ -118,7 +118,7 @@ def _open_books(sweep: sweeps.Sweep, planned: planning.Plan, store: ResultStore,
     for trial in planned.to_run:
         row = held[trial.position]
         held[trial.position] = row.replace(
-            state="PENDING", fence=writer.fence, seq=first_seq, error=None, error_cause=None, stopped_early=False
+            state="PENDING", fence=writer.fence, seq=first_seq, stopped_early=False, **NO_ERROR
         )
     for item in planned.items:
         position, label = item.trial.position, item.trial.label

@@ -5,15 +5,15 @@ drivers and stores can be tried by the thousand without a cluster.
 """
 
 import contextlib
+import math
 import secrets
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator import sweep as sweeps
-from orchestrator.dispatcher import NAMESPACE, Order, Update
+from orchestrator.dispatcher import NAMESPACE, Order, Retries, Update
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,8 +75,7 @@ def on_ray(job: Job) -> Iterator[tuple[Crew, Queue]]:
         plan = _gang_plan(job, cluster)
         limit = None if resources.max_gangs == "auto" else resources.max_gangs
         gangs = fleet.gangs_for(cluster, plan, trials=len(job.orders), limit=limit)
-        retries = sys.maxsize if job.sweep.retry.crash == "unlimited" else job.sweep.retry.crash
-        crew = fleet.Fleet(job.orders, plan, fence=job.fence, crash_retries=retries)
+        crew = fleet.Fleet(job.orders, plan, fence=job.fence, retries=retries_of(job.sweep))
         tuning = tune.Tuning(
             [(order.index, order.settings["optim.epochs"]) for order in job.orders],
             dispatcher=plan.dispatcher, namespace=plan.namespace, metric=job.sweep.scheduler.metric,
@@ -89,6 +88,11 @@ def on_ray(job: Job) -> Iterator[tuple[Crew, Queue]]:
             crew.close()
             raise
         yield crew, tuning
+
+
+def retries_of(sweep: sweeps.Sweep) -> Retries:
+    given = {spec.name: getattr(sweep.retry, spec.name) for spec in fields(sweep.retry)}
+    return Retries(**{name: math.inf if count == "unlimited" else count for name, count in given.items()})
 
 
 def _gang_plan(job: Job, cluster: Any) -> Any:

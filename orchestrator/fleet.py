@@ -52,7 +52,8 @@ import ray.train.torch  # noqa: E402
 import ray.tune  # noqa: E402 - here, before any thread starts: Ray's packages import each other in circles
 
 from orchestrator import gang  # noqa: E402
-from orchestrator.dispatcher import NAMESPACE, SLOT, Dispatcher, Order, Update, Worker  # noqa: E402
+from orchestrator.casualties import Messenger  # noqa: E402
+from orchestrator.dispatcher import NAMESPACE, SLOT, Dispatcher, Order, Retries, Update, Worker  # noqa: E402
 from orchestrator.errors import UnreachableError, UsageError  # noqa: E402
 from orchestrator.gang import GangPlan  # noqa: E402
 
@@ -157,11 +158,11 @@ def _folder_of_this_ray() -> Iterator[Path]:
 class Fleet:
     """A dispatcher and its gangs, as the driver sees them."""
 
-    def __init__(self, orders: Sequence[Order], plan: GangPlan, *, fence: int, crash_retries: int) -> None:
+    def __init__(self, orders: Sequence[Order], plan: GangPlan, *, fence: int, retries: Retries) -> None:
         self.plan = plan
         actor = ray.remote(num_cpus=0, max_concurrency=100_000)(Dispatcher)
         self.dispatcher: Any = actor.options(name=plan.dispatcher, namespace=plan.namespace).remote(
-            orders, fence=fence, crash_retries=crash_retries
+            orders, fence=fence, retries=retries
         )
         self._scratch = tempfile.mkdtemp(prefix="mixmo-train-")
         self._threads: list[threading.Thread] = []
@@ -292,6 +293,7 @@ class Fleet:
             run_config=ray.train.RunConfig(
                 name=name,
                 storage_path=self._scratch,
+                callbacks=[Messenger(name, plan.dispatcher, plan.namespace)],
                 # The dispatcher counts a trial's attempts; over a gang's life there is no limit to count to (`_fit`).
                 failure_config=ray.train.FailureConfig(max_failures=FORMATIONS - 1, controller_failure_limit=3),
             ),

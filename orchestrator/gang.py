@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from mixmo_core import train
 from mixmo_core.config import TrialConfig, digest, identity, unflatten
+from orchestrator.casualties import dead_nodes
 from orchestrator.dispatcher import Answer, Assignment, EpochReport, Order, Worker
 from orchestrator.errors import MixmoError, NotFoundError, UnreachableError
 from orchestrator.saver import Saver
@@ -92,8 +93,9 @@ class Gang:
         worker = Worker(
             gang=self.name, rank=self.rank, world_size=self.world_size, pid=os.getpid(), host=self.host,
             device_name=self.device_name, torch_version=str(torch.__version__),
+            node=ray.get_runtime_context().get_node_id(), oom_kills=_oom_kills(),
         )  # fmt: skip
-        ray.get(self.dispatcher.join.remote(worker))
+        ray.get(self.dispatcher.join.remote(worker, dead_nodes() if self.rank == 0 else ()))
         while (assignment := self._next()) != "leave":
             if assignment != "wait":
                 self._attempt(assignment)
@@ -124,8 +126,11 @@ class Gang:
         except Exception as error:
             if self._blame(assignment.token, error, log):
                 raise
+            error.__traceback__ = None  # it holds the trial's tensors
         finally:
             log.put()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # the next trial is of another size
 
     def _blame(self, token: str, error: Exception, log: "LogTail") -> bool:
         """Tell the dispatcher what became of the trial. Whether Ray Train must form the gang anew: the other ranks may
@@ -135,10 +140,14 @@ class Gang:
         told, cause = (without_secrets(text, os.environ, known) for text in (traceback.format_exc(), _cause(error)))
         log.write(told)
         log.put()
+        if self.world_size > 1 and _peer_lost(error):
+            return True  # who died, and of what, is known when the gang stands again
         if _store_away(error):
-            ray.get(self.dispatcher.abandon.remote(token, f"the store is away: {cause}", charge=False))
-        elif isinstance(error, torch.AcceleratorError) or (self.world_size > 1 and _peer_lost(error)):
-            ray.get(self.dispatcher.abandon.remote(token, f"a worker or device of {self.name} was lost: {cause}"))
+            ray.get(self.dispatcher.abandon.remote(token, f"the store is away: {cause}", "store"))
+        elif isinstance(error, torch.OutOfMemoryError | MemoryError):
+            ray.get(self.dispatcher.abandon.remote(token, cause, "oom", told))
+        elif isinstance(error, torch.AcceleratorError):
+            ray.get(self.dispatcher.abandon.remote(token, f"a device of {self.name} was lost: {cause}", "crash"))
             return True
         else:
             ray.get(self.dispatcher.fail.remote(token, told, cause))
@@ -392,6 +401,15 @@ def _opened(plan: GangPlan) -> ResultStore:
             if time.monotonic() > deadline:
                 raise
             time.sleep(2.0)
+
+
+def _oom_kills() -> int:
+    """How many processes this machine's kernel has ended for want of memory since it began."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
 
 
 def _device_name(device: torch.device) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mixmo_core.config import TrialConfig, flatten, trial_id, unflatten
-from orchestrator.dispatcher import NAMESPACE, Order, Update, Worker
+from orchestrator.dispatcher import NAMESPACE, Order, Retries, Update, Worker
 from orchestrator.errors import UnreachableError, UsageError
 from orchestrator.store import ResultStore
 
@@ -61,7 +61,7 @@ class Crew:
             workers=workers, store=self.store.uri, namespace=NAMESPACE, dispatcher=name,
             group_timeout_s=5, checkpoint_every_s=0,
         )  # fmt: skip
-        self.fleet = fleet.Fleet(orders, plan, fence=1, crash_retries=2)
+        self.fleet = fleet.Fleet(orders, plan, fence=1, retries=Retries(crash=2))
         self.told: list[Update] = []
 
     def __enter__(self) -> "Crew":

@@ -19,7 +19,7 @@ from made_rows import in_a_folder
 
 from mixmo_core import train
 from mixmo_core.config import TrialConfig, cell_id, digest, flatten, identity, unflatten
-from orchestrator.dispatcher import Dispatcher, Order, Update
+from orchestrator.dispatcher import Dispatcher, Order, Retries, Update
 from orchestrator.errors import UnreachableError
 from orchestrator.ledger import Ledger
 from orchestrator.rows import TrialRow, config_columns
@@ -47,7 +47,7 @@ class Desk:
     def __init__(self, trial: TrialConfig, store: ResultStore) -> None:
         self.trial_id, self._store = digest(identity(trial))[:12], store
         self.desk = Dispatcher(
-            [Order(index=0, trial_id=self.trial_id, settings=flatten(trial))], fence=1, crash_retries=9
+            [Order(index=0, trial_id=self.trial_id, settings=flatten(trial))], fence=1, retries=Retries(crash=9)
         )
         self.desk.submit(0)
         row = TrialRow(

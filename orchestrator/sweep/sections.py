@@ -64,11 +64,12 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Retry:
-    """How often a trial begins again, by what ended it."""
+    """How often a trial begins again, by what ended its attempt. An exception of its own is final."""
 
-    crash: int | Literal["unlimited"] = _key(2, "After an exception or a dead worker.", at_least=0)
+    crash: int | Literal["unlimited"] = _key(2, "After a worker died or a device was lost.", at_least=0)
     oom: int | Literal["unlimited"] = _key(0, "After it ran out of memory.", at_least=0)
     preempted: int | Literal["unlimited"] = _key("unlimited", "After its machine was taken away.", at_least=0)
+    store: int | Literal["unlimited"] = _key("unlimited", "After the store was away for too long.", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
