@@ -1,6 +1,7 @@
 """What became of workers and machines that Ray has lost. It runs in a gang's controller, and loads no torch."""
 
 import contextlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,17 @@ from orchestrator.dispatcher import Loss
 def dead_nodes() -> frozenset[str]:
     """The machines that have ever been in the cluster and are no longer."""
     return frozenset(node["NodeID"] for node in ray.nodes() if not node["Alive"])
+
+
+def drain(node: str, why: str, left_s: float) -> None:
+    """Have Ray place nothing more on a machine that will be gone. Raises RuntimeError or RayError if it does not."""
+    # What `ray drain-node` does, which is hidden as well and takes seconds; tests/test_nodes.py holds Ray to it.
+    from ray._private.worker import global_worker
+    from ray.core.generated import autoscaler_pb2
+
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = int((time.time() + left_s) * 1000)
+    global_worker.gcs_client.drain_node(node, reason, why, deadline_ms)
 
 
 def kind_of(errors: Mapping[int, BaseException]) -> Loss | None:

@@ -142,6 +142,8 @@ class _Standing:
     submitted: bool = False
     losses: Counter[str] = field(default_factory=Counter)
     """By their kind."""
+    crashed_on: frozenset[str] = frozenset()
+    """The machines of its last loss, as long as that counts as a crash."""
     held_back: bool = False
     held: Assignment | None = None
     accepted: bool = False
@@ -151,6 +153,17 @@ class _Standing:
     ended: bool = False
     stopped_early: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Roll:
+    """Who has what to do."""
+
+    queued: int
+    """Trials that wait for a gang and may have one now."""
+    in_hand: int
+    standing: Mapping[str, float | None]
+    """The gangs that came to work, and for how many seconds each has found no trial; None: it has one."""
 
 
 class _Blow(NamedTuple):
@@ -177,12 +190,18 @@ class Dispatcher:
         self._queue: deque[int] = deque()
         self._hands: dict[str, Assignment] = {}
         """What each gang holds."""
+        self._nodes: dict[str, frozenset[str]] = {}
+        """The machines on which each trial in hand began."""
         self._struck: dict[str, _Blow] = {}
         """Gangs that hold a trial and lost a worker."""
         self._asking: dict[str, object] = {}
         """Each gang's latest question. Ray does not cancel those of a worker that has died."""
         self._idle: dict[str, object] = {}
         """The questions that wait for a trial."""
+        self._idle_since: dict[str, float] = {}
+        self._dismissed: set[str] = set()
+        self._warned: set[str] = set()
+        """Gangs of which a machine will be taken away."""
         self._workers: dict[str, dict[int, Worker]] = {}
         self._formed: Counter[str] = Counter()
         self._updates: deque[Update] = deque()
@@ -213,12 +232,22 @@ class Dispatcher:
             self._struck[gang] = _Blow(kind, why, before.at if before else self._clock())
             self._work.set()
 
+    def warned(self, gang: str) -> None:
+        """A machine of this gang will be taken away: what it holds it is to save and give back, and then to leave."""
+        self._warned.add(gang)
+        self._dismissed.add(gang)
+        self._work.set()
+
     def nodes_lost(self, nodes: Collection[str]) -> None:
         """Ray has lost these machines, now or before."""
         for gang in list(self._hands):
-            gone = sorted({each.host for each in self._workers.get(gang, {}).values() if each.node in nodes})
-            if gone:
-                self.struck(gang, "preempted", f"{gang} lost its machine {', '.join(gone)}")
+            if self._nodes[gang] & set(nodes):
+                self.struck(gang, "preempted", f"a machine of {gang} is gone")
+        for standing in self._standings.values():  # a gang that stands again elsewhere knows it before Ray does
+            if standing.crashed_on & set(nodes):
+                standing.crashed_on = frozenset()
+                standing.losses["crash"] -= 1
+                standing.losses["preempted"] += 1
 
     async def next(self, gang: str, wait_s: float) -> Assignment | Literal["wait", "leave"]:
         """A trial for this gang. A gang that asks while it holds one has lost it: its workers were formed anew."""
@@ -226,13 +255,14 @@ class Dispatcher:
             self._lose_struck(gang, f"a worker of {gang} died; Ray Train formed the gang again")
         ask = self._asking[gang] = object()
         deadline = time.monotonic() + wait_s
-        while not self._closed and self._asking.get(gang) is ask:
+        self._idle_since.setdefault(gang, self._clock())
+        while not (self._closed or gang in self._dismissed) and self._asking.get(gang) is ask:
             index = self._first_free()
             if index is not None:
                 return self._hand_out(index, gang)
             if not await self._wait_for_work(gang, ask, deadline - time.monotonic()):
                 return "wait"
-        return "leave" if self._closed else "wait"
+        return "leave" if self._closed or gang in self._dismissed else "wait"
 
     def accept(self, token: str) -> None:
         """The gang has the trial in its hands."""
@@ -255,14 +285,22 @@ class Dispatcher:
         if standing.stopped_early:
             self._end(standing, "TERMINATED")
             return "drop"
-        return "drop" if self._closed else "save" if self._paused else "go on"
+        leaves = self._paused or self._gang_of(token) in self._warned
+        return "drop" if self._closed else "save" if leaves else "go on"
 
     def give_back(self, token: str, checkpoint: str | None) -> bool:
-        """The trial is saved, as an answer asked for: it waits until the sweep goes on, and is then the first."""
+        """The trial is saved, as an answer asked for: it waits for another gang, or until the sweep goes on, and is the
+        first then. It has lost nothing, and no retry.
+        """
         standing = self._holder(token)
         if standing is None:
             return False
-        self._tell("paused", standing, checkpoint=checkpoint)
+        if self._gang_of(token) in self._warned:
+            why = f"{self._gang_of(token)} is to lose a machine, and has saved it"
+            self._tell("lost", standing, text=why, cause=_SPOKEN["preempted"], error_kind="preempted",
+                       checkpoint=checkpoint)  # fmt: skip
+        else:
+            self._tell("paused", standing, checkpoint=checkpoint)
         self._release(standing)
         self._queue.appendleft(standing.order.index)
         self._work.set()
@@ -348,12 +386,27 @@ class Dispatcher:
 
     def gang_ended(self, gang: str, why: str) -> None:
         """A gang will not come back: what it held goes to another."""
-        self._asking.pop(gang, None)
-        self._idle.pop(gang, None)
+        for held in (self._asking, self._idle, self._idle_since):
+            held.pop(gang, None)
         if gang in self._hands:
             self._lose_struck(gang, why)
+        self._dismissed.discard(gang)
+        self._warned.discard(gang)
         self._workers.pop(gang, None)
         self._tell("gang", None, text=f"{gang} ended: {why}")
+
+    def roll(self) -> Roll:
+        still = self._draining or self._paused or self._closed
+        queued = 0 if still else sum(not self._standings[index].held_back for index in self._queue)
+        now = self._clock()
+        standing = {gang: self._idle_since.get(gang) for gang in self._workers}
+        idle = {gang: None if since is None else now - since for gang, since in standing.items()}
+        return Roll(queued=queued, in_hand=len(self._hands), standing=idle)
+
+    def dismiss(self, gangs: Iterable[str]) -> None:
+        """Send gangs home that have no trial."""
+        self._dismissed |= set(gangs) & self._idle_since.keys()
+        self._work.set()
 
     def drain(self) -> None:
         """Hand out nothing more. Trials in hand go on."""
@@ -455,6 +508,7 @@ class Dispatcher:
 
     def _hand_out(self, index: int, gang: str) -> Assignment:
         assert gang not in self._hands
+        self._idle_since.pop(gang, None)
         standing = self._standings[index]
         standing.attempts += 1
         standing.accepted = False
@@ -464,6 +518,7 @@ class Dispatcher:
         self._hands[gang] = standing.held
         ranks = self._workers.get(gang, {})
         first = ranks.get(0)
+        self._nodes[gang] = frozenset(worker.node for worker in ranks.values())
         self._tell(
             "started", standing, text=f"on {gang}", hosts=tuple(sorted({worker.host for worker in ranks.values()})),
             device_name=first and first.device_name, torch_version=first and first.torch_version,
@@ -476,9 +531,17 @@ class Dispatcher:
                 return self._standings[assignment.order.index]
         return None
 
+    def _gang_of(self, token: str) -> str | None:
+        return next((gang for gang, held in self._hands.items() if held.token == token), None)
+
     def _lose_struck(self, gang: str, why: str) -> None:
         """A gang has lost its trial, by what is known to have struck it."""
         blow = self._struck.get(gang)
+        if gang in self._warned and (blow is None or blow.kind == "crash"):
+            blow = _Blow("preempted", f"{gang} lost the machine that it was warned of", self._clock())
+        standing = self._standings[self._hands[gang].order.index]
+        if standing.accepted and (blow is None or blow.kind == "crash"):
+            standing.crashed_on = self._nodes.get(gang, frozenset())
         self._lose(self._hands[gang], blow.why if blow else why, blow.kind if blow else "crash")
 
     def _lose(self, assignment: Assignment, why: str, kind: Loss, error: str | None = None) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from orchestrator import sweep as sweeps
 from orchestrator.dispatcher import NAMESPACE, Order, Retries, Update
+from orchestrator.roster import Offer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,17 +73,19 @@ def on_ray(job: Job) -> Iterator[tuple[Crew, Queue]]:
 
     resources = job.sweep.resources
     with fleet.cluster(cpus=max(1, round(resources.workers * resources.cpus_per_worker))) as cluster:
-        plan = _gang_plan(job, cluster)
-        limit = None if resources.max_gangs == "auto" else resources.max_gangs
-        gangs = fleet.gangs_for(cluster, plan, trials=len(job.orders), limit=limit)
+        plan = _gang_plan(job, cluster.offer)
+        cluster.offer.refuse_if_never(plan)
         crew = fleet.Fleet(job.orders, plan, fence=job.fence, retries=retries_of(job.sweep))
+        crew.limit = None if resources.max_gangs == "auto" else resources.max_gangs
+        # Tune cannot have more proxies later: machines that join by hand find work where max_gangs counts them in.
+        most = max(1, min(crew.limit or cluster.offer.room(plan), len(job.orders)))
         tuning = tune.Tuning(
             [(order.index, order.settings["optim.epochs"]) for order in job.orders],
             dispatcher=plan.dispatcher, namespace=plan.namespace, metric=job.sweep.scheduler.metric,
-            at_once=gangs, slots=cluster.slots,
+            at_once=most, slots=cluster.slots,
         )  # fmt: skip
         try:
-            crew.form(gangs)
+            crew.form(min(most, cluster.offer.room(plan)))
             tuning.start()
         except BaseException:
             crew.close()
@@ -95,15 +98,18 @@ def retries_of(sweep: sweeps.Sweep) -> Retries:
     return Retries(**{name: math.inf if count == "unlimited" else count for name, count in given.items()})
 
 
-def _gang_plan(job: Job, cluster: Any) -> Any:
+def _gang_plan(job: Job, offer: Offer) -> Any:
     from orchestrator.gang import GangPlan
 
     resources, every_s = job.sweep.resources, job.sweep.checkpoints.every_s
-    gpus = resources.gpus_per_worker
+    gpus, within_s = resources.gpus_per_worker, resources.form_within_s
     return GangPlan(
         workers=resources.workers,
         cpus_per_worker=resources.cpus_per_worker,
-        gpus_per_worker=float(cluster.gpus >= 1) if gpus == "auto" else gpus,
+        gpus_per_worker=float(offer.has_gpus) if gpus == "auto" else gpus,
+        accelerator=None if resources.accelerator == "any" else resources.accelerator,
+        spot=resources.spot,
+        form_within_s=(1800.0 if offer.coming else 600.0) if within_s == "auto" else within_s,
         checkpoint_every_s=None if every_s == "auto" else every_s,
         store=job.store_uri,
         data_dir=str(job.data_dir.resolve()) if job.data_dir else None,

@@ -18,6 +18,7 @@ from orchestrator.dispatcher import (
     Loss,
     Order,
     Retries,
+    Roll,
     Update,
     Worker,
 )
@@ -361,6 +362,67 @@ def test_a_gang_that_lost_a_worker_keeps_its_trial_for_a_while_and_then_another_
     assert kinds(news(desk))[-1] == ("lost", 0, None)
     assert take(desk, "gang-1").attempt == 2
     assert asyncio.run(desk.next(GANG, 0.0)) == "wait"  # the gang stands again, and has nothing
+
+
+def test_a_crash_turns_out_to_have_been_a_machine_that_ray_had_not_missed_yet() -> None:
+    desk = dispatcher(1, crash_retries=1)
+    for _ in range(5):
+        desk.join(worker(GANG, "a"))
+        take(desk)
+        desk.join(worker(GANG, "b"))  # it stands again elsewhere
+        assert isinstance(asyncio.run(desk.next(GANG, 0.0)), Assignment)
+        desk.nodes_lost(["a"])
+        desk.nodes_lost(["a"])
+    assert not any(update.kind == "ended" for update in news(desk))
+
+
+def test_a_gang_that_is_to_lose_its_machine_saves_gives_back_and_leaves_and_no_retry_is_used_up() -> None:
+    desk = Dispatcher([order(0)], fence=1, retries=Retries(crash=0, preempted=0))
+    desk.submit(0)
+    token = take(desk).token
+    assert desk.report(token, [report(1)], None) == "go on"
+    desk.warned(GANG)
+    assert desk.report(token, [], "key") == "save"
+    assert desk.give_back(token, "key")
+    assert asyncio.run(desk.next(GANG, 0.0)) == "leave"
+    lost = news(desk)[-1]
+    assert (lost.kind, lost.error_kind, lost.checkpoint) == ("lost", "preempted", "key")
+    assert desk.report(token, [report(2)], None) == "drop"
+    given = take(desk, "gang-1")
+    assert (given.attempt, given.order.checkpoint) == (2, "key")
+    assert desk.report(given.token, [report(2)], None) == "go on"
+
+
+def test_a_gang_that_was_warned_and_died_before_it_had_saved_was_preempted() -> None:
+    desk = dispatcher(1, crash_retries=0)
+    take(desk)
+    desk.warned(GANG)
+    desk.struck(GANG, "crash", "gone")
+    desk.gang_ended(GANG, "gone")
+    assert [update.error_kind for update in news(desk) if update.kind == "lost"] == ["preempted"]
+    assert take(desk, "gang-1").attempt == 2
+
+
+def test_idle_gangs_are_counted_and_only_they_can_be_sent_home() -> None:
+    now = 0.0
+    desk = Dispatcher([order(0), replace(order(1), held_back=True)], fence=1, retries=Retries(), clock=lambda: now)
+    desk.submit(0)
+    desk.submit(1)
+    for gang in (GANG, "gang-1"):
+        desk.join(replace(worker(gang, "a"), gang=gang))
+    assert desk.roll() == Roll(queued=1, in_hand=0, standing={GANG: None, "gang-1": None})
+    take(desk)
+    assert asyncio.run(desk.next("gang-1", 0.0)) == "wait"
+    now = 70.0
+    assert asyncio.run(desk.next("gang-1", 0.0)) == "wait"
+    assert desk.roll() == Roll(queued=0, in_hand=1, standing={GANG: None, "gang-1": 70.0})
+    desk.dismiss([GANG, "gang-1"])
+    assert asyncio.run(desk.next("gang-1", 0.0)) == "leave"
+    desk.gang_ended("gang-1", "it was sent home")
+    assert take(desk).attempt == 2  # it was at work, and stays
+    assert "gang-1" not in desk.roll().standing
+    desk.pause()
+    assert desk.roll().queued == 0
 
 
 @pytest.mark.parametrize(

@@ -32,12 +32,21 @@ class Resources:
     max_gangs: int | Literal["auto"] = _key(
         "auto", "Groups of workers, so trials, at once. auto: what fits.", at_least=1
     )
+    form_within_s: float | Literal["auto"] = _key(
+        "auto", "Seconds after which a run gives up where no group of workers forms. auto: 600, or 1800 where machines "
+        "have yet to be brought.", above=0,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in ("gpus_per_worker", "cpus_per_worker"):
             count = getattr(self, name)
             if count != "auto" and count > 1 and count != int(count):
                 raise ValueError(f"{name} above 1 must be a whole number, got {count:g}")
+        if self.workers > 1 and self.gpus_per_worker != "auto" and 0 < self.gpus_per_worker < 1:
+            raise ValueError(
+                f"gpus_per_worker below 1 is for trials of one worker: of {self.workers}, two would share a GPU, which "
+                "NCCL refuses"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
