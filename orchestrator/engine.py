@@ -9,7 +9,6 @@ import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator import sweep as sweeps
@@ -26,7 +25,8 @@ class Job:
     """In the order to run."""
     fence: int
     store_uri: str
-    data_dir: Path | None
+    data_dir: str | None
+    """Where the datasets lie: a folder, or a bucket."""
 
 
 class Crew(Protocol):
@@ -98,7 +98,15 @@ def retries_of(sweep: sweeps.Sweep) -> Retries:
     return Retries(**{name: math.inf if count == "unlimited" else count for name, count in given.items()})
 
 
+def datasets_of(sweep: sweeps.Sweep) -> list[str]:
+    """The names of all that the trials read."""
+    from mixmo_core import data
+
+    return sorted({name for trial in sweep.trials for name in data.needed(trial.config)})
+
+
 def _gang_plan(job: Job, offer: Offer) -> Any:
+    from orchestrator import datasets
     from orchestrator.gang import GangPlan
 
     resources, every_s = job.sweep.resources, job.sweep.checkpoints.every_s
@@ -112,7 +120,8 @@ def _gang_plan(job: Job, offer: Offer) -> Any:
         form_within_s=(1800.0 if offer.coming else 600.0) if within_s == "auto" else within_s,
         checkpoint_every_s=None if every_s == "auto" else every_s,
         store=job.store_uri,
-        data_dir=str(job.data_dir.resolve()) if job.data_dir else None,
+        data_dir=job.data_dir if datasets.in_bucket(job.data_dir) else str(datasets.local(job.data_dir) or "") or None,
+        datasets=tuple(datasets_of(job.sweep)),
         namespace=NAMESPACE,
         dispatcher=f"dispatcher-{job.sweep.name}-{job.fence}-{secrets.token_hex(3)}",
     )

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from mixmo_core import train
 from mixmo_core.config import TrialConfig, digest, identity, unflatten
-from orchestrator import notice
+from orchestrator import datasets, notice
 from orchestrator.casualties import dead_nodes, drain
 from orchestrator.dispatcher import Answer, Assignment, EpochReport, Order, Worker
 from orchestrator.errors import MixmoError, NotFoundError, UnreachableError
@@ -64,6 +64,9 @@ class GangPlan(Needs):
     """None: as often as saving stays under 3 % of the time, and at least every ten minutes, however long an epoch."""
     store: str
     data_dir: str | None = None
+    """A folder of every host, or the address of a bucket."""
+    datasets: tuple[str, ...] = ()
+    """What the sweep's trials read: each host has it before it takes the first."""
     namespace: str
     dispatcher: str
     """Name of the dispatcher's actor."""
@@ -85,6 +88,9 @@ class Gang:
         self.device: torch.device = ray.train.torch.get_device()
         torch.set_num_threads(max(1, int(plan.cpus_per_worker)))
         self._store = _opened(plan)
+        self._data_dir = datasets.on_this_host(
+            plan.datasets if datasets.in_bucket(plan.data_dir) else (), plan.data_dir
+        )
         self.dispatcher = ray.get_actor(plan.dispatcher, namespace=plan.namespace)
         self.host, self.node = socket.gethostname(), ray.get_runtime_context().get_node_id()
         self.device_name = _device_name(self.device)
@@ -193,7 +199,7 @@ class Gang:
         if not self._take_up(hand):
             return
         for told in train.train(
-            hand.config, device=self.device, data_dir=Path(self.plan.data_dir) if self.plan.data_dir else None,
+            hand.config, device=self.device, data_dir=self._data_dir,
             resume=hand.state, save_when=lambda: self._is_to_save(hand),
         ):  # fmt: skip
             new, saved = self._record(hand, told)

@@ -56,7 +56,7 @@ class Crew:
         *,
         workers: int,
         name: str,
-        retries: Retries = Retries(crash=2),
+        retries: Retries | None = None,
         **plan: Any,
     ) -> None:
         from orchestrator import fleet
@@ -67,9 +67,9 @@ class Crew:
             Order(index=index, trial_id=trial_id(config, workers), settings=flatten(config))
             for index, config in enumerate(configs)
         ]
-        made = {"group_timeout_s": 5, "checkpoint_every_s": 0, **plan}
+        made = {"group_timeout_s": 5.0, "checkpoint_every_s": 0, **plan}
         gang = GangPlan(workers=workers, store=self.store.uri, namespace=NAMESPACE, dispatcher=name, **made)
-        self.fleet = fleet.Fleet(self.orders, gang, fence=1, retries=retries)
+        self.fleet = fleet.Fleet(self.orders, gang, fence=1, retries=retries or Retries(crash=2))
         self.fleet.limit = 1
         self.told: list[Update] = []
 
@@ -82,7 +82,7 @@ class Crew:
     def submit(self, *indices: int) -> None:
         self.fleet.submit(indices)
 
-    def until(self, happened: Callable[[Update], bool], patience_s: float = 240) -> Update:
+    def until(self, happened: Callable[[Update], bool], patience_s: float = 600) -> Update:
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
             for update in self.fleet.updates(0.5):

@@ -1,5 +1,6 @@
 """Gangs on several machines: raylets of one Ray on this one, of which some are killed, drained and filled."""
 
+import importlib
 import os
 import shutil
 import tempfile
@@ -14,7 +15,7 @@ from test_fleet import Crew, config, long
 from orchestrator.dispatcher import NAMESPACE, Retries, Update
 from orchestrator.errors import UnreachableError, UsageError
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -22,16 +23,14 @@ def machines() -> Iterator[Any]:
     """A head that trains nothing, as the cluster files have it. It misses a machine after seconds, not minutes."""
     folder = tempfile.mkdtemp(prefix="mixmo-nodes-", dir="/tmp")
     settings = {
-        "RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled", "RAY_health_check_period_ms": "500",
+        "RAY_TMPDIR": folder, "RAY_health_check_period_ms": "500",
         "RAY_health_check_initial_delay_ms": "500", "RAY_health_check_failure_threshold": "4",
         "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
-    before = {name: os.environ.get(name) for name in (*settings, "RAY_AUTH_TOKEN")}
-    os.environ.pop("RAY_AUTH_TOKEN", None)
+    before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     Path(folder, "ray").mkdir()
-    from orchestrator import fleet  # noqa: F401 - it tells Ray how to be before Ray is there
-
+    importlib.import_module("orchestrator.fleet")  # it tells Ray how to be before Ray is there
     import ray
     from ray.cluster_utils import Cluster
 
@@ -67,7 +66,7 @@ def test_a_trial_on_two_machines_survives_the_death_of_one_and_uses_up_no_retry(
     nodes = [add(machines) for _ in range(2)]
     machines.wait_for_nodes()
     trial = config(0, **{"optim.epochs": 60})
-    crew = Crew(tmp_path, [trial], workers=2, name="pair", retries=Retries(crash=0))
+    crew = Crew(tmp_path, [trial], workers=2, name="pair", retries=Retries(crash=0), group_timeout_s=60.0)
     with crew:
         assert fleet.offered().room(crew.fleet.plan) == 1
         crew.fleet.form(1)
