@@ -9,19 +9,22 @@ People may pause all, cancel a trial or have it trained again; a trial that anot
 
 import asyncio
 import contextlib
+import math
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 NAMESPACE = "mixmo"
 """In which the actors of a sweep find each other."""
 SLOT = "mixmo_slot"
 """The Ray resource that limits how many trials Tune keeps going. A cluster has 1 of it, on its head; with n gangs a
 proxy takes 1/n."""
+REFORM_S = 60.0
+"""How long a trial waits for its own gang, which lost a worker, to stand again: then the next gang that asks has it."""
 
 
 # ------------------------------------------------------------------------------------------ what travels to and fro
@@ -42,6 +45,24 @@ class Order:
     """The newest that the trial's row names."""
     held_back: bool = False
     """Another sweep may be training it: not to be handed out before it is released."""
+
+
+Loss = Literal["crash", "oom", "preempted", "store"]
+"""What takes a trial out of a gang's hands: a worker or a device that died, memory that was not enough, a machine that
+was taken away, a store that was away for too long."""
+_SPOKEN: Mapping[Loss, str] = {
+    "crash": "crash", "oom": "out of memory", "preempted": "preempted", "store": "the store was away"
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retries:
+    """How often a trial begins again, by what it was lost by."""
+
+    crash: float = 2
+    oom: float = 0
+    preempted: float = math.inf
+    store: float = math.inf
 
 
 Answer = Literal["go on", "save", "drop"]
@@ -85,6 +106,8 @@ class Update:
     stopped_early: bool = False
     text: str = ""
     cause: str | None = None
+    error_kind: Literal["exception"] | Loss | None = None
+    """Of a trial that was lost, or ended as ERROR."""
     hosts: tuple[str, ...] = ()
     device_name: str | None = None
     torch_version: str | None = None
@@ -101,6 +124,10 @@ class Worker:
     host: str
     device_name: str
     torch_version: str
+    node: str = ""
+    """Ray's name for its machine."""
+    oom_kills: int = 0
+    """How many processes that machine's kernel had ended for want of memory when this one began."""
 
 
 # ------------------------------------------------------------------------------------------------------- dispatcher
@@ -113,7 +140,10 @@ class _Standing:
     order: Order
     attempts: int
     submitted: bool = False
-    crashes: int = 0
+    losses: Counter[str] = field(default_factory=Counter)
+    """By their kind."""
+    crashed_on: frozenset[str] = frozenset()
+    """The machines of its last loss, as long as that counts as a crash."""
     held_back: bool = False
     held: Assignment | None = None
     accepted: bool = False
@@ -125,24 +155,53 @@ class _Standing:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Roll:
+    """Who has what to do."""
+
+    queued: int
+    """Trials that wait for a gang and may have one now."""
+    in_hand: int
+    standing: Mapping[str, float | None]
+    """The gangs that came to work, and for how many seconds each has found no trial; None: it has one."""
+
+
+class _Blow(NamedTuple):
+    """What struck a gang."""
+
+    kind: Loss
+    why: str
+    at: float
+
+
 class Dispatcher:
     """Hands trials to gangs and takes what comes back. Runs as an asyncio actor; a plain object in its tests.
 
     Waiting methods are coroutines; all others act at once, one at a time, and so need no lock.
     """
 
-    def __init__(self, orders: Sequence[Order], *, fence: int, crash_retries: int) -> None:
-        self._fence, self._crash_retries = fence, crash_retries
+    def __init__(
+        self, orders: Sequence[Order], *, fence: int, retries: Retries, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._fence, self._retries, self._clock = fence, retries, clock
         self._standings = {
             order.index: _Standing(order, order.attempts, held_back=order.held_back) for order in orders
         }  # fmt: skip
         self._queue: deque[int] = deque()
         self._hands: dict[str, Assignment] = {}
         """What each gang holds."""
+        self._nodes: dict[str, frozenset[str]] = {}
+        """The machines on which each trial in hand began."""
+        self._struck: dict[str, _Blow] = {}
+        """Gangs that hold a trial and lost a worker."""
         self._asking: dict[str, object] = {}
         """Each gang's latest question. Ray does not cancel those of a worker that has died."""
         self._idle: dict[str, object] = {}
         """The questions that wait for a trial."""
+        self._idle_since: dict[str, float] = {}
+        self._dismissed: set[str] = set()
+        self._warned: set[str] = set()
+        """Gangs of which a machine will be taken away."""
         self._workers: dict[str, dict[int, Worker]] = {}
         self._formed: Counter[str] = Counter()
         self._updates: deque[Update] = deque()
@@ -153,26 +212,57 @@ class Dispatcher:
 
     # For gangs
 
-    def join(self, worker: Worker) -> None:
-        """A rank introduces itself, each time its process starts."""
+    def join(self, worker: Worker, dead_nodes: Collection[str] = ()) -> None:
+        """A rank introduces itself, each time its process starts, and tells which machines Ray has lost."""
+        before = self._workers.setdefault(worker.gang, {})
         if worker.rank == 0:
             self._asking.pop(worker.gang, None)
             self._formed[worker.gang] += 1
-        self._workers.setdefault(worker.gang, {})[worker.rank] = worker
+            self.nodes_lost(dead_nodes)
+            if any(worker.oom_kills > each.oom_kills for each in before.values() if each.host == worker.host):
+                self.struck(worker.gang, "oom", f"the kernel of {worker.host} ended a process for want of memory")
+        before[worker.rank] = worker
+
+    def struck(self, gang: str, kind: Loss, why: str) -> None:
+        """A gang lost a worker, and Ray Train forms it anew. What it holds waits for that a while; it does not wait
+        where the machine is gone. Of several reasons, what says more than a crash holds.
+        """
+        before = self._struck.get(gang)
+        if gang in self._hands and (before is None or before.kind == "crash"):
+            self._struck[gang] = _Blow(kind, why, before.at if before else self._clock())
+            self._work.set()
+
+    def warned(self, gang: str) -> None:
+        """A machine of this gang will be taken away: what it holds it is to save and give back, and then to leave."""
+        self._warned.add(gang)
+        self._dismissed.add(gang)
+        self._work.set()
+
+    def nodes_lost(self, nodes: Collection[str]) -> None:
+        """Ray has lost these machines, now or before."""
+        for gang in list(self._hands):
+            if self._nodes[gang] & set(nodes):
+                self.struck(gang, "preempted", f"a machine of {gang} is gone")
+        for standing in self._standings.values():  # a gang that stands again elsewhere knows it before Ray does
+            if standing.crashed_on & set(nodes):
+                standing.crashed_on = frozenset()
+                standing.losses["crash"] -= 1
+                standing.losses["preempted"] += 1
 
     async def next(self, gang: str, wait_s: float) -> Assignment | Literal["wait", "leave"]:
         """A trial for this gang. A gang that asks while it holds one has lost it: its workers were formed anew."""
         if gang in self._hands:
-            self._lose(self._hands[gang], f"a worker of {gang} died; Ray Train formed the gang again")
+            self._lose_struck(gang, f"a worker of {gang} died; Ray Train formed the gang again")
         ask = self._asking[gang] = object()
         deadline = time.monotonic() + wait_s
-        while not self._closed and self._asking.get(gang) is ask:
+        self._idle_since.setdefault(gang, self._clock())
+        while not (self._closed or gang in self._dismissed) and self._asking.get(gang) is ask:
             index = self._first_free()
             if index is not None:
                 return self._hand_out(index, gang)
             if not await self._wait_for_work(gang, ask, deadline - time.monotonic()):
                 return "wait"
-        return "leave" if self._closed else "wait"
+        return "leave" if self._closed or gang in self._dismissed else "wait"
 
     def accept(self, token: str) -> None:
         """The gang has the trial in its hands."""
@@ -195,14 +285,22 @@ class Dispatcher:
         if standing.stopped_early:
             self._end(standing, "TERMINATED")
             return "drop"
-        return "drop" if self._closed else "save" if self._paused else "go on"
+        leaves = self._paused or self._gang_of(token) in self._warned
+        return "drop" if self._closed else "save" if leaves else "go on"
 
     def give_back(self, token: str, checkpoint: str | None) -> bool:
-        """The trial is saved, as an answer asked for: it waits until the sweep goes on, and is then the first."""
+        """The trial is saved, as an answer asked for: it waits for another gang, or until the sweep goes on, and is the
+        first then. It has lost nothing, and no retry.
+        """
         standing = self._holder(token)
         if standing is None:
             return False
-        self._tell("paused", standing, checkpoint=checkpoint)
+        if self._gang_of(token) in self._warned:
+            why = f"{self._gang_of(token)} is to lose a machine, and has saved it"
+            self._tell("lost", standing, text=why, cause=_SPOKEN["preempted"], error_kind="preempted",
+                       checkpoint=checkpoint)  # fmt: skip
+        else:
+            self._tell("paused", standing, checkpoint=checkpoint)
         self._release(standing)
         self._queue.appendleft(standing.order.index)
         self._work.set()
@@ -221,18 +319,17 @@ class Dispatcher:
         standing = self._holder(token)
         if standing is None:
             return False
-        self._end(standing, "ERROR", text=error, cause=cause)
+        self._end(standing, "ERROR", text=error, cause=cause, error_kind="exception")
         return True
 
-    def abandon(self, token: str, why: str, *, charge: bool = True) -> bool:
-        """The gang cannot go on with the trial, by no fault of the trial: a worker or the device was lost. Without
-        `charge` it does not count as a crash: the store was away.
+    def abandon(self, token: str, why: str, kind: Loss, error: str | None = None) -> bool:
+        """The gang cannot go on with the trial, by no exception that would surely come again. `error` is the traceback,
+        if the trial is to blame: what is only a worker's death may be of a neighbour's making.
         """
         standing = self._holder(token)
         if standing is None or standing.held is None:
             return False
-        standing.accepted &= charge
-        self._lose(standing.held, why)
+        self._lose(standing.held, why, kind, error)
         return True
 
     # For Tune's proxies
@@ -273,6 +370,7 @@ class Dispatcher:
         """What happened after number `after`, as soon as there is something, or nothing after `wait_s` seconds."""
         while self._updates and self._updates[0].seq <= after:
             self._updates.popleft()
+        self._salvage()
         if not self._updates:
             self._news.clear()
             with contextlib.suppress(TimeoutError):
@@ -288,12 +386,27 @@ class Dispatcher:
 
     def gang_ended(self, gang: str, why: str) -> None:
         """A gang will not come back: what it held goes to another."""
-        self._asking.pop(gang, None)
-        self._idle.pop(gang, None)
+        for held in (self._asking, self._idle, self._idle_since):
+            held.pop(gang, None)
         if gang in self._hands:
-            self._lose(self._hands[gang], why)
+            self._lose_struck(gang, why)
+        self._dismissed.discard(gang)
+        self._warned.discard(gang)
         self._workers.pop(gang, None)
         self._tell("gang", None, text=f"{gang} ended: {why}")
+
+    def roll(self) -> Roll:
+        still = self._draining or self._paused or self._closed
+        queued = 0 if still else sum(not self._standings[index].held_back for index in self._queue)
+        now = self._clock()
+        standing = {gang: self._idle_since.get(gang) for gang in self._workers}
+        idle = {gang: None if since is None else now - since for gang, since in standing.items()}
+        return Roll(queued=queued, in_hand=len(self._hands), standing=idle)
+
+    def dismiss(self, gangs: Iterable[str]) -> None:
+        """Send gangs home that have no trial."""
+        self._dismissed |= set(gangs) & self._idle_since.keys()
+        self._work.set()
 
     def drain(self) -> None:
         """Hand out nothing more. Trials in hand go on."""
@@ -395,6 +508,7 @@ class Dispatcher:
 
     def _hand_out(self, index: int, gang: str) -> Assignment:
         assert gang not in self._hands
+        self._idle_since.pop(gang, None)
         standing = self._standings[index]
         standing.attempts += 1
         standing.accepted = False
@@ -404,6 +518,7 @@ class Dispatcher:
         self._hands[gang] = standing.held
         ranks = self._workers.get(gang, {})
         first = ranks.get(0)
+        self._nodes[gang] = frozenset(worker.node for worker in ranks.values())
         self._tell(
             "started", standing, text=f"on {gang}", hosts=tuple(sorted({worker.host for worker in ranks.values()})),
             device_name=first and first.device_name, torch_version=first and first.torch_version,
@@ -416,16 +531,39 @@ class Dispatcher:
                 return self._standings[assignment.order.index]
         return None
 
-    def _lose(self, assignment: Assignment, why: str) -> None:
+    def _gang_of(self, token: str) -> str | None:
+        return next((gang for gang, held in self._hands.items() if held.token == token), None)
+
+    def _lose_struck(self, gang: str, why: str) -> None:
+        """A gang has lost its trial, by what is known to have struck it."""
+        blow = self._struck.get(gang)
+        if gang in self._warned and (blow is None or blow.kind == "crash"):
+            blow = _Blow("preempted", f"{gang} lost the machine that it was warned of", self._clock())
+        standing = self._standings[self._hands[gang].order.index]
+        if standing.accepted and (blow is None or blow.kind == "crash"):
+            standing.crashed_on = self._nodes.get(gang, frozenset())
+        self._lose(self._hands[gang], blow.why if blow else why, blow.kind if blow else "crash")
+
+    def _lose(self, assignment: Assignment, why: str, kind: Loss, error: str | None = None) -> None:
         standing = self._standings[assignment.order.index]
-        standing.crashes += standing.accepted
-        if standing.crashes > self._crash_retries:
-            self._end(standing, "ERROR", text=f"{why}; this was crash {standing.crashes} of the trial", cause="crash")
+        standing.losses[kind] += standing.accepted
+        allowed = float(getattr(self._retries, kind))
+        if kind == "oom" and error is None:  # a kernel ends the largest process, whoever took the last byte
+            allowed = max(allowed, self._retries.crash)
+        if standing.losses[kind] > allowed:
+            told = error or f"{why}; this was {_SPOKEN[kind]} {standing.losses[kind]} of the trial"
+            self._end(standing, "ERROR", text=told, cause=why if error else _SPOKEN[kind], error_kind=kind)
             return
-        self._tell("lost", standing, text=why, cause="crash")
+        self._tell("lost", standing, text=why, cause=_SPOKEN[kind], error_kind=kind)
         self._release(standing)
         self._queue.appendleft(assignment.order.index)
         self._work.set()
+
+    def _salvage(self) -> None:
+        """Take trials from gangs that were struck and will not stand again soon."""
+        for gang, blow in list(self._struck.items()):
+            if blow.kind == "preempted" or self._clock() - blow.at > REFORM_S:
+                self._lose_struck(gang, blow.why)
 
     def _end(self, standing: _Standing, state: Literal["TERMINATED", "ERROR", "CANCELLED"], **told: Any) -> None:
         self._conclude(standing, "ended", state=state, stopped_early=standing.stopped_early, **told)
@@ -438,6 +576,7 @@ class Dispatcher:
 
     def _release(self, standing: _Standing) -> None:
         self._hands = {gang: held for gang, held in self._hands.items() if held is not standing.held}
+        self._struck = {gang: blow for gang, blow in self._struck.items() if gang in self._hands}
         standing.held = None
 
     def _tell(self, kind: Any, standing: _Standing | None, **told: Any) -> None:

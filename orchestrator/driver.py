@@ -20,10 +20,10 @@ from mixmo_core.config import flatten
 from orchestrator import plan as planning
 from orchestrator import sweep as sweeps
 from orchestrator.dispatcher import Order, Update
-from orchestrator.engine import Crew, Engine, Job, Queue, on_ray
-from orchestrator.errors import ExitCode, NotFoundError, UnreachableError, UsageError
+from orchestrator.engine import Crew, Engine, Job, Queue, datasets_of, on_ray
+from orchestrator.errors import ExitCode, NotFoundError, UnreachableError
 from orchestrator.ledger import Ledger
-from orchestrator.rows import FINAL, TrialRow
+from orchestrator.rows import FINAL, NO_ERROR, TrialRow
 from orchestrator.sharing import Sharing
 from orchestrator.steering import Steering
 from orchestrator.store import DamagedError, Inbox, ResultStore, Snapshot, SweepWriter
@@ -44,7 +44,7 @@ def run(
     sweep: sweeps.Sweep,
     store: ResultStore,
     *,
-    data_dir: Path | None = None,
+    data_dir: str | Path | None = None,
     retry_failed: bool = False,
     observer: Observer | None = None,
     engine: Engine = on_ray,
@@ -86,18 +86,15 @@ def run(
     return signals.code or ExitCode.STOPPED
 
 
-def check(sweep: sweeps.Sweep, data_dir: Path | None) -> None:
+def check(sweep: sweeps.Sweep, data_dir: str | Path | None) -> None:
     """Whether the sweep can be run here. Raises SweepError for what no run can honour yet, UsageError for a dataset
-    whose files are not as published.
+    whose files are not as published,
+    UnreachableError for a bucket of datasets that cannot be read.
     """
     sweeps.check_runnable(sweep)
-    from mixmo_core import data
+    from orchestrator import datasets
 
-    for name in sorted({name for trial in sweep.trials for name in data.needed(trial.config)}):
-        try:
-            data.check(name, data_dir)
-        except data.DatasetError as error:
-            raise UsageError(str(error)) from error
+    datasets.check(datasets_of(sweep), None if data_dir is None else str(data_dir))
 
 
 def _without_result(planned: planning.Plan) -> str:
@@ -118,7 +115,7 @@ def _open_books(sweep: sweeps.Sweep, planned: planning.Plan, store: ResultStore,
     for trial in planned.to_run:
         row = held[trial.position]
         held[trial.position] = row.replace(
-            state="PENDING", fence=writer.fence, seq=first_seq, error=None, error_cause=None, stopped_early=False
+            state="PENDING", fence=writer.fence, seq=first_seq, stopped_early=False, **NO_ERROR
         )
     for item in planned.items:
         position, label = item.trial.position, item.trial.label
@@ -225,7 +222,7 @@ class _Session:
     sharing: Sharing
     signals: Signals
     heartbeat: "Heartbeat"
-    data_dir: Path | None
+    data_dir: str | Path | None
     observer: Observer | None
     engine: Engine
     talk: Callable[[str], None]
@@ -242,7 +239,7 @@ class _Session:
         self._tell_shared()
         job = Job(
             sweep=self.sweep, orders=self._orders(), fence=self.writer.fence, store_uri=self.store.uri,
-            data_dir=self.data_dir,
+            data_dir=None if self.data_dir is None else str(self.data_dir),
         )  # fmt: skip
         with self._watched(), self.engine(job) as (crew, queue):
             self.signals.take_back()

@@ -5,15 +5,15 @@ drivers and stores can be tried by the thousand without a cluster.
 """
 
 import contextlib
+import math
 import secrets
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from orchestrator import sweep as sweeps
-from orchestrator.dispatcher import NAMESPACE, Order, Update
+from orchestrator.dispatcher import NAMESPACE, Order, Retries, Update
+from orchestrator.roster import Offer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +25,8 @@ class Job:
     """In the order to run."""
     fence: int
     store_uri: str
-    data_dir: Path | None
+    data_dir: str | None
+    """Where the datasets lie: a folder, or a bucket."""
 
 
 class Crew(Protocol):
@@ -72,18 +73,19 @@ def on_ray(job: Job) -> Iterator[tuple[Crew, Queue]]:
 
     resources = job.sweep.resources
     with fleet.cluster(cpus=max(1, round(resources.workers * resources.cpus_per_worker))) as cluster:
-        plan = _gang_plan(job, cluster)
-        limit = None if resources.max_gangs == "auto" else resources.max_gangs
-        gangs = fleet.gangs_for(cluster, plan, trials=len(job.orders), limit=limit)
-        retries = sys.maxsize if job.sweep.retry.crash == "unlimited" else job.sweep.retry.crash
-        crew = fleet.Fleet(job.orders, plan, fence=job.fence, crash_retries=retries)
+        plan = _gang_plan(job, cluster.offer)
+        cluster.offer.refuse_if_never(plan)
+        crew = fleet.Fleet(job.orders, plan, fence=job.fence, retries=retries_of(job.sweep))
+        crew.limit = None if resources.max_gangs == "auto" else resources.max_gangs
+        # Tune cannot have more proxies later: machines that join by hand find work where max_gangs counts them in.
+        most = max(1, min(crew.limit or cluster.offer.room(plan), len(job.orders)))
         tuning = tune.Tuning(
             [(order.index, order.settings["optim.epochs"]) for order in job.orders],
             dispatcher=plan.dispatcher, namespace=plan.namespace, metric=job.sweep.scheduler.metric,
-            at_once=gangs, slots=cluster.slots,
+            at_once=most, slots=cluster.slots,
         )  # fmt: skip
         try:
-            crew.form(gangs)
+            crew.form(min(most, cluster.offer.room(plan)))
             tuning.start()
         except BaseException:
             crew.close()
@@ -91,18 +93,35 @@ def on_ray(job: Job) -> Iterator[tuple[Crew, Queue]]:
         yield crew, tuning
 
 
-def _gang_plan(job: Job, cluster: Any) -> Any:
+def retries_of(sweep: sweeps.Sweep) -> Retries:
+    given = {spec.name: getattr(sweep.retry, spec.name) for spec in fields(sweep.retry)}
+    return Retries(**{name: math.inf if count == "unlimited" else count for name, count in given.items()})
+
+
+def datasets_of(sweep: sweeps.Sweep) -> list[str]:
+    """The names of all that the trials read."""
+    from mixmo_core import data
+
+    return sorted({name for trial in sweep.trials for name in data.needed(trial.config)})
+
+
+def _gang_plan(job: Job, offer: Offer) -> Any:
+    from orchestrator import datasets
     from orchestrator.gang import GangPlan
 
     resources, every_s = job.sweep.resources, job.sweep.checkpoints.every_s
-    gpus = resources.gpus_per_worker
+    gpus, within_s = resources.gpus_per_worker, resources.form_within_s
     return GangPlan(
         workers=resources.workers,
         cpus_per_worker=resources.cpus_per_worker,
-        gpus_per_worker=float(cluster.gpus >= 1) if gpus == "auto" else gpus,
+        gpus_per_worker=float(offer.has_gpus) if gpus == "auto" else gpus,
+        accelerator=None if resources.accelerator == "any" else resources.accelerator,
+        spot=resources.spot,
+        form_within_s=(1800.0 if offer.coming else 600.0) if within_s == "auto" else within_s,
         checkpoint_every_s=None if every_s == "auto" else every_s,
         store=job.store_uri,
-        data_dir=str(job.data_dir.resolve()) if job.data_dir else None,
+        data_dir=job.data_dir if datasets.in_bucket(job.data_dir) else str(datasets.local(job.data_dir) or "") or None,
+        datasets=tuple(datasets_of(job.sweep)),
         namespace=NAMESPACE,
         dispatcher=f"dispatcher-{job.sweep.name}-{job.fence}-{secrets.token_hex(3)}",
     )

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,20 @@ import ray.exceptions  # noqa: E402
 import ray.train  # noqa: E402
 import ray.train.torch  # noqa: E402
 import ray.tune  # noqa: E402 - here, before any thread starts: Ray's packages import each other in circles
+from ruamel.yaml import YAML  # noqa: E402
+from ruamel.yaml.error import YAMLError  # noqa: E402
 
 from orchestrator import gang  # noqa: E402
-from orchestrator.dispatcher import NAMESPACE, SLOT, Dispatcher, Order, Update, Worker  # noqa: E402
-from orchestrator.errors import UnreachableError, UsageError  # noqa: E402
+from orchestrator.casualties import Messenger, dead_nodes  # noqa: E402
+from orchestrator.dispatcher import NAMESPACE, SLOT, Dispatcher, Order, Retries, Roll, Update, Worker  # noqa: E402
+from orchestrator.errors import UnreachableError  # noqa: E402
 from orchestrator.gang import GangPlan  # noqa: E402
+from orchestrator.roster import ACCELERATOR, MARKET, Node, Offer, Scene, coming_of, decide  # noqa: E402
 
+BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
+"""Where `ray up` leaves its file on the head."""
+TEND_S = 2.0
+"""Between two looks at which gangs there should be."""
 FORMATIONS = 8
 """A gang that was formed so often, and whose first rank never came to work, is given up."""
 
@@ -64,20 +72,11 @@ FORMATIONS = 8
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What Ray has to offer."""
+    """The Ray that a sweep runs on, as it was found."""
 
-    nodes: tuple[tuple[float, float], ...]
-    """(CPUs, GPUs) of each node."""
-    slots: bool = True
+    offer: Offer
+    slots: bool
     """Whether it has the resource by which Tune counts trials."""
-
-    @property
-    def cpus(self) -> float:
-        return sum(cpus for cpus, _ in self.nodes)
-
-    @property
-    def gpus(self) -> float:
-        return sum(gpus for _, gpus in self.nodes)
 
 
 @contextlib.contextmanager
@@ -90,9 +89,22 @@ def cluster(*, cpus: int) -> Iterator[Cluster]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS")
     with _local_ray(cpus) if not address else _joined_ray(address):
-        has = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        nodes = tuple((each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in has)
-        yield Cluster(nodes, slots=any(each.get(SLOT, 0.0) >= 1 for each in has))
+        yield Cluster(offered(), slots=ray.cluster_resources().get(SLOT, 0.0) >= 1)
+
+
+def offered() -> Offer:
+    """What the cluster has now, and what its autoscaler may bring, if this is the head of one of `ray up`."""
+    nodes = tuple(_node(each["Resources"], each["Labels"]) for each in ray.nodes() if each["Alive"])
+    coming: tuple[Node, ...] = ()
+    if os.environ.get("RAY_ADDRESS"):
+        with contextlib.suppress(OSError, YAMLError):
+            coming = coming_of(YAML(typ="safe").load(BOOTSTRAP.expanduser().read_text()) or {})
+    return Offer(nodes, coming)
+
+
+def _node(resources: Mapping[str, float], labels: Mapping[str, str]) -> Node:
+    types = frozenset(name.partition(":")[2] for name in resources if name.startswith(ACCELERATOR))
+    return Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0), types, labels.get(MARKET) == "spot")
 
 
 @contextlib.contextmanager
@@ -157,12 +169,18 @@ def _folder_of_this_ray() -> Iterator[Path]:
 class Fleet:
     """A dispatcher and its gangs, as the driver sees them."""
 
-    def __init__(self, orders: Sequence[Order], plan: GangPlan, *, fence: int, crash_retries: int) -> None:
+    def __init__(self, orders: Sequence[Order], plan: GangPlan, *, fence: int, retries: Retries) -> None:
         self.plan = plan
         actor = ray.remote(num_cpus=0, max_concurrency=100_000)(Dispatcher)
         self.dispatcher: Any = actor.options(name=plan.dispatcher, namespace=plan.namespace).remote(
-            orders, fence=fence, crash_retries=crash_retries
+            orders, fence=fence, retries=retries
         )
+        self.limit: int | None = None
+        """`max_gangs` of the sweep file."""
+        self._tended_at, self._stood_at = float("-inf"), time.monotonic()
+        self._dead: frozenset[str] = frozenset()
+        self._given_up = 0
+        """Gangs whose workers never came to work: there is less room than it seems."""
         self._scratch = tempfile.mkdtemp(prefix="mixmo-train-")
         self._threads: list[threading.Thread] = []
         self._ended: dict[str, str] = {}
@@ -170,7 +188,7 @@ class Fleet:
         self._acknowledged = 0
 
     def form(self, gangs: int) -> None:
-        """Start gangs. Each lives in a thread of this process, in which its `fit()` blocks for the whole sweep."""
+        """Start gangs. Each lives in a thread of this process, in which its `fit()` blocks until it leaves."""
         for _ in range(gangs):
             name = f"gang-{len(self._threads)}"
             thread = threading.Thread(target=self._keep, args=(name,), name=name, daemon=True)
@@ -180,7 +198,8 @@ class Fleet:
     def updates(self, wait_s: float) -> list[Update]:
         """What happened since the last call; waits up to `wait_s` seconds for something.
 
-        Raises UnreachableError when every gang has ended while there was work, or the dispatcher is gone.
+        Now and then gangs come and go by it. Raises UnreachableError when there is work and no gang can be kept or
+        formed, or the dispatcher is gone.
         """
         try:
             news: list[Update] = ray.get(self.dispatcher.updates.remote(self._acknowledged, wait_s))
@@ -188,12 +207,34 @@ class Fleet:
             raise _lost(error) from error
         if news:
             self._acknowledged = news[-1].seq
-        elif self._threads and len(self._ended) == len(self._threads):
+        elif time.monotonic() - self._tended_at > TEND_S:
+            self._tended_at = time.monotonic()
+            self._tend()
+        return news
+
+    def _tend(self) -> None:
+        """Have as many gangs as there is work and room for. Raises UnreachableError when there can be none."""
+        roll: Roll = self._tell("roll")
+        gangs = {thread.name: roll.standing.get(thread.name) for thread in self._threads if thread.is_alive()}
+        work = roll.queued + roll.in_hand
+        if work and not gangs and self._given_up:
             why = "; ".join(sorted(set(self._ended.values())))
             raise UnreachableError(
                 f"no gang could be kept: {why}. Finished trials are safe; run the same command again."
             )
-        return news
+        if not work or gangs.keys() & roll.standing.keys():
+            self._stood_at = time.monotonic()
+        elif time.monotonic() - self._stood_at > self.plan.form_within_s:
+            raise UnreachableError(_unformed(self.plan))
+        dead = dead_nodes()
+        if dead - self._dead:
+            self._tell("nodes_lost", dead - self._dead)
+            self._dead = dead
+        room = offered().room(self.plan) - self._given_up
+        change = decide(Scene(queued=roll.queued, in_hand=roll.in_hand, gangs=gangs, room=room, limit=self.limit))
+        self.form(change.form)
+        if change.dismiss:
+            self._tell("dismiss", change.dismiss)
 
     def workers(self) -> list[Worker]:
         found: list[Worker] = ray.get(self.dispatcher.workers.remote())
@@ -259,6 +300,8 @@ class Fleet:
             self._fit(name)
         except BaseException as error:  # whatever ended it, the sweep goes on with the others
             why = f"{type(error).__name__}: {error}"
+            with contextlib.suppress(Exception):
+                self._given_up += not self._tell("formed", name)
         self._ended[name] = why
         with contextlib.suppress(Exception):  # at the end of a sweep the dispatcher may be gone before its gangs
             ray.get(self.dispatcher.gang_ended.remote(name, why))
@@ -277,7 +320,7 @@ class Fleet:
 
     def _trainer(self, name: str) -> Any:
         plan = self.plan
-        per_worker = {"CPU": float(plan.cpus_per_worker)}
+        per_worker = {"CPU": float(plan.cpus_per_worker)}  # a pending group of these is what an autoscaler goes by
         if plan.gpus_per_worker:
             per_worker["GPU"] = plan.gpus_per_worker
         return ray.train.torch.TorchTrainer(
@@ -287,11 +330,16 @@ class Fleet:
                 backend="nccl" if plan.gpus_per_worker else "gloo", timeout_s=int(plan.group_timeout_s)
             ),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=plan.workers, use_gpu=bool(plan.gpus_per_worker), resources_per_worker=per_worker
+                num_workers=plan.workers,
+                use_gpu=bool(plan.gpus_per_worker),
+                resources_per_worker=per_worker,
+                accelerator_type=plan.accelerator,
+                label_selector=None if plan.spot else {MARKET: "!spot"},
             ),
             run_config=ray.train.RunConfig(
                 name=name,
                 storage_path=self._scratch,
+                callbacks=[Messenger(name, plan.dispatcher, plan.namespace)],
                 # The dispatcher counts a trial's attempts; over a gang's life there is no limit to count to (`_fit`).
                 failure_config=ray.train.FailureConfig(max_failures=FORMATIONS - 1, controller_failure_limit=3),
             ),
@@ -302,20 +350,13 @@ def _lost(error: BaseException) -> UnreachableError:
     return UnreachableError(f"Ray lost the dispatcher: {error}. Run the same command again.")
 
 
-def gangs_for(capacity: Cluster, plan: GangPlan, *, trials: int, limit: int | None) -> int:
-    """How many gangs of this make the cluster holds, no more than there are trials. Raises UsageError if none fits."""
-    need_cpus, need_gpus = plan.workers * plan.cpus_per_worker, plan.workers * plan.gpus_per_worker
-    fits = sum(_workers_on(node, plan) for node in capacity.nodes) // plan.workers
-    if fits < 1:
-        raise UsageError(
-            f"resources: a gang of {plan.workers} worker(s) needs {need_cpus} CPU(s) and {need_gpus:g} GPU(s), but the "
-            f"cluster has {capacity.cpus:g} and {capacity.gpus:g}. Ask for less in the sweep file's resources, or set "
-            "gpus_per_worker: 0 to train on CPUs."
-        )
-    return max(1, min(fits, trials, limit or fits))
-
-
-def _workers_on(node: tuple[float, float], plan: GangPlan) -> int:
-    """How many of a gang's workers a node with these CPUs and GPUs holds."""
-    asked = [(node[0], plan.cpus_per_worker), (node[1], plan.gpus_per_worker)]
-    return min(int(has / needs + 1e-9) for has, needs in asked if needs)
+def _unformed(plan: GangPlan) -> str:
+    """What to say of a fleet of which no gang stands."""
+    free = ray.available_resources()
+    return (
+        f"no group of workers has formed in {plan.form_within_s:.0f} s: {plan}; of the cluster's "
+        f"{ray.cluster_resources().get('CPU', 0):g} CPU(s) and {ray.cluster_resources().get('GPU', 0):g} GPU(s), "
+        f"{free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free. Where others use it, wait for them or share it "
+        "(max_gangs); where machines have yet to come, see `ray status`, or set resources.form_within_s. Then run the "
+        "same command again."
+    )

@@ -27,8 +27,11 @@ import torch.distributed as dist
 
 from mixmo_core import train
 from mixmo_core.config import TrialConfig, digest, identity, unflatten
+from orchestrator import datasets, notice
+from orchestrator.casualties import dead_nodes, drain
 from orchestrator.dispatcher import Answer, Assignment, EpochReport, Order, Worker
 from orchestrator.errors import MixmoError, NotFoundError, UnreachableError
+from orchestrator.roster import Needs
 from orchestrator.saver import Saver
 from orchestrator.store import DamagedError, Logits, ResultStore
 from orchestrator.store.attempts import LOG_BYTES, AttemptFolder, without_secrets
@@ -48,12 +51,11 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class GangPlan:
+class GangPlan(Needs):
     """What a gang is made of, and the rules it works by."""
 
-    workers: int = 1
-    cpus_per_worker: float = 1
-    gpus_per_worker: float = 0
+    form_within_s: float = 900.0
+    """A fleet of which no gang stands after this time is given up."""
     wait_s: float = 30.0
     """A wait for a trial ends after this time with a no-op for all ranks."""
     group_timeout_s: float = 1800.0
@@ -62,6 +64,9 @@ class GangPlan:
     """None: as often as saving stays under 3 % of the time, and at least every ten minutes, however long an epoch."""
     store: str
     data_dir: str | None = None
+    """A folder of every host, or the address of a bucket."""
+    datasets: tuple[str, ...] = ()
+    """What the sweep's trials read: each host has it before it takes the first."""
     namespace: str
     dispatcher: str
     """Name of the dispatcher's actor."""
@@ -83,20 +88,42 @@ class Gang:
         self.device: torch.device = ray.train.torch.get_device()
         torch.set_num_threads(max(1, int(plan.cpus_per_worker)))
         self._store = _opened(plan)
+        self._data_dir = datasets.on_this_host(
+            plan.datasets if datasets.in_bucket(plan.data_dir) else (), plan.data_dir
+        )
         self.dispatcher = ray.get_actor(plan.dispatcher, namespace=plan.namespace)
-        self.host = socket.gethostname()
+        self.host, self.node = socket.gethostname(), ray.get_runtime_context().get_node_id()
         self.device_name = _device_name(self.device)
+        self._watch: notice.Watch | None = None
 
     def work(self) -> None:
         """Train one trial after another until the dispatcher sends the gang home."""
         worker = Worker(
             gang=self.name, rank=self.rank, world_size=self.world_size, pid=os.getpid(), host=self.host,
             device_name=self.device_name, torch_version=str(torch.__version__),
+            node=self.node, oom_kills=_oom_kills(),
         )  # fmt: skip
-        ray.get(self.dispatcher.join.remote(worker))
-        while (assignment := self._next()) != "leave":
-            if assignment != "wait":
-                self._attempt(assignment)
+        ray.get(self.dispatcher.join.remote(worker, dead_nodes() if self.rank == 0 else ()))
+        if self.world_size > 1:
+            dist.barrier()  # who is handed a trial is known in full
+        address = notice.endpoint()
+        if address and ray.train.get_context().get_local_rank() == 0:
+            self._watch = notice.Watch(address, self._warn)
+        try:
+            while (assignment := self._next()) != "leave":
+                if assignment != "wait":
+                    self._attempt(assignment)
+        finally:
+            if self._watch is not None:
+                self._watch.close()
+
+    def _warn(self, told: notice.Notice) -> None:
+        """A machine will be taken away. The dispatcher hears of it before training is asked to save."""
+        ray.get(self.dispatcher.warned.remote(self.name))
+        with contextlib.suppress(
+            ray.exceptions.RayError, RuntimeError
+        ):  # a machine that takes more work loses it again
+            drain(self.node, str(told), told.left_s)
 
     def _next(self) -> Assignment | Literal["wait", "leave"]:
         wait_s = min(self.plan.wait_s, self.plan.group_timeout_s / 2)
@@ -124,8 +151,11 @@ class Gang:
         except Exception as error:
             if self._blame(assignment.token, error, log):
                 raise
+            error.__traceback__ = None  # it holds the trial's tensors
         finally:
             log.put()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # the next trial is of another size
 
     def _blame(self, token: str, error: Exception, log: "LogTail") -> bool:
         """Tell the dispatcher what became of the trial. Whether Ray Train must form the gang anew: the other ranks may
@@ -135,10 +165,14 @@ class Gang:
         told, cause = (without_secrets(text, os.environ, known) for text in (traceback.format_exc(), _cause(error)))
         log.write(told)
         log.put()
+        if self.world_size > 1 and _peer_lost(error):
+            return True  # who died, and of what, is known when the gang stands again
         if _store_away(error):
-            ray.get(self.dispatcher.abandon.remote(token, f"the store is away: {cause}", charge=False))
-        elif isinstance(error, torch.AcceleratorError) or (self.world_size > 1 and _peer_lost(error)):
-            ray.get(self.dispatcher.abandon.remote(token, f"a worker or device of {self.name} was lost: {cause}"))
+            ray.get(self.dispatcher.abandon.remote(token, f"the store is away: {cause}", "store"))
+        elif isinstance(error, torch.OutOfMemoryError | MemoryError):
+            ray.get(self.dispatcher.abandon.remote(token, cause, "oom", told))
+        elif isinstance(error, torch.AcceleratorError):
+            ray.get(self.dispatcher.abandon.remote(token, f"a device of {self.name} was lost: {cause}", "crash"))
             return True
         else:
             ray.get(self.dispatcher.fail.remote(token, told, cause))
@@ -165,8 +199,8 @@ class Gang:
         if not self._take_up(hand):
             return
         for told in train.train(
-            hand.config, device=self.device, data_dir=Path(self.plan.data_dir) if self.plan.data_dir else None,
-            resume=hand.state, save_when=lambda: self.rank == 0 and hand.saver.due(within=True),  # any rank may ask
+            hand.config, device=self.device, data_dir=self._data_dir,
+            resume=hand.state, save_when=lambda: self._is_to_save(hand),
         ):  # fmt: skip
             new, saved = self._record(hand, told)
             answer = self._report(hand, new)
@@ -184,6 +218,11 @@ class Gang:
             ray.get(self.dispatcher.finish.remote(hand.assignment.token, hand.logits))
             with contextlib.suppress(OSError, MixmoError):
                 hand.saver.clear()
+
+    def _is_to_save(self, hand: "Hand") -> bool:
+        """Between two steps; any rank may ask for it."""
+        warned = self._watch is not None and self._watch.given
+        return warned or (self.rank == 0 and hand.saver.due(within=True))
 
     def _take_up(self, hand: "Hand") -> bool:
         """Go on from the newest checkpoint, if there is one. Whether the trial is this gang's still."""
@@ -223,8 +262,8 @@ class Gang:
             hand.log.line("its last checkpoint is not stored: the trial ends without")
 
     def _give_back(self, hand: "Hand", unsaved: train.Epoch | train.Moment | None) -> None:
-        """The sweep pauses. What is not saved yet is, and a store that is away is waited for."""
-        hand.log.line("given back: the sweep pauses")
+        """The sweep pauses, or a machine goes. What is not saved yet is, and a store that is away is waited for."""
+        hand.log.line("given back: the sweep pauses, or a machine of this gang will be taken away")
         if unsaved is not None:
             hand.saver.save(unsaved, hand.reports, None)
         self._await_upload(hand, min(END_PATIENCE_S, self.plan.group_timeout_s / 2))
@@ -392,6 +431,15 @@ def _opened(plan: GangPlan) -> ResultStore:
             if time.monotonic() > deadline:
                 raise
             time.sleep(2.0)
+
+
+def _oom_kills() -> int:
+    """How many processes this machine's kernel has ended for want of memory since it began."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
 
 
 def _device_name(device: torch.device) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 
 from mixmo_core import cost
 from mixmo_core.config import TrialConfig, parts
+from orchestrator.causes import fingerprint
 from orchestrator.dispatcher import EpochReport, Update
-from orchestrator.rows import EpochRow, TrialRow
+from orchestrator.rows import NO_ERROR, EpochRow, TrialRow
 
 
 @dataclass
@@ -38,16 +39,18 @@ class Ledger:
             case "epochs":
                 row = self._advanced(row, update)
             case "lost":
-                row = row.replace(state="PENDING")
+                row = row.replace(state="PENDING", checkpoint=update.checkpoint or row.checkpoint)
             case "paused":
                 row = row.replace(state="PAUSED", checkpoint=update.checkpoint or row.checkpoint)
             case "retried":
-                row = row.replace(state="PENDING", error=None, error_cause=None, stopped_early=False)
+                row = row.replace(state="PENDING", stopped_early=False, **NO_ERROR)
             case "ended":
                 spent = update.state == "TERMINATED" and not self.keep_checkpoint
                 row = row.replace(
                     state=update.state, stopped_early=update.stopped_early, error=update.text or None,
-                    error_cause=update.cause, checkpoint=None if spent else row.checkpoint, logits=update.logits,
+                    error_cause=update.cause, error_kind=update.error_kind,
+                    error_fingerprint=fingerprint(update.text) if update.state == "ERROR" else None,
+                    checkpoint=None if spent else row.checkpoint, logits=update.logits,
                 )  # fmt: skip
         self.rows[update.index] = row
         return row, epochs
@@ -71,8 +74,8 @@ class Ledger:
         numerics = " ".join(f"{name}={number}" for name, number in parts(self.configs[row.position]).items())
         return row.replace(
             state="RUNNING", attempts=update.attempt, started_at=row.started_at or update.time, hosts=" ".join(hosts),
-            device_name=update.device_name, torch_version=update.torch_version, numerics=numerics, error=None,
-            error_cause=None, split=self.configs[row.position].evaluate.split, **self.origin,
+            device_name=update.device_name, torch_version=update.torch_version, numerics=numerics,
+            split=self.configs[row.position].evaluate.split, **NO_ERROR, **self.origin,
         )  # fmt: skip
 
     def _advanced(self, row: TrialRow, update: Update) -> TrialRow:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mixmo_core import cost
 from mixmo_core.config import leaves
-from orchestrator import analysis
+from orchestrator import analysis, causes
 from orchestrator.rows import FINAL, TrialRow, config_of
 
 if TYPE_CHECKING:
@@ -181,11 +181,7 @@ def results(rows: Sequence[TrialRow], names: Mapping[str, str]) -> list[Cell]:
 
 def failures(rows: Sequence[TrialRow]) -> list[tuple[str, list[TrialRow]]]:
     """Failed trials by what failed, the most frequent first."""
-    groups: dict[str, list[TrialRow]] = defaultdict(list)
-    for row in rows:
-        if row.state == "ERROR":
-            groups[row.error_cause or "no cause was recorded"].append(row)
-    return sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
+    return [(cause.name, list(cause.rows)) for cause in causes.causes(rows)]
 
 
 # ------------------------------------------------------------------------------------------------------------- names

@@ -22,6 +22,8 @@ SCHEMA_VERSION = 1
 
 State = Literal["PENDING", "RUNNING", "PAUSED", "TERMINATED", "ERROR", "CANCELLED"]
 FINAL: frozenset[State] = frozenset({"TERMINATED", "ERROR", "CANCELLED"})
+NO_ERROR: Mapping[str, None] = dict.fromkeys(("error", "error_cause", "error_kind", "error_fingerprint"))
+"""What a trial has of its last failure once it begins again."""
 
 CONFIG_COLUMNS: tuple[str, ...] = tuple(name.replace(".", "_") for name, _ in leaves())
 METRIC_COLUMNS: tuple[str, ...] = tuple(metric.name for metric in METRICS)
@@ -52,7 +54,11 @@ class TrialRow:
     error: str | None = None
     """The traceback, or what became of the workers."""
     error_cause: str | None = None
-    """One line by which failures are grouped."""
+    """What it failed of, in one line."""
+    error_kind: str | None = None
+    """`exception`, or what its workers were lost by once too often: `crash`, `oom`, `preempted`, `store`."""
+    error_fingerprint: str | None = None
+    """By which failures are grouped: the exception and the innermost of our frames, `DivergedError in train.train`."""
     started_at: datetime | None = None
     updated_at: datetime | None = None
     wall_s: float = 0.0

@@ -8,7 +8,7 @@ from orchestrator.dispatcher import Order
 from orchestrator.engine import Crew
 from orchestrator.errors import RefusedError, UnreachableError
 from orchestrator.ledger import Ledger
-from orchestrator.rows import FINAL, TrialRow
+from orchestrator.rows import FINAL, NO_ERROR, TrialRow
 from orchestrator.sharing import Sharing
 from orchestrator.store import Command, Inbox, ResultStore, SweepWriter
 
@@ -161,4 +161,4 @@ def _cancelled(row: TrialRow, by: str) -> TrialRow | None:
 def _waiting_again(row: TrialRow, by: str) -> TrialRow | None:
     if row.state not in ("ERROR", "CANCELLED"):
         return None
-    return row.replace(state="PENDING", error=None, error_cause=None, stopped_early=False)
+    return row.replace(state="PENDING", stopped_early=False, **NO_ERROR)

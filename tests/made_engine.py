@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from orchestrator.dispatcher import Assignment, Dispatcher, EpochReport, Order, Update, Worker
-from orchestrator.engine import Job
+from orchestrator.engine import Job, retries_of
 from orchestrator.errors import MixmoError, NotFoundError, UnreachableError
 from orchestrator.store import DamagedError, ResultStore
 
@@ -91,8 +91,7 @@ class Threads:
     @contextlib.contextmanager
     def engine(self, job: Job) -> Iterator[tuple["MadeCrew", "MadeQueue"]]:
         loop = _Loop()
-        retries = 10**9 if job.sweep.retry.crash == "unlimited" else job.sweep.retry.crash
-        desk = Dispatcher(job.orders, fence=job.fence, crash_retries=retries)
+        desk = Dispatcher(job.orders, fence=job.fence, retries=retries_of(job.sweep))
         crew = MadeCrew(self, job, loop, desk)
         self.crews.append(crew)
         crew.form(self.gangs)
@@ -272,7 +271,7 @@ class MadeGang:
         except GoneError:
             raise
         except MixmoError as error:
-            self._loop.call(self.desk.abandon, given.token, f"the store is away: {error}", charge=False)
+            self._loop.call(self.desk.abandon, given.token, f"the store is away: {error}", "store")
         except Exception as error:
             self._loop.call(self.desk.fail, given.token, f"Traceback ...\n{error!r}", repr(error))
 

@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from orchestrator.dispatcher import Assignment, Dispatcher, EpochReport, Order, Update, Worker
+from orchestrator.dispatcher import (
+    REFORM_S,
+    Assignment,
+    Dispatcher,
+    EpochReport,
+    Loss,
+    Order,
+    Retries,
+    Roll,
+    Update,
+    Worker,
+)
 
 T = TypeVar("T")
 GANG = "gang-0"
@@ -25,7 +36,7 @@ def report(epoch: int, top1: float = 0.5) -> EpochReport:
 
 
 def dispatcher(trials: int = 2, *, crash_retries: int = 1, attempts: int = 0) -> Dispatcher:
-    desk = Dispatcher([order(i, attempts) for i in range(trials)], fence=7, crash_retries=crash_retries)
+    desk = Dispatcher([order(i, attempts) for i in range(trials)], fence=7, retries=Retries(crash=crash_retries))
     for index in range(trials):
         desk.submit(index)
     return desk
@@ -80,7 +91,7 @@ def test_a_trial_that_trains_all_its_epochs_is_terminated() -> None:
 
 def test_a_checkpoint_in_the_middle_of_an_epoch_is_told_without_an_epoch() -> None:
     async def scenario() -> list[Update]:
-        desk = Dispatcher([order(0)], fence=1, crash_retries=0)
+        desk = Dispatcher([order(0)], fence=1, retries=Retries(crash=0))
         desk.submit(0)
         given = await desk.next(GANG, 0.0)
         assert isinstance(given, Assignment)
@@ -109,7 +120,7 @@ def test_who_takes_a_lost_trial_up_is_told_of_its_newest_checkpoint() -> None:
     desk.report(first.token, [report(1)], "older")
     desk.report(first.token, [], "newer")
     desk.report(first.token, [report(2)], None)
-    desk.abandon(first.token, "the device was lost")
+    desk.abandon(first.token, "the device was lost", "crash")
     assert take(desk).order.checkpoint == "newer"
 
 
@@ -146,7 +157,7 @@ def test_what_comes_under_an_old_token_is_refused() -> None:
     assert desk.report(old, [report(1)], None) == "drop"
     assert not desk.finish(old)
     assert not desk.fail(old, "late", "late")
-    assert not desk.abandon(old, "late")
+    assert not desk.abandon(old, "late", "crash")
     assert len(news(desk)) == before
 
 
@@ -169,7 +180,7 @@ def test_a_gang_that_ends_gives_its_trial_to_another() -> None:
 
 def test_a_lost_worker_of_a_larger_gang_is_a_crash_and_no_error_of_the_trial() -> None:
     desk = dispatcher(1)
-    desk.abandon(take(desk).token, "a worker was lost")
+    desk.abandon(take(desk).token, "a worker was lost", "crash")
     assert [update.kind for update in news(desk)] == ["started", "lost"]
     assert take(desk).attempt == 2
 
@@ -195,7 +206,7 @@ def test_a_trial_that_the_scheduler_stops_ends_at_its_next_report_as_stopped_ear
 
 def test_a_proxy_sees_each_epoch_once_although_an_attempt_repeats_some() -> None:
     async def scenario() -> list[float]:
-        desk = Dispatcher([order(0)], fence=1, crash_retries=5)
+        desk = Dispatcher([order(0)], fence=1, retries=Retries(crash=5))
         desk.submit(0)
         first = await desk.next(GANG, 0.0)
         assert isinstance(first, Assignment)
@@ -218,7 +229,7 @@ def test_a_proxy_sees_each_epoch_once_although_an_attempt_repeats_some() -> None
 
 def test_a_waiting_gang_gets_a_trial_as_soon_as_one_is_submitted() -> None:
     async def scenario() -> Any:
-        desk = Dispatcher([order(0)], fence=1, crash_retries=0)
+        desk = Dispatcher([order(0)], fence=1, retries=Retries(crash=0))
         waiting = [asyncio.create_task(desk.next(f"gang-{i}", 60.0)) for i in range(3)]
         await asyncio.sleep(0)
         desk.submit(0)
@@ -233,7 +244,7 @@ def test_a_waiting_gang_gets_a_trial_as_soon_as_one_is_submitted() -> None:
 
 def test_the_question_of_a_worker_that_died_takes_no_trial() -> None:
     async def scenario() -> tuple[Any, Any, Any]:
-        desk = Dispatcher([order(0), order(1)], fence=1, crash_retries=0)
+        desk = Dispatcher([order(0), order(1)], fence=1, retries=Retries(crash=0))
         dead = asyncio.create_task(desk.next(GANG, 60.0))
         await asyncio.sleep(0)
         living = asyncio.create_task(desk.next(GANG, 60.0))
@@ -250,7 +261,7 @@ def test_the_question_of_a_worker_that_died_takes_no_trial() -> None:
 
 def test_a_gang_that_has_ended_gets_nothing_by_a_question_it_asked_before() -> None:
     async def scenario() -> tuple[Any, Any]:
-        desk = Dispatcher([order(0)], fence=1, crash_retries=0)
+        desk = Dispatcher([order(0)], fence=1, retries=Retries(crash=0))
         asked = asyncio.create_task(desk.next(GANG, 60.0))
         await asyncio.sleep(0)
         desk.gang_ended(GANG, "gone")
@@ -272,8 +283,162 @@ def test_a_death_before_the_trial_was_in_hand_is_no_crash_of_it() -> None:
 
 def test_a_store_that_was_away_is_not_charged_to_the_trial() -> None:
     desk = dispatcher(1, crash_retries=0)
-    desk.abandon(take(desk).token, "the store is away", charge=False)
+    desk.abandon(take(desk).token, "the store is away", "store")
     assert take(desk).attempt == 2
+
+
+@pytest.mark.parametrize("kind", ["crash", "oom", "preempted", "store"])
+def test_each_kind_of_loss_has_its_own_retries_and_its_own_name(kind: Loss) -> None:
+    allowed = {"crash": 0, "oom": 0, "preempted": 0, "store": 0, kind: 2}
+    desk = Dispatcher([order(0)], fence=1, retries=Retries(**allowed))
+    desk.submit(0)
+    for attempt in (1, 2, 3):
+        given = take(desk)
+        assert given.attempt == attempt
+        assert desk.abandon(given.token, "why", kind, "Traceback" if kind == "oom" else None)
+    told = news(desk)
+    assert [update.error_kind for update in told if update.kind in ("lost", "ended")] == [kind] * 3
+    assert (told[-1].state, told[-1].text.startswith("Traceback")) == ("ERROR", kind == "oom")
+
+
+def test_a_store_that_is_away_and_a_machine_that_is_taken_use_up_no_retry() -> None:
+    desk = dispatcher(1, crash_retries=0)
+    losses: tuple[Loss, ...] = ("store", "preempted") * 20
+    for kind in losses:
+        desk.abandon(take(desk).token, "gone", kind)
+    assert take(desk).attempt == 41
+
+
+def test_memory_that_a_trial_asked_for_itself_is_final_and_a_worker_that_was_ended_for_it_is_tried_again() -> None:
+    """The kernel ends the largest process, which may be a neighbour's."""
+    desk = dispatcher(2, crash_retries=1)
+    desk.abandon(take(desk).token, "CUDA out of memory", "oom", "Traceback ...")
+    ended = news(desk)[-1]
+    assert (ended.state, ended.error_kind, ended.cause) == ("ERROR", "oom", "CUDA out of memory")
+    for attempt in (1, 2):
+        given = take(desk)
+        assert (given.order.index, given.attempt) == (1, attempt)
+        desk.struck(GANG, "oom", "the kernel ended it")
+    assert asyncio.run(desk.next(GANG, 0.0)) == "wait"
+    ended = news(desk)[-1]
+    assert (ended.state, ended.error_kind, ended.cause) == ("ERROR", "oom", "out of memory")
+
+
+def worker(gang: str, node: str, rank: int = 0, **more: Any) -> Worker:
+    return Worker(
+        gang=gang, rank=rank, world_size=2, pid=1, host=f"host-{node}", device_name="d", torch_version="2", node=node,
+        **more,
+    )  # fmt: skip
+
+
+def test_a_gang_whose_machine_is_gone_gives_its_trial_to_another_at_once_and_its_late_words_are_refused() -> None:
+    desk = dispatcher(1, crash_retries=0)
+    for rank, node in enumerate("ab"):
+        desk.join(worker(GANG, node, rank))
+    old = take(desk)
+    desk.struck(GANG, "crash", "rank 1 does not answer")  # before Ray knows why
+    desk.nodes_lost(["b"])
+    desk.nodes_lost(["b"])
+    assert [(update.kind, update.error_kind) for update in news(desk)] == [("started", None), ("lost", "preempted")]
+    given = take(desk, "gang-1")
+    assert (given.order.index, given.attempt) == (0, 2)
+    assert desk.report(old.token, [report(9)], "late") == "drop"
+    assert not desk.finish(old.token, "late")
+    assert not desk.fail(old.token, "late", "late")
+    assert desk.report(given.token, [report(1)], None) == "go on"
+    assert desk.finish(given.token)
+    assert all(update.checkpoint != "late" for update in news(desk))
+
+
+def test_a_gang_that_lost_a_worker_keeps_its_trial_for_a_while_and_then_another_has_it() -> None:
+    now = 0.0
+    desk = Dispatcher([order(0)], fence=1, retries=Retries(crash=1), clock=lambda: now)
+    desk.submit(0)
+    take(desk)
+    desk.struck(GANG, "crash", "a worker died")
+    assert kinds(news(desk)) == [("started", 0, None)]
+    assert asyncio.run(desk.next("gang-1", 0.0)) == "wait"
+    now = REFORM_S + 1
+    assert kinds(news(desk))[-1] == ("lost", 0, None)
+    assert take(desk, "gang-1").attempt == 2
+    assert asyncio.run(desk.next(GANG, 0.0)) == "wait"  # the gang stands again, and has nothing
+
+
+def test_a_crash_turns_out_to_have_been_a_machine_that_ray_had_not_missed_yet() -> None:
+    desk = dispatcher(1, crash_retries=1)
+    for _ in range(5):
+        desk.join(worker(GANG, "a"))
+        take(desk)
+        desk.join(worker(GANG, "b"))  # it stands again elsewhere
+        assert isinstance(asyncio.run(desk.next(GANG, 0.0)), Assignment)
+        desk.nodes_lost(["a"])
+        desk.nodes_lost(["a"])
+    assert not any(update.kind == "ended" for update in news(desk))
+
+
+def test_a_gang_that_is_to_lose_its_machine_saves_gives_back_and_leaves_and_no_retry_is_used_up() -> None:
+    desk = Dispatcher([order(0)], fence=1, retries=Retries(crash=0, preempted=0))
+    desk.submit(0)
+    token = take(desk).token
+    assert desk.report(token, [report(1)], None) == "go on"
+    desk.warned(GANG)
+    assert desk.report(token, [], "key") == "save"
+    assert desk.give_back(token, "key")
+    assert asyncio.run(desk.next(GANG, 0.0)) == "leave"
+    lost = news(desk)[-1]
+    assert (lost.kind, lost.error_kind, lost.checkpoint) == ("lost", "preempted", "key")
+    assert desk.report(token, [report(2)], None) == "drop"
+    given = take(desk, "gang-1")
+    assert (given.attempt, given.order.checkpoint) == (2, "key")
+    assert desk.report(given.token, [report(2)], None) == "go on"
+
+
+def test_a_gang_that_was_warned_and_died_before_it_had_saved_was_preempted() -> None:
+    desk = dispatcher(1, crash_retries=0)
+    take(desk)
+    desk.warned(GANG)
+    desk.struck(GANG, "crash", "gone")
+    desk.gang_ended(GANG, "gone")
+    assert [update.error_kind for update in news(desk) if update.kind == "lost"] == ["preempted"]
+    assert take(desk, "gang-1").attempt == 2
+
+
+def test_idle_gangs_are_counted_and_only_they_can_be_sent_home() -> None:
+    now = 0.0
+    desk = Dispatcher([order(0), replace(order(1), held_back=True)], fence=1, retries=Retries(), clock=lambda: now)
+    desk.submit(0)
+    desk.submit(1)
+    for gang in (GANG, "gang-1"):
+        desk.join(replace(worker(gang, "a"), gang=gang))
+    assert desk.roll() == Roll(queued=1, in_hand=0, standing={GANG: None, "gang-1": None})
+    take(desk)
+    assert asyncio.run(desk.next("gang-1", 0.0)) == "wait"
+    now = 70.0
+    assert asyncio.run(desk.next("gang-1", 0.0)) == "wait"
+    assert desk.roll() == Roll(queued=0, in_hand=1, standing={GANG: None, "gang-1": 70.0})
+    desk.dismiss([GANG, "gang-1"])
+    assert asyncio.run(desk.next("gang-1", 0.0)) == "leave"
+    desk.gang_ended("gang-1", "it was sent home")
+    assert take(desk).attempt == 2  # it was at work, and stays
+    assert "gang-1" not in desk.roll().standing
+    desk.pause()
+    assert desk.roll().queued == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "dead", "kind"),
+    [({"oom_kills": 3}, {"oom_kills": 4}, (), "oom"), ({"oom_kills": 3}, {"oom_kills": 3}, (), "crash"),
+     ({}, {}, ("a",), "preempted"), ({}, {}, ("z",), "crash")],
+)  # fmt: skip
+def test_what_a_worker_died_of_is_told_when_its_gang_stands_again(
+    before: dict[str, int], after: dict[str, int], dead: tuple[str, ...], kind: str
+) -> None:
+    desk = dispatcher(1)
+    desk.join(worker(GANG, "a", **before))
+    take(desk)
+    desk.join(worker(GANG, "a", **after), dead)
+    assert take(desk).attempt == 2
+    assert [update.error_kind for update in news(desk) if update.kind == "lost"] == [kind]
 
 
 def test_a_trial_submitted_twice_is_trained_once() -> None:
@@ -287,7 +452,7 @@ def test_who_waits_for_epochs_hears_that_nobody_trains_any_more() -> None:
     """Else Tune's thread would still wait when Ray goes down."""
 
     async def scenario() -> list[EpochReport | None]:
-        desk = Dispatcher([order(0), order(1)], fence=1, crash_retries=0)
+        desk = Dispatcher([order(0), order(1)], fence=1, retries=Retries(crash=0))
         desk.submit(0)
         assert isinstance(await desk.next(GANG, 0.0), Assignment)
         waiting = [asyncio.create_task(desk.result(index, 1)) for index in (0, 1)]
@@ -376,7 +541,7 @@ def test_a_cancelled_trial_is_over_at_once_and_its_gang_hears_of_it() -> None:
 
 
 def test_a_trial_that_is_cancelled_before_tune_wants_it_is_not_queued_by_it() -> None:
-    desk = Dispatcher([order(0)], fence=1, crash_retries=0)
+    desk = Dispatcher([order(0)], fence=1, retries=Retries(crash=0))
     desk.cancel([0], "no")
     desk.submit(0)
     assert asyncio.run(desk.next(GANG, 0.0)) == "wait"
@@ -407,7 +572,7 @@ def test_a_trial_of_an_earlier_run_is_queued_by_asking_for_it_again() -> None:
 
 
 def test_a_trial_that_is_held_back_waits_for_its_release_or_is_withdrawn() -> None:
-    desk = Dispatcher([order(0), order(1), order(2)], fence=1, crash_retries=0)
+    desk = Dispatcher([order(0), order(1), order(2)], fence=1, retries=Retries(crash=0))
     desk.hold_back([0, 1])
     for index in range(3):
         desk.submit(index)
@@ -422,7 +587,7 @@ def test_a_trial_that_is_held_back_waits_for_its_release_or_is_withdrawn() -> No
 
 
 def test_an_order_may_be_held_back_from_the_beginning_and_released_past_tune() -> None:
-    desk = Dispatcher([replace(order(0), held_back=True)], fence=1, crash_retries=0)
+    desk = Dispatcher([replace(order(0), held_back=True)], fence=1, retries=Retries(crash=0))
     assert asyncio.run(desk.next(GANG, 0.0)) == "wait"
     desk.release([0])
     assert take(desk).order.index == 0
@@ -430,7 +595,7 @@ def test_an_order_may_be_held_back_from_the_beginning_and_released_past_tune() -
 
 def test_gangs_that_wait_are_idle() -> None:
     async def scenario() -> list[int]:
-        desk = Dispatcher([order(0)], fence=1, crash_retries=0)
+        desk = Dispatcher([order(0)], fence=1, retries=Retries(crash=0))
         counts = [desk.idle()]
         waiting = [asyncio.create_task(desk.next(gang, 60.0)) for gang in (GANG, GANG, "gang-1")]
         await asyncio.sleep(0)
@@ -475,7 +640,7 @@ class Fleet(RuleBasedStateMachine):
             return
         del self.held[gang]
         self.dead.append(token)
-        calls = {"finish": (), "fail": ("traceback", "cause"), "abandon": ("lost",)}
+        calls = {"finish": (), "fail": ("traceback", "cause"), "abandon": ("lost", "crash")}
         assert getattr(self.desk, end)(token, *calls[end])
 
     @precondition(lambda self: self.dead)
@@ -570,5 +735,5 @@ def test_attempts_are_one_more_than_the_crashes_that_were_forgiven(crashes: int,
 
 @pytest.mark.parametrize("call", ["report", "finish", "fail", "abandon"])
 def test_a_token_that_was_never_given_is_refused(call: str) -> None:
-    arguments = {"report": ([report(1)], None), "finish": (), "fail": ("t", "c"), "abandon": ("w",)}[call]
+    arguments = {"report": ([report(1)], None), "finish": (), "fail": ("t", "c"), "abandon": ("w", "crash")}[call]
     assert getattr(dispatcher(1), call)("no-such-token", *arguments) in (False, "drop")

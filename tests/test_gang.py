@@ -6,12 +6,14 @@ import inspect
 import itertools
 import os
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import made_metadata
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ from made_rows import in_a_folder
 
 from mixmo_core import train
 from mixmo_core.config import TrialConfig, cell_id, digest, flatten, identity, unflatten
-from orchestrator.dispatcher import Dispatcher, Order, Update
+from orchestrator.dispatcher import Dispatcher, Order, Retries, Update
 from orchestrator.errors import UnreachableError
 from orchestrator.ledger import Ledger
 from orchestrator.rows import TrialRow, config_columns
@@ -47,7 +49,7 @@ class Desk:
     def __init__(self, trial: TrialConfig, store: ResultStore) -> None:
         self.trial_id, self._store = digest(identity(trial))[:12], store
         self.desk = Dispatcher(
-            [Order(index=0, trial_id=self.trial_id, settings=flatten(trial))], fence=1, crash_retries=9
+            [Order(index=0, trial_id=self.trial_id, settings=flatten(trial))], fence=1, retries=Retries(crash=9)
         )
         self.desk.submit(0)
         row = TrialRow(
@@ -80,7 +82,8 @@ class Desk:
         """What the driver makes of all that was told so far."""
         news = asyncio.run(self.desk.updates(self._read, 0.0))
         for update in news:
-            self._ledger.apply(update)
+            if update.index is not None:
+                self._ledger.apply(update)
             self._read = update.seq
         self.told += news
         return self._ledger.rows[0]
@@ -112,7 +115,9 @@ def work(monkeypatch: pytest.MonkeyPatch, store: ResultStore) -> Callable[..., N
     def form(desk: Desk, **plan: Any) -> None:
         monkeypatch.setattr("ray.get_actor", lambda *_, **__: desk)
         monkeypatch.setattr("ray.get", lambda answer: answer)
-        context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+        context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0)
+        monkeypatch.setattr("ray.nodes", list)
+        monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node-a"))
         monkeypatch.setattr("ray.train.get_context", lambda: context)
         monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
         monkeypatch.setattr(gang, "Saver", partial(remembered, desk))
@@ -223,6 +228,64 @@ def test_a_trial_that_diverges_names_its_cause_and_its_last_good_checkpoint(
     state = train.load(store.fetch(row.checkpoint, tmp_path / row.checkpoint.rpartition("/")[2]))
     assert all(tensor.isfinite().all() for kind in ("model", "momentum") for tensor in state[kind].values())
     assert row.logits is None
+
+
+def test_a_trial_that_asks_for_too_much_memory_ends_of_that_and_the_next_one_trains(
+    store: ResultStore, work: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = train.train
+
+    def too_much(*given: Any, **more: Any) -> Any:
+        monkeypatch.setattr(train, "train", asked)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.50 GiB. GPU 0 has 3 MiB free")
+
+    monkeypatch.setattr(train, "train", too_much)
+    desk = Desk(config(), store)
+    work(desk)
+    row = desk.row()
+    assert (row.state, row.error_kind, row.attempts) == ("ERROR", "oom", 1)
+    assert str(row.error_cause).startswith("OutOfMemoryError: CUDA out of memory")
+    assert str(row.error_fingerprint).startswith("OutOfMemoryError in gang._pass_epochs")
+    assert "Traceback" in str(row.error)
+
+
+def test_a_spot_notice_saves_in_the_middle_of_an_epoch_and_the_gang_leaves(
+    store: ResultStore, work: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else saves, and the first epoch ends only when the notice has come."""
+    drained: list[tuple[Any, ...]] = []
+    client = SimpleNamespace(drain_node=lambda *given: drained.append(given))
+    monkeypatch.setattr("ray._private.worker.global_worker", SimpleNamespace(gcs_client=client))
+    trial = config(**{"data.batch_size": 2, "optim.lr": 0.01})
+    with made_metadata.serve() as metadata:
+        monkeypatch.setenv("MIXMO_SPOT_NOTICE", metadata.address)
+        desk = Desk(trial, store)
+
+        def comes(name: str, *_: Any) -> bool:
+            if name == "accept" and not desk.told:
+                metadata.notice(60)
+                until(lambda: len(drained) == 1)
+            return False
+
+        desk.fatal = comes
+        work(desk, checkpoint_every_s=3600)
+        row = desk.row()
+    assert (row.state, row.epoch, desk.told[-1].kind, desk.told[-1].error_kind) == ("PENDING", 0, "lost", "preempted")
+    assert "/epoch-00001-step-" in str(row.checkpoint)
+    assert drained[0][0] == "node-a"
+    monkeypatch.setenv("MIXMO_SPOT_NOTICE", "off")
+    desk.desk.gang_ended("gang-0", "it was sent home")
+    work(desk)
+    row = desk.row()
+    assert (row.state, row.attempt) == ("TERMINATED", 2)
+    assert desk.losses() == {epoch.epoch: epoch.metrics["loss"] for epoch in undisturbed(trial)}
+
+
+def until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def when_uploading(store: ResultStore, monkeypatch: pytest.MonkeyPatch, happens: Callable[[], None]) -> None:

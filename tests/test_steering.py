@@ -281,7 +281,7 @@ def test_a_failed_trial_is_queued_again_by_the_driver_that_saw_it_fail(
     steps.positions.clear()
     failed = [row.trial_id for row in running.rows()[:2]]
     assert "1 trial queued again" in mixmo("retry", "made", failed[1])
-    assert "1 trial queued again" in mixmo("retry", "made", "--cause", "VALUEerror")
+    assert "1 trial queued again" in mixmo("retry", "made", "--failed", "--cause", "VALUEerror")
     steps.open()
     assert running.end() == ExitCode.OK
     assert [(row.state, row.attempts, row.error) for row in running.rows()] == [
@@ -320,7 +320,7 @@ def test_without_a_driver_there_is_none_to_stop_and_a_finished_trial_is_not_trai
     before = store.trial_rows("made")
     assert "a result is never replaced" in mixmo("retry", "made", before[0].trial_id, code=6)
     assert "begins no trial id" in mixmo("retry", "made", "zzz", code=5)
-    assert "one of the four" in mixmo("retry", "made", code=2)
+    assert "say which trials, in one way" in mixmo("retry", "made", code=2)
     assert "one of the four" in mixmo("retry", "made", "--failed", "--cancelled", code=2)
     assert "no sweep other" in mixmo("stop", "other", code=5)
     assert store.trial_rows("made") == before

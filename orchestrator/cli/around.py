@@ -21,9 +21,10 @@ def doctor(data: Data = None, results: Results = "results", as_json: Json = Fals
     """
     from orchestrator import doctor as examination
     from orchestrator import pages
+    from orchestrator.datasets import local
 
     console, done = streams.console(), []
-    for check in examination.examine(results, data):
+    for check in examination.examine(results, local(data)):
         done.append(check)
         if not as_json:
             console.print(pages.checks([check]), soft_wrap=True)

@@ -152,7 +152,7 @@ def report(
 
 
 def _content(
-    loaded: analysis.Results, metric: str, data: Path | None, price: float | None, *, no_ensembles: bool
+    loaded: analysis.Results, metric: str, data: str | None, price: float | None, *, no_ensembles: bool
 ) -> Any:
     from orchestrator import analysis
     from orchestrator.errors import NotFoundError
@@ -195,7 +195,7 @@ def _front(rows: list[TrialRow], metric: str, price: tuple[float | None, str]) -
     return None
 
 
-def _drawn(loaded: analysis.Results, metric: str, data: Path | None, only: tuple[str, ...]) -> Drawn:
+def _drawn(loaded: analysis.Results, metric: str, data: str | None, only: tuple[str, ...]) -> Drawn:
     from orchestrator import figures as drawing
     from orchestrator.rows import epoch_rows
 
@@ -203,8 +203,9 @@ def _drawn(loaded: analysis.Results, metric: str, data: Path | None, only: tuple
 
     def samples() -> Any:
         from orchestrator import gallery
+        from orchestrator.datasets import local
 
-        return gallery.samples(rows, data)
+        return gallery.samples(rows, local(data))  # of a bucket's datasets those that were copied here
 
     material = drawing.Material(
         rows=rows, epochs=lambda: epoch_rows(loaded.epochs()), logits=loaded.store.logits, samples=samples

@@ -201,20 +201,21 @@ def _config_of_trial(prefix: str, results: str) -> TrialConfig:
     return config_of(ResultStore.open(results).find(prefix)[0])
 
 
-def _train(config: TrialConfig, device: str, threads: int, folder: Path | None) -> None:
+def _train(config: TrialConfig, device: str, threads: int, place: str | None) -> None:
     import torch
 
     from mixmo_core import data, train
     from mixmo_core.config import trial_id
+    from orchestrator import datasets
 
     torch.set_num_threads(threads)
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    place = _device(chosen)
+    chip = _device(chosen)
     try:
-        for name in data.needed(config):
-            data.check(name, folder)
+        folder = datasets.on_this_host(data.needed(config), place)
+        datasets.check(data.needed(config), place)
         streams.say(f"trial {trial_id(config)} on {chosen}; nothing is written")
-        for epoch in train.train(config, device=place, data_dir=folder):
+        for epoch in train.train(config, device=chip, data_dir=folder):
             print(_epoch_line(epoch, config), flush=True)
     except data.DatasetError as error:
         raise UsageError(str(error)) from error

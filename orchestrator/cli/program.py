@@ -63,7 +63,10 @@ Quick = Annotated[bool, typer.Option("--quick", help="Lay the file's `quick` set
 Json = Annotated[bool, typer.Option("--json", help="Print JSON with a versioned schema.")]
 Format = Literal["terminal", "markdown", "latex", "csv", "json"]
 Data = Annotated[
-    Path | None, typer.Option("--data", envvar="MIXMO_DATA", metavar="FOLDER", help="Where the images lie.")
+    str | None,
+    typer.Option(
+        "--data", envvar="MIXMO_DATA", metavar="PLACE", help="Where the images lie: a folder, or s3://bucket/prefix."
+    ),
 ]
 
 

@@ -40,20 +40,29 @@ def list_sweeps(results: Results = "results", as_json: Json = False) -> ExitCode
     """
     light()
     from orchestrator import pages
+    from orchestrator.progress import driven, failures, measure
     from orchestrator.store import DamagedError, ResultStore
 
     store, now = ResultStore.open(results), streams.now()
     listed: list[tuple[str, Progress | None, datetime | None]] = []
+    failed: dict[str, list[dict[str, Any]]] = {}
     unread: dict[str, str] = {}
     for name in store.sweeps():
         try:
-            listed.append((name, *_measured(store, name, now)))
+            snapshot = store.snapshot(name)
+            listed.append((name, measure(snapshot, now, driven=driven(store, name)), snapshot.header.written_at))
+            failed[name] = [{"cause": cause, "trials": len(rows)} for cause, rows in failures(snapshot.rows)]
         except DamagedError as error:
             unread[name] = str(error)
             listed.append((name, None, None))
     if as_json:
         sweeps = [
-            {"sweep": name, **(streams.plain(state) if state else {"status": "damaged"}), "written_at": written}
+            {
+                "sweep": name,
+                **(streams.plain(state) if state else {"status": "damaged"}),
+                "written_at": written,
+                "failures": failed.get(name, []),
+            }
             for name, state, written in listed
         ]
         streams.print_json("ls", {"results": store.uri, "sweeps": sweeps})
@@ -274,15 +283,8 @@ def _baseline(named: Mapping[str, str | None], trials: Sequence[TrialRow]) -> st
     return baseline if any(row.label == baseline for row in trials) else None
 
 
-def _measured(store: ResultStore, name: str, now: datetime) -> tuple[Progress, datetime | None]:
-    from orchestrator.progress import driven, measure
-
-    snapshot = store.snapshot(name)
-    return measure(snapshot, now, driven=driven(store, name)), snapshot.header.written_at
-
-
 def _status(store: ResultStore, sweep: str) -> dict[str, Any]:
-    from orchestrator import progress
+    from orchestrator import causes, progress
 
     snapshot, lease = store.snapshot(sweep), store.lease(sweep)
     names = progress.cell_names(snapshot.rows)
@@ -294,8 +296,13 @@ def _status(store: ResultStore, sweep: str) -> dict[str, Any]:
         "written_at": snapshot.header.written_at,
         "results": [{**streams.plain(cell), "n": len(cell.top1), "mean": cell.mean, "std": cell.std} for cell in cells],
         "failures": [
-            {"cause": cause, "trials": [row.trial_id for row in rows]}
-            for cause, rows in progress.failures(snapshot.rows)
+            {
+                "cause": cause.name,
+                "kind": cause.kind,
+                "fingerprint": cause.fingerprint,
+                "trials": [row.trial_id for row in cause.rows],
+            }
+            for cause in causes.causes(snapshot.rows)
         ],
     }
 

@@ -99,7 +99,12 @@ def retry(
     failed: Annotated[bool, typer.Option("--failed", help="All that have failed.")] = False,
     cancelled: Annotated[bool, typer.Option("--cancelled", help="All that are cancelled.")] = False,
     cause: Annotated[
-        str | None, typer.Option("--cause", metavar="TEXT", help="All that have failed with this in their cause.")
+        str | None,
+        typer.Option(
+            "--cause",
+            metavar="TEXT",
+            help="All that have failed with this in their cause, as `mixmo status` groups them, or crash, oom, ...",
+        ),
     ] = None,
     no_wait: NoWait = False,
     results: Results = "results",
@@ -110,8 +115,8 @@ def retry(
     They go on from their newest checkpoint. A running driver takes them up; without one, the next `mixmo run` does.
     A finished trial is not trained again: its numbers stand.
     """
-    if sum([bool(trial), failed, cancelled, cause is not None]) != 1:
-        raise UsageError("say which trials: their ids, --failed, --cancelled or --cause TEXT; one of the four")
+    if sum([bool(trial), failed or cause is not None, cancelled]) != 1:
+        raise UsageError("say which trials, in one way: their ids, --failed, --failed --cause TEXT or --cancelled")
     asked = _Asked(sweep, "retry", results, as_json)
     chosen = _named(asked.rows, sweep, trial) if trial else _all_of(asked.rows, cancelled=cancelled, cause=cause)
     _refuse_finished(chosen)
@@ -199,12 +204,12 @@ def _named(rows: Sequence[TrialRow], sweep: str, prefixes: Sequence[str]) -> lis
 
 
 def _all_of(rows: Sequence[TrialRow], *, cancelled: bool, cause: str | None) -> list[TrialRow]:
+    from orchestrator.causes import failed_of
     from orchestrator.plan import REMOVED
 
     if cancelled:
         return [row for row in rows if row.state == "CANCELLED" and row.error_cause != REMOVED]
-    wanted = (cause or "").lower()
-    return [row for row in rows if row.state == "ERROR" and wanted in (row.error_cause or "").lower()]
+    return failed_of(rows, cause or "")
 
 
 def _refuse_finished(rows: Sequence[TrialRow]) -> None:

@@ -372,8 +372,5 @@ def not_runnable(sweep: Sweep) -> list[str]:
         f"scheduler.method: {sweep.scheduler.method}": sweep.scheduler.method != "none",
         "budget": sweep.budget != Budget(),
         f"resources.slots: {sweep.resources.slots}": sweep.resources.slots not in ("auto", 1),
-        f"resources.accelerator: {sweep.resources.accelerator}": sweep.resources.accelerator != "any",
-        "resources.spot: false": not sweep.resources.spot,
-        "retry.oom, retry.preempted": (sweep.retry.oom, sweep.retry.preempted) != (Retry().oom, Retry().preempted),
     }
     return [f"{what}: understood, but not yet possible in a run" for what, is_wanted in wanted.items() if is_wanted]

@@ -32,12 +32,21 @@ class Resources:
     max_gangs: int | Literal["auto"] = _key(
         "auto", "Groups of workers, so trials, at once. auto: what fits.", at_least=1
     )
+    form_within_s: float | Literal["auto"] = _key(
+        "auto", "Seconds after which a run gives up where no group of workers forms. auto: 600, or 1800 where machines "
+        "have yet to be brought.", above=0,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in ("gpus_per_worker", "cpus_per_worker"):
             count = getattr(self, name)
             if count != "auto" and count > 1 and count != int(count):
                 raise ValueError(f"{name} above 1 must be a whole number, got {count:g}")
+        if self.workers > 1 and self.gpus_per_worker != "auto" and 0 < self.gpus_per_worker < 1:
+            raise ValueError(
+                f"gpus_per_worker below 1 is for trials of one worker: of {self.workers}, two would share a GPU, which "
+                "NCCL refuses"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,11 +73,12 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Retry:
-    """How often a trial begins again, by what ended it."""
+    """How often a trial begins again, by what ended its attempt. An exception of its own is final."""
 
-    crash: int | Literal["unlimited"] = _key(2, "After an exception or a dead worker.", at_least=0)
+    crash: int | Literal["unlimited"] = _key(2, "After a worker died or a device was lost.", at_least=0)
     oom: int | Literal["unlimited"] = _key(0, "After it ran out of memory.", at_least=0)
     preempted: int | Literal["unlimited"] = _key("unlimited", "After its machine was taken away.", at_least=0)
+    store: int | Literal["unlimited"] = _key("unlimited", "After the store was away for too long.", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,158 @@
+"""How many gangs there should be, and on which machines they fit. Pure: what there is goes in, what to do comes out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.errors import UsageError
+
+ACCELERATOR = "accelerator_type:"
+"""Ray's resource for a type of GPU begins so."""
+MARKET = "ray.io/market-type"
+"""Ray's label for what may be taken away: `spot`."""
+IDLE_S = 60.0
+"""After which a gang that finds no trial goes, so that its machine can be released."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """What a gang is made of."""
+
+    workers: int = 1
+    cpus_per_worker: float = 1
+    gpus_per_worker: float = 0
+    accelerator: str | None = None
+    """Type of GPU, in Ray's words."""
+    spot: bool = True
+    """Whether machines that may be taken away will do."""
+
+    def __str__(self) -> str:
+        parts = [f"{self.workers * self.cpus_per_worker:g} CPU(s)", f"{self.workers * self.gpus_per_worker:g} GPU(s)"]
+        kinds = [f"of type {self.accelerator}"] if self.accelerator else []
+        kinds += [] if self.spot else ["on machines that are not spot"]
+        return " ".join([f"a gang of {self.workers} worker(s) needs {' and '.join(parts)}", *kinds])
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A machine."""
+
+    cpus: float
+    gpus: float = 0.0
+    accelerators: frozenset[str] = frozenset()
+    spot: bool = False
+
+    def holds(self, needs: Needs) -> int:
+        """How many of a gang's workers."""
+        if (self.spot and not needs.spot) or (needs.accelerator and needs.accelerator not in self.accelerators):
+            return 0
+        asked = [(self.cpus, needs.cpus_per_worker), (self.gpus, needs.gpus_per_worker)]
+        return min(int(has / each + 1e-9) for has, each in asked if each)
+
+    def __str__(self) -> str:
+        gpus = f", {self.gpus:g} GPU(s) {' '.join(sorted(self.accelerators))}".rstrip() if self.gpus else ""
+        return f"{self.cpus:g} CPU(s){gpus}{', spot' if self.spot else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a cluster has, and what its autoscaler may bring."""
+
+    nodes: tuple[Node, ...]
+    coming: tuple[Node, ...] = ()
+    """Every machine that may be there at once, those that are there already among them."""
+
+    @property
+    def cpus(self) -> float:
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        return sum(node.gpus for node in self.nodes)
+
+    @property
+    def has_gpus(self) -> bool:
+        """Now, or once machines come."""
+        return any(node.gpus >= 1 for node in (*self.nodes, *self.coming))
+
+    def room(self, needs: Needs) -> int:
+        """How many gangs it holds, at most."""
+        return max(_gangs_on(self.nodes, needs), _gangs_on(self.coming, needs))
+
+    def refuse_if_never(self, needs: Needs) -> None:
+        """Raises UsageError if no gang will ever stand here."""
+        if self.room(needs) < 1:
+            kinds = "; ".join(_counted(self.nodes)) or "no machine"
+            later = f". Its autoscaler may bring: {'; '.join(_counted(self.coming))}" if self.coming else ""
+            raise UsageError(
+                f"resources: {needs}, but the cluster has {self.cpus:g} and {self.gpus:g} ({kinds}){later}. Ask for "
+                f"less in the sweep file's resources{_advice(needs)}."
+            )
+
+
+def coming_of(config: Mapping[str, Any]) -> tuple[Node, ...]:
+    """The machines that an autoscaler may keep at once, by its file (`ray up`'s, resources filled in)."""
+    most = int(config.get("max_workers") or 0)
+    found: list[Node] = []
+    for kind in (config.get("available_node_types") or {}).values():
+        resources = kind.get("resources") or {}
+        types = frozenset(name.partition(":")[2] for name in resources if name.startswith(ACCELERATOR))
+        market = (kind.get("node_config") or {}).get("InstanceMarketOptions") or {}
+        spot = (kind.get("labels") or {}).get(MARKET) == "spot" or market.get("MarketType") == "spot"
+        node = Node(float(resources.get("CPU", 0)), float(resources.get("GPU", 0)), types, spot)
+        found += [node] * min(int(kind.get("max_workers", most)), most)
+    return tuple(found)
+
+
+def _gangs_on(nodes: Sequence[Node], needs: Needs) -> int:
+    return sum(node.holds(needs) for node in nodes) // needs.workers
+
+
+def _counted(nodes: Sequence[Node]) -> list[str]:
+    """The machines, those that are alike together."""
+    kinds = dict.fromkeys(map(str, nodes))
+    return [f"{sum(str(node) == kind for node in nodes)} x {kind}" for kind in kinds]
+
+
+def _advice(needs: Needs) -> str:
+    advice = ", or set gpus_per_worker: 0 to train on CPUs" if needs.gpus_per_worker else ""
+    advice += ", or set accelerator: any" if needs.accelerator else ""
+    return advice + ("" if needs.spot else ", or set spot: true")
+
+
+# ------------------------------------------------------------------------------------------------- gangs come and go
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scene:
+    """How a fleet stands."""
+
+    queued: int
+    """Trials that wait for a gang, and may have one."""
+    in_hand: int
+    gangs: Mapping[str, float | None]
+    """Those that stand or are being formed, and for how many seconds each has found no trial; None: it has one, or has
+    not asked yet."""
+    room: int
+    """How many the cluster holds."""
+    limit: int | None = None
+    """`max_gangs` of the sweep file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    form: int = 0
+    dismiss: tuple[str, ...] = ()
+
+
+def decide(scene: Scene) -> Change:
+    """Which gangs to form or to send home. Never both at once, never more than there is room for; a gang with a trial,
+    or one that a trial waits for, stays.
+    """
+    wanted = min(scene.queued + scene.in_hand, scene.room, scene.room if scene.limit is None else scene.limit)
+    if wanted > len(scene.gangs):
+        return Change(form=wanted - len(scene.gangs))
+    if scene.queued:
+        return Change()
+    idle = [gang for gang, idle_s in scene.gangs.items() if idle_s is not None and idle_s >= IDLE_S]
+    return Change(dismiss=tuple(sorted(idle)))
