@@ -1,0 +1,103 @@
+"""The quick forms of the paper's tables and figures, run one after another, and what came out, as files.
+
+    python benchmarks/quick_forms.py --data DEST
+    python benchmarks/quick_forms.py --data DEST table1_cifar10 figure5_width
+
+One gang at a time. Each sweep is run, its tables are made as its file says, and benchmarks/results/NAME-quick.json
+is written as `learning.py` does, with what the run took: seconds by the clock, which count what else the machine did, and
+seconds of processor of every process that took part, Ray's included. What is in --results already is not run again.
+Linux only.
+"""
+
+import argparse
+import ctypes
+import os
+import re
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from learning import ROOT, write
+
+PAPER = ROOT / "sweeps" / "paper"
+PR_SET_CHILD_SUBREAPER = 36
+ONE_GANG = ("-S", "resources.max_gangs=1")
+
+
+def timed(words: list[str]) -> dict[str, Any]:
+    """Run a command to the end of the last process that it started. How it ended, and what it took."""
+    began, before = time.monotonic(), _cpu_s()
+    code = subprocess.run(words, check=False).returncode
+    wall_s = time.monotonic() - began
+    while _reaped():
+        pass
+    return {"code": code, "wall_s": round(wall_s, 1), "cpu_s": round(_cpu_s() - before, 1)}
+
+
+def _cpu_s() -> float:
+    """Of all children that have ended and were waited for, by us or by a child of ours."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _reaped() -> bool:
+    """Wait for one orphan, which is ours since we are their reaper; False where there is none left."""
+    try:
+        os.wait()
+    except ChildProcessError:
+        return False
+    return True
+
+
+def tables_of(file: Path) -> list[list[str]]:
+    """The `mixmo table` commands in the head of a sweep file, as what follows the sweep's name."""
+    found = re.findall(rf"^#\s+mixmo table {file.stem}(.*?)(?:\s{{3,}}.*)?$", file.read_text(), re.MULTILINE)
+    return [shlex.split(rest) for rest in found]
+
+
+def run(file: Path, data: Path, results: Path) -> bool:
+    """Whether the quick form of a file was run to its end, and its tables came out."""
+    mixmo, name = [sys.executable, "-m", "orchestrator.cli"], f"{file.stem}-quick"
+    asked = ["run", str(file.relative_to(ROOT)), "--quick", *ONE_GANG, "--yes"]
+    took = timed([*mixmo, *asked, "--data", str(data), "--results", str(results)])
+    print(
+        f"{name}: ended with {took['code']} after {took['wall_s']:.0f} s, {took['cpu_s']:.0f} s of processor",
+        flush=True,
+    )
+    if took["code"]:
+        return False
+    tables = []
+    for options in tables_of(file):
+        words = ["table", name, *options, "--format", "markdown"]
+        made = subprocess.run([*mixmo, *words, "--results", str(results)], capture_output=True, text=True, check=False)
+        print(made.stdout or made.stderr, flush=True)
+        if made.returncode:
+            return False
+        tables.append({"command": shlex.join(["mixmo", *words[:-2]]), "markdown": made.stdout})
+    ran = {"command": shlex.join(["mixmo", *asked, "--data", "DEST"]), "processors": os.cpu_count(), **took}
+    write(str(results), name, {"run": ran, "tables": tables})
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of sweeps/paper; all without one")
+    parser.add_argument("--data", type=Path, required=True, metavar="DEST", help="where CIFAR-10 and CIFAR-100 lie")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="FOLDER")
+    options = parser.parse_args()
+    if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        print("this system cannot give its orphans to us: processor seconds would lack Ray's", file=sys.stderr)
+        return 1
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    files = [PAPER / f"{name}.yaml" for name in options.names] or sorted(PAPER.glob("*.yaml"))
+    failed = [file.stem for file in files if not run(file, options.data.resolve(), options.results.resolve())]
+    print(f"failed: {' '.join(failed)}" if failed else f"all {len(files)} ended well")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
