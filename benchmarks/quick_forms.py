@@ -4,9 +4,9 @@
     python benchmarks/quick_forms.py --data DEST table1_cifar10 figure5_width
 
 One gang at a time. Each sweep is run, its tables are made as its file says, and benchmarks/results/NAME-quick.json
-is written as `learning.py` does, with what the run took: seconds by the clock, which count what else the machine did, and
-seconds of processor of every process that took part, Ray's included. What is in --results already is not run again.
-Linux only.
+is written as `learning.py` does, with what the run took: seconds by the clock, which count whatever else the machine
+did, and seconds of processor of every process that took part, Ray's included. What is in --results already is not run
+again. Linux only.
 """
 
 import argparse
