@@ -301,7 +301,7 @@ class Look:
 
 
 READERS = 10
-"""So many objects are read at once: a bucket takes milliseconds to answer, and boto3 keeps this many connections."""
+"""So many objects are read at once: a bucket takes milliseconds to answer, and botocore keeps this many connections."""
 _T = TypeVar("_T")
 
 
