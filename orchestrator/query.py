@@ -79,8 +79,8 @@ def ask(query: str, given: Tables) -> Answer:
 
 
 def _said(error: Exception) -> str:
-    """Without DuckDB's own guess at a table, which knows its internal ones and not what a user may have meant."""
-    return re.sub(r'\n*Did you mean "[^"]*"\?', "", str(error)).strip() if _is_of_table(error) else str(error).strip()
+    """Without a guess of DuckDB's at one of its internal tables."""
+    return re.sub(r'\n*Did you mean "(?!trials|epochs)[^"]*"\?', "", str(error)).strip()
 
 
 def _hint(error: Exception) -> str:
