@@ -26,6 +26,8 @@ from learning import ROOT, write
 
 PAPER = ROOT / "sweeps" / "paper"
 PR_SET_CHILD_SUBREAPER = 36
+ORPHANS_S = 30.0
+"""How long processes that outlive their command are waited for."""
 UNREACHABLE = 7
 """How a command ends whose Ray did not start; the same command again continues."""
 ONE_GANG = ("-S", "resources.max_gangs=1")
@@ -79,23 +81,25 @@ class Family:
 
 
 def timed(words: list[str]) -> dict[str, Any]:
-    """Run a command to the end of the last process that it started. How it ended, and what it took."""
+    """Run a command, and wait for what it leaves behind. How it ended, and what it took."""
     began = time.monotonic()
     with Family() as family:
         code = subprocess.run(words, check=False).returncode
         wall_s = time.monotonic() - began
-        while _reaped():
-            pass
+        _bury(ORPHANS_S)
     return {"code": code, "wall_s": round(wall_s, 1), "cpu_s": round(family.cpu_s, 1)}
 
 
-def _reaped() -> bool:
-    """Wait for one orphan, which is ours since we are their reaper; False where there is none left."""
-    try:
-        os.wait()
-    except ChildProcessError:
-        return False
-    return True
+def _bury(patience_s: float) -> None:
+    """Wait for the orphans, which are ours since we are their reaper. Those of a Ray that did not come up stay."""
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        try:
+            ended, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not ended:
+            time.sleep(0.1)
 
 
 def tables_of(file: Path) -> list[list[str]]:
