@@ -1,4 +1,4 @@
-"""What a sweep of trainings showed, as a file: mean, deviation and every seed of each label.
+"""What a sweep of trainings showed, as a file: mean, deviation and every seed of each cell.
 
     mixmo run sweeps/benchmark/cifar100_5000.yaml --data DEST
     python benchmarks/learning.py results cifar100_5000
@@ -11,11 +11,12 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator import analysis
+from orchestrator.progress import cell_names
 from orchestrator.rows import TrialRow
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +32,7 @@ def spread(rows: Sequence[TrialRow], metric: str) -> dict[str, Any] | None:
 
 
 def summary(rows: Sequence[TrialRow]) -> dict[str, Any]:
-    """The finished trials of one label."""
+    """The finished trials of one cell."""
     return {
         "trials": [row.trial_id for row in rows],
         "train_flops_per_trial": rows[0].train_flops,
@@ -40,36 +41,47 @@ def summary(rows: Sequence[TrialRow]) -> dict[str, Any]:
     }
 
 
+def write(results: str, sweep: str, more: Mapping[str, Any] | None = None) -> Path:
+    """The file of a sweep, with `more` in it. Raises LookupError where nothing has finished."""
+    loaded = analysis.load(results, sweep)
+    finished = [row for row in loaded.rows if row.state == "TERMINATED" and not row.stopped_early]
+    if not finished:
+        raise LookupError(f"no trial of {sweep} in {results} has finished")
+    origins = {
+        name: sorted({str(getattr(row, name)) for row in finished})
+        for name in ("git_commit", "device_name", "torch_version", "ray_version")
+    }
+    names = cell_names(loaded.rows)
+    found = {
+        "sweep": sweep,
+        "sweep_file": loaded.store.sweep_file(sweep),
+        "finished": len(finished),
+        "planned": len(loaded.rows),
+        "at": max(row.updated_at for row in finished if row.updated_at).isoformat(timespec="seconds"),
+        **origins,
+        **(more or {}),
+        "cells": {names[cell]: summary([row for row in finished if row.cell_id == cell])
+                  for cell in dict.fromkeys(row.cell_id for row in finished)},
+    }  # fmt: skip
+    path = ROOT / "benchmarks" / "results" / f"{sweep}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    for name, each in found["cells"].items():
+        top1 = each["top1"]
+        print(f"{name:14} top1 {100 * top1['mean']:.2f} ± {100 * (top1['std'] or 0):.2f} ({top1['n']})")
+    print(f"written to {path.relative_to(ROOT)}", flush=True)
+    return path
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", help="the results folder")
     parser.add_argument("sweep", help="the sweep's name")
     options = parser.parse_args()
-    loaded = analysis.load(options.results, options.sweep)
-    finished = [row for row in loaded.rows if row.state == "TERMINATED" and not row.stopped_early]
-    if not finished:
-        print(f"no trial of {options.sweep} in {options.results} has finished", file=sys.stderr)
+    try:
+        write(options.results, options.sweep)
+    except LookupError as error:
+        print(error, file=sys.stderr)
         return 1
-    origins = {
-        name: sorted({str(getattr(row, name)) for row in finished})
-        for name in ("git_commit", "device_name", "torch_version", "ray_version")
-    }
-    labels = list(dict.fromkeys(row.label or "" for row in finished))
-    found = {
-        "sweep": options.sweep,
-        "sweep_file": loaded.store.sweep_file(options.sweep),
-        "finished": len(finished),
-        "planned": len(loaded.rows),
-        "at": max(row.updated_at for row in finished if row.updated_at).isoformat(timespec="seconds"),
-        **origins,
-        "labels": {label: summary([row for row in finished if (row.label or "") == label]) for label in labels},
-    }
-    path = ROOT / "benchmarks" / "results" / f"{options.sweep}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    for label, each in found["labels"].items():
-        top1 = each["top1"]
-        print(f"{label:14} top1 {100 * top1['mean']:.2f} ± {100 * (top1['std'] or 0):.2f} ({top1['n']})")
-    print(f"written to {path.relative_to(ROOT)}")
     return 0
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
@@ -28,7 +28,9 @@ from orchestrator.rows import (
 )
 from orchestrator.significance import compare, holm
 from orchestrator.store import ResultStore
-from orchestrator.sweep import Published
+
+if TYPE_CHECKING:
+    from orchestrator.sweep import Published
 
 __all__ = ["At", "Cell", "EnsembleRow", "ResultTable", "Results", "load", "short", "shown", "table", "varied"]
 
@@ -120,7 +122,7 @@ def table(
     at: At = "last",
     epochs: Iterable[EpochRow] = (),
     baseline: str | None = None,
-    published: Sequence[Published] = (),
+    published: "Sequence[Published]" = (),
     confidence: float = 0.95,
 ) -> ResultTable:
     """Mean, standard deviation and count of a metric for each combination of the fields.
@@ -376,7 +378,7 @@ def _corrected(cells: Mapping[tuple[Key, Key], Cell]) -> dict[tuple[Key, Key], C
 def _beside(
     cells: Mapping[tuple[Key, Key], Cell],
     groups: Mapping[tuple[Key, Key], Sequence[TrialRow]],
-    published: Sequence[Published],
+    published: "Sequence[Published]",
     metric: str,
 ) -> dict[tuple[Key, Key], Cell]:
     """Published numbers, each in the one cell whose trials agree with it; where several do, with none, and where
@@ -401,7 +403,7 @@ def _silent(where: Mapping[str, Any]) -> frozenset[str]:
         return frozenset()
 
 
-def _agrees(row: TrialRow, published: Published, silent: frozenset[str]) -> bool:
+def _agrees(row: TrialRow, published: "Published", silent: frozenset[str]) -> bool:
     """Whether it is of so many networks and has the settings; null is any value of one that changes nothing."""
     if _column(row, "members") != published.members:
         return False

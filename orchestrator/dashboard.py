@@ -56,7 +56,9 @@ WIDE = 110
 _STATUS: dict[progress.Status, tuple[str, str]] = {
     "starting": ("○ starting", FAINT),
     "running": ("● running", BUSY),
+    "pausing": ("‖ pausing", WARN),
     "paused": ("‖ paused", WARN),
+    "stopping": ("◦ stopping", WARN),
     "finished": ("✓ finished", DONE),
     "stopped": ("◦ stopped before its end", WARN),
     "quiet": ("◌ no news since", WARN),
@@ -68,7 +70,9 @@ def _header(snapshot: Snapshot, state: Progress, now: datetime, width: int) -> l
     word, style = _STATUS[state.status]
     if state.status == "finished" and state.failed:
         word, style = f"✗ finished, {state.failed} failed", BAD
-    if state.status == "paused":
+    elif state.all_cancelled:
+        word, style = "✗ all cancelled", WARN
+    if state.status in ("pausing", "paused"):
         word = f"{word} by {snapshot.header.paused_by}"
     status = Text(word, style=style).append(f"  {clock(news, now)}", style=FAINT)
     name = Text(snapshot.rows[0].sweep if snapshot.rows else "(no trials)", style=STRONG)
@@ -137,7 +141,8 @@ def _running(snapshot: Snapshot, names: Mapping[str, str], width: int, driven: b
     lines = [
         _running_line(row, names[row.cell_id], curves[row.trial_id], stretch, curve)[: len(columns)] for row in busy
     ]
-    title = "To resume" if driven is False else "Paused" if snapshot.header.paused_by else "Running"
+    going = any(row.state == "RUNNING" for row in busy)
+    title = "To resume" if driven is False else ("Pausing" if going else "Paused") if resting else "Running"
     return Section(title, f"{STRONG} {BUSY}", tuple(columns), lines, least=4)
 
 

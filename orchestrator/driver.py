@@ -300,6 +300,7 @@ class _Session:
                 queue.drain()
                 crew.drain()
                 self.sharing.rest(crew)
+                self.writer.stopping()
                 self._say(_STOPPING_NOW if self.signals.stop or steering.stop else _STOPPING)
             if not (drained or resubmitted or queue.is_alive()):
                 resubmitted = True

@@ -190,14 +190,32 @@ def draw_curves(drawn: Sequence[Cell], lines: Sequence[Curve], metric: str, told
     figure, axes = _panels(panels)
     for axis, panel in zip(axes, panels, strict=True):
         here = [(cell, line) for cell, line in zip(drawn, lines, strict=True) if cell.panel == panel]
-        for number, (cell, line) in enumerate(here):
-            _draw_curve(axis, cell, line, _scale(metric), _look(number, len(here)))
+        named = _best_curves(here, metric)
+        for number, (cell, line) in enumerate(named):
+            _draw_curve(axis, cell, line, _scale(metric), _look(number, len(named)))
+        others = [line for cell, line in here if (cell, line) not in named]
+        for number, line in enumerate(others):
+            mean = [_scale(metric) * value for value in line.mean]
+            label = f"{len(others)} others" if number == 0 else None
+            axis.plot(line.epochs, mean, color="0.78", linewidth=0.7, zorder=1, label=label)
         _legend(axis, outside=len(panels) == 1, handlelength=3.2)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.supxlabel("epoch", size="medium")
     figure.supylabel(_axis_name(metric), size="medium")
-    _tell(figure, told, "Mean over seeds, whose number is in brackets; bands: one standard deviation.")
+    spared = any(sum(cell.panel == panel for cell in drawn) > PANEL_LINES for panel in panels)
+    best = " Of many lines the best at their end are named." if spared else ""
+    _tell(figure, told, f"Mean over seeds, whose number is in brackets; bands: one standard deviation.{best}")
     return figure
+
+
+def _best_curves(here: Sequence[tuple[Cell, Curve]], metric: str) -> list[tuple[Cell, Curve]]:
+    """The lines of a panel that are told apart, in its order: all of few; of many those that end best."""
+    if len(here) <= PANEL_LINES:
+        return list(here)
+    sign = -1 if BY_NAME[metric].better == "lower" else 1
+    ended = [pair for pair in here if pair[1].mean]
+    best = sorted(ended, key=lambda pair: -sign * pair[1].mean[-1])[: PANEL_LINES - 1]
+    return [pair for pair in here if pair in best]
 
 
 def _draw_curve(axis: "Axes", cell: Cell, line: Curve, scale: float, look: Mapping[str, Any]) -> None:

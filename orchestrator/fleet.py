@@ -130,9 +130,12 @@ def _local_ray(cpus: int) -> Iterator[None]:
                 include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False, logging_level="ERROR",
                 _temp_dir=str(folder),
             )  # fmt: skip
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        except Exception as error:  # Ray raises a bare one where its node is not up within 30 s
             ray.shutdown()
-            raise UnreachableError(f"Ray cannot start on this machine: {error}. `mixmo doctor` says more.") from error
+            raise UnreachableError(
+                f"Ray cannot start on this machine: {error} Nothing was trained. Run the same command again when the "
+                f"machine is less busy; `mixmo doctor` says more."
+            ) from error
         try:
             yield
         finally:

@@ -48,7 +48,7 @@ def sweeps(listed: Sequence[tuple[str, Progress | None, datetime | None]], now: 
     """One line per sweep: (name, progress or None where it cannot be read, when it was last written)."""
     columns = (
         Column("", 0),
-        Column("state", 8),
+        Column("state", 9),
         Column("done", 13, "right", spare=3),
         Column("failed", 6, "right", spare=2),
         Column("last news", 9, "right", spare=1),
@@ -56,7 +56,7 @@ def sweeps(listed: Sequence[tuple[str, Progress | None, datetime | None]], now: 
     lines = [
         [
             Text(name, style=STRONG),
-            state.status if state else Text("damaged", style=BAD),
+            ("cancelled" if state.all_cancelled else state.status) if state else Text("damaged", style=BAD),
             f"{state.done:,} of {state.total:,}" if state else "",
             Text(f"{state.failed:,}" if state and state.failed else "", style=BAD),
             clock(written, now) if written else "",

@@ -17,8 +17,9 @@ from orchestrator.rows import FINAL, TrialRow, config_of
 if TYPE_CHECKING:
     from orchestrator.store import ResultStore, Snapshot
 
-Status = Literal["starting", "running", "paused", "finished", "stopped", "quiet"]
-"""`stopped`: something is left to run and no driver runs it. `quiet`: whether one does cannot be told."""
+Status = Literal["starting", "running", "pausing", "paused", "stopping", "finished", "stopped", "quiet"]
+"""`pausing`, `stopping`: trials still run, and nothing new starts. `stopped`: something is left to run and no driver
+runs it. `quiet`: whether one does cannot be told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,10 @@ class Progress:
     images_per_s: float
     """Slots trained on, over all trials that run now."""
 
+    @property
+    def all_cancelled(self) -> bool:
+        return 0 < self.cancelled == self.total
+
 
 def measure(snapshot: Snapshot, now: datetime, *, driven: bool | None = True) -> Progress:
     """`driven`: whether a driver holds the sweep; None where that cannot be told."""
@@ -64,7 +69,7 @@ def measure(snapshot: Snapshot, now: datetime, *, driven: bool | None = True) ->
         cancelled=states["CANCELLED"],
         fraction=(ended + partial) / len(rows) if rows else 0.0,
         trials_per_hour=_trials_per_hour(snapshot, own, now),
-        eta_s=None if driven is False or snapshot.header.paused_by else _eta_s(rows),
+        eta_s=None if driven is False or snapshot.header.paused_by or snapshot.header.stopping else _eta_s(rows),
         elapsed_s=_elapsed_s(own),
         gpu_seconds=sum(row.gpu_seconds for row in own),
         images_per_s=sum(row.images_per_s or 0.0 for row in rows if row.state == "RUNNING" and driven is not False),
@@ -88,9 +93,13 @@ def _status(snapshot: Snapshot, driven: bool | None) -> Status:
         return "finished"
     if not driven:
         return "quiet" if driven is None else "stopped"
+    if snapshot.header.stopping:
+        return "stopping"
+    runs = any(row.state == "RUNNING" for row in rows)
     if snapshot.header.paused_by:
-        return "paused"
-    return "running" if any(row.state == "RUNNING" for row in rows) else "starting"
+        return "pausing" if runs else "paused"
+    began = any(row.state in FINAL and row.fence == snapshot.header.fence for row in rows)
+    return "running" if runs or began else "starting"
 
 
 def _elapsed_s(own: Sequence[TrialRow]) -> float | None:

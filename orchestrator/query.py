@@ -74,8 +74,25 @@ def ask(query: str, given: Tables) -> Answer:
         except duckdb.InterruptException:
             raise KeyboardInterrupt from None
         except duckdb.Error as error:
-            raise UsageError(f'{str(error).strip()}\n`mixmo sql "describe trials"` lists the columns') from None
+            raise UsageError(f"{_said(error)}\n{_hint(error)}") from None
     return Answer(_told_apart(table))
+
+
+def _said(error: Exception) -> str:
+    """Without a guess of DuckDB's at one of its internal tables."""
+    return re.sub(r'\n*Did you mean "(?!trials|epochs)[^"]*"\?', "", str(error)).strip()
+
+
+def _hint(error: Exception) -> str:
+    if _is_of_table(error):
+        return (
+            "the tables are trials and epochs, of all sweeps; the column sweep tells them apart: where sweep = 'NAME'"
+        )
+    return '`mixmo sql "describe trials"` lists the columns'
+
+
+def _is_of_table(error: Exception) -> bool:
+    return bool(re.search(r"Table with name .* does not exist", str(error)))
 
 
 def _connection(given: Tables) -> duckdb.DuckDBPyConnection:

@@ -282,11 +282,11 @@ def _table(
     def kind(i: int) -> str:
         return "" if i < words or i >= words_after else ' class="n"'
 
-    head = "".join(f'<th scope="col"{kind(i)}>{escape(text)}</th>' for i, text in enumerate(header))
+    head = "".join(f'<th scope="col"{kind(i)}>{_parted(escape(text))}</th>' for i, text in enumerate(header))
     lines = "".join(
         "<tr>"
         + "".join(
-            f'<th scope="row">{escape(text)}</th>' if i == 0 else f"<td{kind(i)}>{escape(text)}</td>"
+            f'<th scope="row">{escape(text)}</th>' if i == 0 else f"<td{kind(i)}>{_held(escape(text))}</td>"
             for i, text in enumerate(line)
         )
         + "</tr>\n"
@@ -296,6 +296,16 @@ def _table(
         f'<div class="wide" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
         f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>\n{lines}</tbody></table></div>"
     )
+
+
+def _parted(name: str) -> str:
+    """A column's name, which narrow paper may break between its words."""
+    return name.replace("_", "_<wbr>").replace(".", ".<wbr>")
+
+
+def _held(text: str) -> str:
+    """A mean, its deviation and its count may be told on two lines, as on narrow paper, and not on four."""
+    return text.replace("± ", "±\u00a0").replace(" (", "\u00a0(")
 
 
 def _notes(lines: Iterable[str]) -> str:
@@ -343,7 +353,10 @@ img { display: block; max-width: 100%; height: auto; }
 pre { overflow-x: auto; padding: .9rem; background: var(--soft); border: 1px solid var(--line); border-radius: 6px;
   font: .85rem/1.45 ui-monospace, "DejaVu Sans Mono", monospace; }
 summary { cursor: pointer; margin: .75rem 0; }
-@media print { body { max-width: none; padding: 0; font-size: 10pt; } nav, a[download] { display: none; }
+@media print { :root { --ink: #000; --faint: #444; --line: #bbb; --page: #fff; --soft: #fff; --open-soft: #fff; }
+  body { max-width: none; padding: 0; font-size: 10pt; } nav, a[download] { display: none; }
+  table { font-size: 7.5pt; } th, td { padding: .15rem .5rem .15rem 0; }
+  thead { display: table-header-group; } img { max-height: 23cm; }
   .figures { display: block; } figure, tr, h2, h3 { break-inside: avoid; } h2, h3, figcaption { break-after: avoid; }
   figure { border: 0; background: none; padding: 0; } pre { white-space: pre-wrap; } .wide { overflow: visible; }
   th, td { white-space: normal; } }

@@ -12,7 +12,6 @@ from typing import Any, Literal
 from mixmo_core.metrics import BY_NAME
 from orchestrator.rows import CONFIG_COLUMNS
 from orchestrator.significance import Comparison, holm, interval, needed
-from orchestrator.sweep import is_quick
 
 At = Literal["last", "best"] | int
 """The last epoch, the best one of each trial, or the one of this number."""
@@ -526,6 +525,8 @@ class ResultTable:
 
 def heading(sweeps: Sequence[str]) -> str:
     """`quick form, not comparable`, with the names of the quick ones where other sweeps stand beside them."""
+    from orchestrator.sweep import is_quick  # the reader of sweep files: whoever prints no table does without
+
     quick = [*filter(is_quick, sweeps)]
     return f"{QUICK}: {', '.join(quick)}" if 0 < len(quick) < len(sweeps) else QUICK if quick else ""
 

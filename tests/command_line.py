@@ -70,6 +70,24 @@ class Mixmo:
         return {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
 
 
+ROOT = Path(__file__).resolve().parent.parent
+_LOADED = "print(*sorted(name for name, module in sys.modules.items() if module), file=sys.stderr)"
+
+
+def loaded_by(*words: str) -> set[str]:
+    """The modules that a command loads, in a process of its own. Its own verdict must be 0, or 3 for faults found."""
+    code = (
+        "import sys; from orchestrator import cli; code = cli.guarded(lambda: cli.app(args=sys.argv[1:],"
+        f" standalone_mode=False)); print(code, end=' ', file=sys.stderr); {_LOADED}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    ended, *loaded = done.stderr.splitlines()[-1].split()
+    assert int(ended) in (0, 3), done.stderr
+    return set(loaded)
+
+
 def kill(process: subprocess.Popen[str]) -> None:
     process.kill()
     process.communicate()

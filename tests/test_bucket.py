@@ -10,8 +10,6 @@ import os
 import pickle
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from botocore import exceptions as faults
+from command_line import loaded_by
 from made_ceph import Ceph
 from made_rows import DEAD, ELSEWHERE, advance, begin, content, finished, keys, trial
 from odd_servers import BOTH, Unconditional, Unquoted, refusal
@@ -153,13 +152,18 @@ def test_prefixes_of_one_bucket_know_nothing_of_each_other(bucket: str) -> None:
     assert (whole.names("", folders=True), whole.names("some/results")) == (["some"], ["a"])
 
 
-def test_boto3_is_loaded_for_buckets_alone(tmp_path: Path) -> None:
-    code = (
-        "import sys; from orchestrator.store import ResultStore; ResultStore.open(sys.argv[1], create=True).sweeps();"
-        "print('boto3' in sys.modules, 'botocore' in sys.modules)"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False False\n"
+def test_botocore_is_loaded_for_buckets_alone(tmp_path: Path) -> None:
+    assert "botocore" not in loaded_by("ls", "--results", str(tmp_path))
+
+
+@pytest.mark.parametrize("command", ["ls", "status made", "table made"])
+def test_what_a_command_must_not_load_to_read_a_bucket(command: str, bucket: str) -> None:
+    """This is what keeps it under 0.5 s of CPU (benchmarks/reading.py). It was 461 to 471 modules."""
+    finished(ResultStore.open(bucket))
+    loaded = loaded_by(*command.split(), "--results", bucket)
+    assert {"botocore", "pyarrow.parquet"} <= loaded
+    assert {"boto3", "s3transfer", "numpy", "asyncio", "orchestrator.driver"}.isdisjoint(loaded)
+    assert len(loaded) < 540
 
 
 # --------------------------------------------------------------------------------------- how other readers find it
@@ -465,7 +469,7 @@ class Rude(BaseHTTPRequestHandler):
 
 
 def test_connections_that_break_are_made_anew(bucket: str) -> None:
-    """Real ones: what boto3 makes of them is no assumption of ours."""
+    """Real ones: what botocore makes of them is no assumption of ours."""
     Rude.calls.clear()
     with serving(Rude) as address:
         made = Bucket.open(f"s3://bucket/a?endpoint_override={address}&scheme=http")

@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,30 @@ def test_hundreds_of_cells_are_drawn_without_a_warning(tmp_path: Path) -> None:
     assert "the best 80 of 120 cells" in told(drawn.figures["accuracy"])
     for figure in drawn.figures.values():
         figures.svg(figure)
+
+
+@pytest.mark.parametrize(("metric", "best"), [("top1", {0.8, 0.9}), ("nll", {0.0, 0.1})])
+def test_of_many_curves_the_best_are_named_and_the_others_are_grey(metric: str, best: set[float]) -> None:
+    blocks: list[made_studies.Block] = [
+        (None, {"mixing.method": method, "mixing.probability": p / 10})
+        for method in ("cutmix", "fmix")
+        for p in range(10)
+    ]
+    rows = [
+        row.replace(metrics={**row.metrics, metric: row.config["mixing_probability"]})
+        for row in made_studies.rows(blocks, seeds=1)
+    ]
+    many = made_studies.epochs(rows)
+    curves = [replace(each, metrics={metric: each.metrics[metric]}) for each in many]
+    figure = draw(material(rows, epochs=lambda: curves), metric=metric, only=["curves"]).figures["curves"]
+    assert len(figure.axes) == 2
+    for axis in figure.axes:
+        names = [text.get_text() for text in axis.get_legend().get_texts()]
+        assert names[-1] == "5 others"
+        assert len(names) == PANEL_LINES
+        assert len(axis.lines) == 10
+        assert best <= {float(re.search(r"probability ([\d.]+)", name)[1]) for name in names[:-1]}  # type: ignore[index]
+    assert "the best at their end are named" in told(figure)
 
 
 # ------------------------------------------------------------------------------------------------------------- files

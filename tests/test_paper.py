@@ -117,7 +117,7 @@ def test_a_quick_form_keeps_the_rows_and_ends_soon(name: str) -> None:
 
 
 def test_the_speed_of_a_core_is_cautious() -> None:
-    measured = json.loads((RESULTS / "cifar100_5000.json").read_text())["labels"].values()
+    measured = json.loads((RESULTS / "cifar100_5000.json").read_text())["cells"].values()
     assert min(each["train_flops_per_trial"] / each["wall_s_mean"] for each in measured) > 2 * CORE_FLOPS
 
 
@@ -211,7 +211,7 @@ def measured(name: str) -> str:
         if file.exists():
             found = json.loads(file.read_text())
             words = "quick form, not comparable: " if sweep != name else ""
-            values = ", ".join(f"{label} {_spread(each['top1'])}" for label, each in found["labels"].items())
+            values = ", ".join(f"{label} {_spread(each['top1'])}" for label, each in found["cells"].items())
             lines.append(
                 f"{words}{found['finished']} of {found['planned']} trials, commit {found['git_commit'][0][:7]}, "
                 f"[{file.name}](../{file.relative_to(ROOT)}): top1 {values}"

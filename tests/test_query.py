@@ -268,3 +268,14 @@ def test_values_of_any_type_are_shown() -> None:
     assert "x" * 59 + "…" in shown
     assert "x" * 60 not in shown
     assert '{"a": [1.5, null]}' in shown
+
+
+@in_a_folder
+def test_who_takes_a_sweep_for_a_table_is_told_what_the_tables_are(store: ResultStore, mixmo: Command) -> None:
+    finished(store)
+    code, _, err = mixmo("select * from made")
+    assert code == 2
+    assert "the tables are trials and epochs" in err
+    assert "where sweep =" in err
+    assert "Did you mean" not in err  # DuckDB's guess is one of its internal tables
+    assert "lists the columns" in mixmo("select nothing from trials")[2]

@@ -28,7 +28,7 @@ from orchestrator.rows import TrialRow
 from orchestrator.store import ResultStore
 
 SMALL = [block for block in made_studies.WIDTH if block[1]["model.width"] <= 2]
-VOID = {"meta", "img", "br", "link"}
+VOID = {"meta", "img", "br", "link", "wbr"}
 FILE = """\
 name: made
 # <script>alert("a comment")</script> & "more"
@@ -68,6 +68,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
+        data = data.replace("\u00a0", " ")  # which hold a mean and its deviation together on paper
         self.text += data
         if self.open and self.open[-1] in ("td", "th"):
             self.tables[-1][-1][-1] += data
@@ -128,6 +129,13 @@ def the_page(mixmo: Mixmo, words: str = "report made") -> tuple[str, Page]:
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
+
+
+def test_on_paper_a_mean_is_told_on_two_lines_at_most_and_a_name_breaks_between_its_words(mixmo: Mixmo) -> None:
+    with_logits(ResultStore.open("results", create=True), made_studies.rows(SMALL))
+    text, _ = the_page(mixmo)
+    assert "subnetwork_<wbr>top1_<wbr>mean" in text
+    assert re.search(r"<td class=.n.>\d+\.\d+ ±\u00a0\d+\.\d+\u00a0\(3\)</td>", text)
 
 
 def test_a_page_needs_nothing_beside_it_and_is_the_same_each_time(mixmo: Mixmo) -> None:

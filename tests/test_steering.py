@@ -401,9 +401,11 @@ def test_what_a_driver_does_not_know_or_cannot_do_is_refused(
     assert not answered.answer.done
     assert "knows no dance" in answered.answer.text
     assert "the sweep is stopping" in mixmo("pause", "made", code=6)
+    running.until(lambda: json.loads(mixmo("status", "made", "--json"))["status"] == "stopping")
     assert "was not paused" in mixmo("resume", "made")
     steps.open()
     assert running.end() == ExitCode.STOPPED
+    assert json.loads(mixmo("status", "made", "--json"))["status"] == "stopped"
 
 
 @in_a_folder

@@ -32,7 +32,7 @@ def pull(
     *,
     format: Annotated[Literal["parquet", "csv", "arrow"], typer.Option("--format", help="Of the tables.")] = "parquet",
     logits: Annotated[bool, typer.Option("--logits", help="Also the logits of every finished trial.")] = False,
-    force: Annotated[bool, typer.Option("--force", "--yes", help="Replace what is there.")] = False,
+    force: Annotated[bool, typer.Option("--yes", "-y", "--force", help="Replace what is there.")] = False,
     results: Results = "results",
     as_json: Json = False,
 ) -> None:

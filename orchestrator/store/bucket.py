@@ -1,4 +1,6 @@
-"""Objects in a bucket of S3 or of a server that speaks its protocol. Loads boto3: only a store in a bucket does.
+"""Objects in a bucket of S3 or of a server that speaks its protocol. Loads botocore: only a store in a bucket does.
+
+boto3 stands on it and is not loaded: its managers of transfers would be a sixth of the time of a command that reads.
 
 Every request is tried again here and not in botocore, because only who counts the tries knows that "it exists already"
 may be the answer to an earlier try of its own, whose answer was lost. Then the object itself tells.
@@ -22,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-import boto3
 import botocore.exceptions as faults
 import botocore.session
 import urllib3.exceptions
@@ -87,6 +88,8 @@ _FOUND_BY_ARROW = frozenset({
     "env", "shared-credentials-file", "config-file", "container-role", "iam-role", "assume-role-with-web-identity",
 })  # fmt: skip
 """Where botocore says that credentials come from, and Arrow looks too. It makes those of roles anew itself."""
+_AMAZON = re.compile(r"\.amazonaws\.com(\.cn)?$")
+"""How Amazon's endpoints end. Other servers are addressed by path."""
 _T = TypeVar("_T")
 
 
@@ -214,19 +217,20 @@ class Bucket(Objects):
         """Of a URI and the environment, which is read here and nowhere else. Raises UsageError, UnreachableError."""
         address = Address.parse(uri)
         try:
-            found = botocore.session.get_session()
-            session = boto3.Session(botocore_session=found, region_name=address.region)
-            client, authorities = _client(session, address.endpoint), found.get_config_variable("ca_bundle")
+            session = botocore.session.get_session()
+            region, authorities = map(session.get_config_variable, ("region", "ca_bundle"))
+            address = replace(address, region=address.region or region)
+            client = _client(session, address)
         except (faults.BotoCoreError, ValueError) as error:  # no such profile, a file that cannot be parsed, no URL
             text = without_secrets(str(error), os.environ)
             raise UsageError(f"{address}: the settings of AWS cannot be used: {text}") from None
         endpoint = str(client.meta.endpoint_url)
-        if not re.search(r"\.amazonaws\.com(\.cn)?$", endpoint):
+        if address.endpoint is None and not _AMAZON.search(endpoint):  # the environment or the profile names a server
             if "@" in endpoint:
                 raise UsageError("AWS_ENDPOINT_URL has a user name or a password in it. " + ADVICE["credentials"])
-            client = _client(session, endpoint, addressing="path")
             address = replace(address, endpoint=endpoint)
-        return cls(replace(address, region=session.region_name), session, client, authorities)
+            client = _client(session, address)
+        return cls(address, session, client, authorities)
 
     def __reduce__(self) -> tuple[Callable[[str], "Bucket"], tuple[str]]:
         """A pickle has the address alone: who loads it finds the credentials as this process did."""
@@ -574,19 +578,20 @@ class _UnknownError(UnreachableError):
     """The server does not know what was asked of it."""
 
 
-def _client(session: Any, endpoint: str | None, addressing: str = "auto") -> Any:
+def _client(session: Any, address: Address) -> Any:
     """Checksums only where they are a must: some servers take no others, and Content-MD5 guards what we write."""
+    elsewhere = address.endpoint is not None and not _AMAZON.search(address.endpoint)
     config = Config(
         retries={"total_max_attempts": 1, "mode": "standard"},
         connect_timeout=CONNECT_S,
         read_timeout=ANSWER_S,
         signature_version="s3v4",
-        s3={"addressing_style": addressing},
+        s3={"addressing_style": "path" if elsewhere else "auto"},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    region = session.region_name or "us-east-1"
-    return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
+    region = address.region or "us-east-1"
+    return session.create_client("s3", endpoint_url=address.endpoint, region_name=region, config=config)
 
 
 def _frozen(session: Any, but: Collection[str] = ()) -> Any:

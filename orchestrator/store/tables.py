@@ -59,6 +59,8 @@ class Header:
     layout: int = LAYOUT
     paused_by: str | None = None
     """Who had the running driver pause; None while it goes on."""
+    stopping: bool = False
+    """Whether the running driver lets trials finish and starts no more."""
 
     def encode(self) -> bytes:
         record = {**asdict(self), "written_at": self.written_at.isoformat() if self.written_at else None}
@@ -301,7 +303,7 @@ class Look:
 
 
 READERS = 10
-"""So many objects are read at once: a bucket takes milliseconds to answer, and boto3 keeps this many connections."""
+"""So many objects are read at once: a bucket takes milliseconds to answer, and botocore keeps this many connections."""
 _T = TypeVar("_T")
 
 

@@ -230,6 +230,12 @@ class SweepWriter:
             self._header = replace(self._header, paused_by=by)
             self._changes["trials"] += 1
 
+    def stopping(self) -> None:
+        """Say in the header that nothing new starts."""
+        with self._lock:
+            self._header = replace(self._header, stopping=True)
+            self._changes["trials"] += 1
+
     def snapshot(self) -> Snapshot:
         """As `ResultStore.snapshot`, from memory: with what is not written yet."""
         with self._lock:
@@ -315,7 +321,7 @@ class SweepWriter:
             with self._lock:
                 self._changes["trials"] += 1
                 self._done = self._done if done is None else done
-                self._header = replace(self._header, paused_by=None)
+                self._header = replace(self._header, paused_by=None, stopping=False)
             self._write(self._batch())
             self._lease.release()
             self._closed = True
@@ -494,7 +500,7 @@ class SweepWriter:
         counted, now = {*seen.header.parts, *seen.header.retired}, self._now().isoformat()
         retired = {**seen.header.retired, **{name: now for name in left if name not in counted}}
         self._done = seen.header.done
-        self._header = replace(seen.header, retired=retired, paused_by=None)
+        self._header = replace(seen.header, retired=retired, paused_by=None, stopping=False)
 
 
 class _TrialsTable:

@@ -76,13 +76,14 @@ class Sweep:
 
 
 def load(path: str | Path, *, overrides: Sequence[str] = (), quick: bool = False) -> Sweep:
-    """The sweep that a file stands for.
+    """The sweep that a file stands for. Of a path that is not there, the file of that name which comes with mixmo, such
+    as `sweeps/quickstart.yaml`, where there is one.
 
     overrides are `setting=value` as after `-S`; quick lays the file's `quick` section over it and renames it. Raises
     SweepError, with one line for each fault.
     """
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        text = _present(Path(path)).read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         folder = Path(path).parent
         there = [str(each) for each in sorted(folder.glob("*.y*ml"))] if folder.is_dir() else []
@@ -94,6 +95,15 @@ def load(path: str | Path, *, overrides: Sequence[str] = (), quick: bool = False
     except UnicodeDecodeError as error:
         raise SweepError(f"{path}: not text in UTF-8 (byte {error.start})") from None
     return parse(text, source=str(path), overrides=overrides, quick=quick)
+
+
+def _present(path: Path) -> Path:
+    if not path.exists() and path.parts[:1] == ("sweeps",):
+        for folder in ("mixmo_sweeps", "sweeps"):  # as installed, and as checked out
+            ours = Path(__file__).parents[2].joinpath(folder, *path.parts[1:])
+            if ours.is_file():
+                return ours
+    return path
 
 
 def parse(text: str, *, source: str, overrides: Sequence[str] = (), quick: bool = False) -> Sweep:
