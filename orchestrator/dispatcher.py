@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from orchestrator.stopping import Judge
+
 NAMESPACE = "mixmo"
 """In which the actors of a sweep find each other."""
 SLOT = "mixmo_slot"
@@ -42,10 +44,14 @@ class Order:
     """The newest that the trial's row names."""
     held_back: bool = False
     """Another sweep may be training it: not to be handed out before it is released."""
+    stopped: str | None = None
+    """Why its scheduler has stopped it, where an earlier driver was killed before it could write its end."""
 
 
 Answer = Literal["go on", "save", "drop"]
-"""To a gang that reports: train on; save the trial and give it back, the sweep pauses; it is not yours any more."""
+"""To a gang that reports: train on; save the trial and give it back, since the sweep pauses or the scheduler has seen
+enough of it; it is not yours any more.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +89,7 @@ class Update:
     logits: str | None = None
     state: Literal["TERMINATED", "ERROR", "CANCELLED"] | None = None
     stopped_early: bool = False
+    """The scheduler stops it: said with the epochs that decided it, and with its end."""
     text: str = ""
     cause: str | None = None
     hosts: tuple[str, ...] = ()
@@ -121,7 +128,8 @@ class _Standing:
     reports: dict[int, EpochReport] = field(default_factory=dict)
     """By epoch: an attempt repeats the epochs since its checkpoint, and Tune is to see each once."""
     ended: bool = False
-    stopped_early: bool = False
+    stopped: str | None = None
+    """Why the scheduler has stopped it."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -131,11 +139,15 @@ class Dispatcher:
     Waiting methods are coroutines; all others act at once, one at a time, and so need no lock.
     """
 
-    def __init__(self, orders: Sequence[Order], *, fence: int, crash_retries: int) -> None:
-        self._fence, self._crash_retries = fence, crash_retries
+    def __init__(
+        self, orders: Sequence[Order], *, fence: int, crash_retries: int, judge: Judge | None = None
+    ) -> None:
+        """`judge` says which trials stop early; None: none."""
+        self._fence, self._crash_retries, self._judge = fence, crash_retries, judge
         self._standings = {
-            order.index: _Standing(order, order.attempts, held_back=order.held_back) for order in orders
-        }  # fmt: skip
+            order.index: _Standing(order, order.attempts, held_back=order.held_back, stopped=order.stopped)
+            for order in orders
+        }
         self._queue: deque[int] = deque()
         self._hands: dict[str, Assignment] = {}
         """What each gang holds."""
@@ -182,7 +194,7 @@ class Dispatcher:
 
     def report(self, token: str, epochs: Sequence[EpochReport], checkpoint: str | None) -> Answer:
         """Take the rows of a trial; none where only a checkpoint is new, in the middle of an epoch. `drop`: the token
-        is not the trial's any more, or a scheduler stopped it.
+        is not the trial's any more.
         """
         standing = self._holder(token)
         if standing is None or standing.held is None:
@@ -190,18 +202,24 @@ class Dispatcher:
         standing.reports |= {report.epoch: report for report in epochs}
         if checkpoint is not None:
             standing.order = replace(standing.order, checkpoint=checkpoint)
-        self._tell("epochs", standing, epochs=tuple(epochs), checkpoint=checkpoint)
+        if self._judge is not None and standing.stopped is None:
+            verdicts = [self._judge.decide(standing.order.index, each.epoch, each.metrics) for each in epochs]
+            standing.stopped = next(filter(None, verdicts), None)
+        told = {"stopped_early": True, "cause": standing.stopped} if standing.stopped else {}
+        self._tell("epochs", standing, epochs=tuple(epochs), checkpoint=checkpoint, **told)
         standing.changed.set()
-        if standing.stopped_early:
-            self._end(standing, "TERMINATED")
-            return "drop"
-        return "drop" if self._closed else "save" if self._paused else "go on"
+        return "drop" if self._closed else "save" if self._paused or standing.stopped else "go on"
 
     def give_back(self, token: str, checkpoint: str | None) -> bool:
-        """The trial is saved, as an answer asked for: it waits until the sweep goes on, and is then the first."""
+        """The trial is saved, as an answer asked for: it has ended if its scheduler stopped it, else waits until the
+        sweep goes on, and is then the first.
+        """
         standing = self._holder(token)
         if standing is None:
             return False
+        if standing.stopped:
+            self._end(standing, "TERMINATED", checkpoint=checkpoint)
+            return True
         self._tell("paused", standing, checkpoint=checkpoint)
         self._release(standing)
         self._queue.appendleft(standing.order.index)
@@ -213,6 +231,7 @@ class Dispatcher:
         standing = self._holder(token)
         if standing is None:
             return False
+        standing.stopped = None  # it came too late
         self._end(standing, "TERMINATED", logits=logits)
         return True
 
@@ -221,6 +240,9 @@ class Dispatcher:
         standing = self._holder(token)
         if standing is None:
             return False
+        if standing.stopped:  # it was only to be saved
+            self._end(standing, "TERMINATED")
+            return True
         self._end(standing, "ERROR", text=error, cause=cause)
         return True
 
@@ -242,6 +264,9 @@ class Dispatcher:
         standing = self._standings[index]
         if not (standing.submitted or standing.ended):
             standing.submitted = True
+            if standing.stopped:
+                self._end(standing, "TERMINATED")
+                return
             self._queue.append(index)
             self._work.set()
 
@@ -258,13 +283,13 @@ class Dispatcher:
         return standing.reports.get(epoch)
 
     def stop(self, index: int) -> None:
-        """The scheduler has seen enough of this trial: it ends at its next report, as stopped early."""
+        """Tune wants this trial no more: it ends at its next report, as stopped early."""
         standing = self._standings[index]
         if standing.held is not None:
-            standing.stopped_early = True
+            standing.stopped = standing.stopped or "stopped by Ray Tune"
         elif not standing.ended and index in self._queue:
             self._queue.remove(index)
-            standing.stopped_early = True
+            standing.stopped = "stopped by Ray Tune"
             self._end(standing, "TERMINATED")
 
     # For the driver
@@ -418,6 +443,9 @@ class Dispatcher:
 
     def _lose(self, assignment: Assignment, why: str) -> None:
         standing = self._standings[assignment.order.index]
+        if standing.stopped:  # it was only to be saved
+            self._end(standing, "TERMINATED")
+            return
         standing.crashes += standing.accepted
         if standing.crashes > self._crash_retries:
             self._end(standing, "ERROR", text=f"{why}; this was crash {standing.crashes} of the trial", cause="crash")
@@ -428,7 +456,9 @@ class Dispatcher:
         self._work.set()
 
     def _end(self, standing: _Standing, state: Literal["TERMINATED", "ERROR", "CANCELLED"], **told: Any) -> None:
-        self._conclude(standing, "ended", state=state, stopped_early=standing.stopped_early, **told)
+        if state == "TERMINATED" and standing.stopped:
+            told |= {"stopped_early": True, "cause": standing.stopped}
+        self._conclude(standing, "ended", state=state, **told)
 
     def _conclude(self, standing: _Standing, kind: str, **told: Any) -> None:
         self._tell(kind, standing, **told)

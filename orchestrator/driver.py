@@ -26,6 +26,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.rows import FINAL, TrialRow
 from orchestrator.sharing import Sharing
 from orchestrator.steering import Steering
+from orchestrator.stopping import Judge, judge_of
 from orchestrator.store import DamagedError, Inbox, ResultStore, Snapshot, SweepWriter
 
 PERIOD_S = 0.5
@@ -242,7 +243,7 @@ class _Session:
         self._tell_shared()
         job = Job(
             sweep=self.sweep, orders=self._orders(), fence=self.writer.fence, store_uri=self.store.uri,
-            data_dir=self.data_dir,
+            data_dir=self.data_dir, judge=self._judge(),
         )  # fmt: skip
         with self._watched(), self.engine(job) as (crew, queue):
             self.signals.take_back()
@@ -267,8 +268,23 @@ class _Session:
 
     def _orders(self) -> list[Order]:
         held_back = self.sharing.held_back
-        orders = map(self._order_of, (trial.position for trial in self.planned.to_run))
-        return [replace(order, held_back=order.index in held_back) for order in orders]
+        stopped = {item.trial.position: item.stopped for item in self.planned.items if item.runs}
+        orders = map(self._order_of, stopped)
+        return [
+            replace(order, held_back=order.index in held_back, stopped=stopped[order.index]) for order in orders
+        ]  # fmt: skip
+
+    def _judge(self) -> Judge | None:
+        """The scheduler's, as far as earlier drivers of this sweep had brought it. What other sweeps have trained sets
+        no bar here: their results have no place in the order of ours.
+        """
+        judge = judge_of(self.sweep)
+        if judge is not None and any(row.epoch for row in self.ledger.rows.values()):
+            at = {row.trial_id: position for position, row in self.ledger.rows.items() if row.cached_from is None}
+            seen = [row for row in self.store.epoch_rows(self.sweep.name) if row.trial_id in at]
+            for row in sorted(seen, key=lambda row: (row.seq, row.epoch)):
+                judge.replay(at[row.trial_id], row.epoch, row.metrics)
+        return judge
 
     def _order_of(self, position: int) -> Order:
         trial, row = self.sweep.trials[position], self.ledger.rows[position]
@@ -339,7 +355,9 @@ class _Session:
             self.writer.put([row])
             if update.state == "TERMINATED" and not self.ledger.keep_checkpoint:
                 self.spent.append(row.trial_id)
-        if update.kind != "epochs":
+        if update.kind == "epochs" and update.cause is not None:
+            self.writer.event("stopped", update.cause, trial_id=trial_id)
+        elif update.kind != "epochs":
             kind = update.state.lower() if update.state else update.kind
             text = update.cause or "all epochs trained" if update.kind == "ended" else update.text
             self.writer.event(kind, text, trial_id=trial_id, cause=update.cause)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from orchestrator import sweep as sweeps
 from orchestrator.dispatcher import NAMESPACE, Order, Update
+from orchestrator.stopping import Judge
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +27,8 @@ class Job:
     fence: int
     store_uri: str
     data_dir: Path | None
+    judge: Judge | None = None
+    """It stops trials early; it knows what earlier drivers have seen."""
 
 
 class Crew(Protocol):
@@ -76,7 +79,7 @@ def on_ray(job: Job) -> Iterator[tuple[Crew, Queue]]:
         limit = None if resources.max_gangs == "auto" else resources.max_gangs
         gangs = fleet.gangs_for(cluster, plan, trials=len(job.orders), limit=limit)
         retries = sys.maxsize if job.sweep.retry.crash == "unlimited" else job.sweep.retry.crash
-        crew = fleet.Fleet(job.orders, plan, fence=job.fence, crash_retries=retries)
+        crew = fleet.Fleet(job.orders, plan, fence=job.fence, crash_retries=retries, judge=job.judge)
         tuning = tune.Tuning(
             [(order.index, order.settings["optim.epochs"]) for order in job.orders],
             dispatcher=plan.dispatcher, namespace=plan.namespace, metric=job.sweep.scheduler.metric,

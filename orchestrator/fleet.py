@@ -55,6 +55,7 @@ from orchestrator import gang  # noqa: E402
 from orchestrator.dispatcher import NAMESPACE, SLOT, Dispatcher, Order, Update, Worker  # noqa: E402
 from orchestrator.errors import UnreachableError, UsageError  # noqa: E402
 from orchestrator.gang import GangPlan  # noqa: E402
+from orchestrator.stopping import Judge  # noqa: E402
 
 FORMATIONS = 8
 """A gang that was formed so often, and whose first rank never came to work, is given up."""
@@ -157,11 +158,13 @@ def _folder_of_this_ray() -> Iterator[Path]:
 class Fleet:
     """A dispatcher and its gangs, as the driver sees them."""
 
-    def __init__(self, orders: Sequence[Order], plan: GangPlan, *, fence: int, crash_retries: int) -> None:
+    def __init__(
+        self, orders: Sequence[Order], plan: GangPlan, *, fence: int, crash_retries: int, judge: Judge | None = None
+    ) -> None:
         self.plan = plan
         actor = ray.remote(num_cpus=0, max_concurrency=100_000)(Dispatcher)
         self.dispatcher: Any = actor.options(name=plan.dispatcher, namespace=plan.namespace).remote(
-            orders, fence=fence, crash_retries=crash_retries
+            orders, fence=fence, crash_retries=crash_retries, judge=judge
         )
         self._scratch = tempfile.mkdtemp(prefix="mixmo-train-")
         self._threads: list[threading.Thread] = []

@@ -47,7 +47,8 @@ class Ledger:
                 spent = update.state == "TERMINATED" and not self.keep_checkpoint
                 row = row.replace(
                     state=update.state, stopped_early=update.stopped_early, error=update.text or None,
-                    error_cause=update.cause, checkpoint=None if spent else row.checkpoint, logits=update.logits,
+                    error_cause=update.cause, logits=update.logits,
+                    checkpoint=None if spent else update.checkpoint or row.checkpoint,
                 )  # fmt: skip
         self.rows[update.index] = row
         return row, epochs
@@ -77,6 +78,8 @@ class Ledger:
 
     def _advanced(self, row: TrialRow, update: Update) -> TrialRow:
         row = row.replace(checkpoint=update.checkpoint or row.checkpoint)
+        if update.stopped_early:  # with the epochs that decided it: a driver killed before the trial's end knows of it
+            row = row.replace(stopped_early=True, error_cause=update.cause)
         if not update.epochs:  # a checkpoint in the middle of one
             return row
         best, best_epoch, metrics = row.best_top1, row.best_epoch, row.metrics

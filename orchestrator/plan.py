@@ -47,9 +47,14 @@ class PlannedTrial:
     def runs(self) -> bool:
         return self.action in RUNS
 
+    stopped: str | None = None
+    """Why a scheduler has stopped it, where its end is all that is left to be written."""
+
     @property
     def epochs_left(self) -> int:
         epochs = self.trial.config.optim.epochs
+        if self.stopped:
+            return 0
         return epochs - min(self.row.epoch if self.row else 0, epochs) if self.runs else 0
 
 
@@ -158,14 +163,15 @@ def _judge(trial: Trial, known: _Known, sweep: Sweep, *, retry_failed: bool) -> 
     if held and held.state == "ERROR":
         cause = held.error_cause or "no cause is known"
         return PlannedTrial(trial, "retry" if retry_failed else "failed", held, f"failed: {cause}")
-    return _begin(trial, known)
+    return _begin(trial, known, scheduled=sweep.scheduler.method != "none")
 
 
-def _begin(trial: Trial, known: _Known) -> PlannedTrial:
+def _begin(trial: Trial, known: _Known, *, scheduled: bool) -> PlannedTrial:
     """For a trial that has to run: from where, and why."""
     held, stale, numerics = known.held, known.stale, _numerics(trial)
     if held and held.stopped_early:
-        return PlannedTrial(trial, "resume", held, f"a scheduler stopped it at epoch {held.epoch} of {held.epochs}")
+        told = f"a scheduler stopped it at epoch {held.epoch} of {held.epochs}"
+        return PlannedTrial(trial, "resume", held, told, stopped=(held.error_cause or told) if scheduled else None)
     if held and (held.epoch or held.checkpoint or held.attempts):
         return PlannedTrial(trial, "resume", held, f"epoch {held.epoch} of {held.epochs} is done")
     if stale and stale.numerics != numerics:

@@ -92,7 +92,7 @@ class Threads:
     def engine(self, job: Job) -> Iterator[tuple["MadeCrew", "MadeQueue"]]:
         loop = _Loop()
         retries = 10**9 if job.sweep.retry.crash == "unlimited" else job.sweep.retry.crash
-        desk = Dispatcher(job.orders, fence=job.fence, crash_retries=retries)
+        desk = Dispatcher(job.orders, fence=job.fence, crash_retries=retries, judge=job.judge)
         crew = MadeCrew(self, job, loop, desk)
         self.crews.append(crew)
         crew.form(self.gangs)

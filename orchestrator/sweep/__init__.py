@@ -369,7 +369,7 @@ def not_runnable(sweep: Sweep) -> list[str]:
     """What the sweep asks for and a run cannot honour yet, a line for each."""
     wanted = {
         f"search.method: {sweep.search.method}": sweep.search.method != "grid",
-        f"scheduler.method: {sweep.scheduler.method}": sweep.scheduler.method != "none",
+        "scheduler.method: pbt": sweep.scheduler.method == "pbt",
         "budget": sweep.budget != Budget(),
         f"resources.slots: {sweep.resources.slots}": sweep.resources.slots not in ("auto", 1),
         f"resources.accelerator: {sweep.resources.accelerator}": sweep.resources.accelerator != "any",

@@ -107,8 +107,14 @@ class Scheduler:
     metric: str = _key("top1", "What decides, for schedulers and searches.")
     mode: Literal["max", "min"] | None = _key(None, "Left out: max where higher is better, min where lower is.")
     grace_epochs: int = _key(1, "Epochs that every trial gets.", at_least=1)
+    reduction_factor: float = _key(4.0, "asha: one in so many goes on at each rung; rungs are grace_epochs * "
+                                   "reduction_factor^k epochs.", above=1)  # fmt: skip
+    min_trials: int = _key(3, "median: so many others must have come as far before any trial is stopped.", at_least=1)
 
     def __post_init__(self) -> None:
+        for name, method in (("reduction_factor", "asha"), ("min_trials", "median")):
+            if self.method != method and getattr(self, name) != fields_of(Scheduler)[name].default:
+                raise ValueError(f"{name} belongs to method {method}; method is {self.method}")
         deciding = [metric.name for metric in BY_NAME.values() if metric.better]
         if self.metric not in deciding:
             raise ValueError(f"metric must be one of {', '.join(deciding)}, got {show(self.metric)}"
