@@ -94,8 +94,9 @@ def _counts(state: Progress) -> Text:
     ):
         if count or word == "done":
             line.append("  " if line.plain else "").append(f"{count:,}", style=f"{STRONG} {style}").append(f" {word}")
-        if word == "done" and state.cached:
-            line.append(f" ({state.cached:,} cached)", style=FAINT)
+        aside = [(state.cached, "cached"), (state.stopped_early, "stopped early")] if word == "done" else []
+        if told := ", ".join(f"{part:,} {how}" for part, how in aside if part):
+            line.append(f" ({told})", style=FAINT)
     return line
 
 

@@ -139,9 +139,7 @@ class Dispatcher:
     Waiting methods are coroutines; all others act at once, one at a time, and so need no lock.
     """
 
-    def __init__(
-        self, orders: Sequence[Order], *, fence: int, crash_retries: int, judge: Judge | None = None
-    ) -> None:
+    def __init__(self, orders: Sequence[Order], *, fence: int, crash_retries: int, judge: Judge | None = None) -> None:
         """`judge` says which trials stop early; None: none."""
         self._fence, self._crash_retries, self._judge = fence, crash_retries, judge
         self._standings = {
@@ -356,6 +354,14 @@ class Dispatcher:
                 self._standings[order.index] = standing
                 self._tell("retried", standing, text=text)
                 self.submit(order.index)
+
+    def add(self, orders: Iterable[Order]) -> None:
+        """Queue trials that were not known at first, past Tune."""
+        for order in orders:
+            self._standings[order.index] = _Standing(order, order.attempts)
+            if self._judge is not None:
+                self._judge.add(order.index, order.settings["optim.epochs"])
+            self.submit(order.index)
 
     def hold_back(self, indices: Iterable[int]) -> None:
         """Do not hand out these trials until they are released. One in hand goes on."""

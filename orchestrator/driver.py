@@ -24,6 +24,7 @@ from orchestrator.engine import Crew, Engine, Job, Queue, on_ray
 from orchestrator.errors import ExitCode, NotFoundError, UnreachableError, UsageError
 from orchestrator.ledger import Ledger
 from orchestrator.rows import FINAL, TrialRow
+from orchestrator.searching import Guide, check_installed
 from orchestrator.sharing import Sharing
 from orchestrator.steering import Steering
 from orchestrator.stopping import Judge, judge_of
@@ -59,10 +60,10 @@ def run(
     now; either way the same command continues.
     """
     planned = planning.against(store, sweep, retry_failed=retry_failed)
-    if planned.to_run:
+    if planned.to_run or planned.sweep.to_draw:
         check(sweep, data_dir)
     elif not planned.changes:
-        talk(f"{sweep.name}: nothing to run, all {len(sweep.trials)} trials have ended{_without_result(planned)}")
+        talk(f"{sweep.name}: nothing to run, all {len(planned.items)} trials have ended{_without_result(planned)}")
         return _verdict(store.trial_rows(sweep.name))
     with (
         Signals() as signals,
@@ -72,15 +73,19 @@ def run(
         planned = planning.against(
             store, sweep, retry_failed=retry_failed
         )  # once more, now that no other driver writes
+        sweep = planned.sweep
         ledger = _open_books(sweep, planned, store, writer)
-        cancelled = False
-        if planned.to_run:
+        cancelled = more = False
+        if planned.to_run or sweep.to_draw:
             sharing = Sharing.begin(store, planned, writer.fence, ledger)
+            guide = Guide(sweep, ledger.rows) if sweep.open_cells else None
             session = _Session(
-                sweep, planned, store, writer, ledger, sharing, signals, heartbeat, data_dir, observer, engine, talk
-            )
+                sweep, planned, store, writer, ledger, sharing, signals, heartbeat, data_dir, observer, engine, talk,
+                guide,
+            )  # fmt: skip
             cancelled = session.run()
-        done = all(row.state in FINAL for row in ledger.rows.values())
+            more = guide is not None and guide.more and not cancelled
+        done = all(row.state in FINAL for row in ledger.rows.values()) and not more
         writer.close(done=done)
     if done and not cancelled:
         return _verdict(list(ledger.rows.values()))
@@ -92,9 +97,10 @@ def check(sweep: sweeps.Sweep, data_dir: Path | None) -> None:
     whose files are not as published.
     """
     sweeps.check_runnable(sweep)
+    check_installed(sweep)
     from mixmo_core import data
 
-    for name in sorted({name for trial in sweep.trials for name in data.needed(trial.config)}):
+    for name in sorted({name for trial in sweep.examples for name in data.needed(trial.config)}):
         try:
             data.check(name, data_dir)
         except data.DatasetError as error:
@@ -230,15 +236,24 @@ class _Session:
     observer: Observer | None
     engine: Engine
     talk: Callable[[str], None]
+    guide: Guide | None = None
+    """It draws trials as others end."""
     store_silent_since: float | None = None
     spent: list[str] = field(default_factory=list)
     """Trials that have ended and whose checkpoints this sweep does not want."""
     next_drop: float = 0.0
+    trials: dict[int, sweeps.Trial] = field(init=False)
+    """By position, also those drawn meanwhile."""
+
+    def __post_init__(self) -> None:
+        self.trials = {trial.position: trial for trial in self.sweep.trials}
 
     def run(self) -> bool:
         """Whether the sweep was cancelled."""
+        to_draw = self.sweep.to_draw
         self._say(
-            f"{self.sweep.name}: {len(self.planned.to_run)} of {len(self.sweep.trials)} trials to run; starting Ray"
+            f"{self.sweep.name}: {len(self.planned.to_run)} of {len(self.sweep.trials)} trials to run"
+            f"{f', {to_draw:,} more to be drawn' if to_draw else ''}; starting Ray"
         )
         self._tell_shared()
         job = Job(
@@ -287,7 +302,7 @@ class _Session:
         return judge
 
     def _order_of(self, position: int) -> Order:
-        trial, row = self.sweep.trials[position], self.ledger.rows[position]
+        trial, row = self.trials[position], self.ledger.rows[position]
         settings = flatten(trial.config)
         return Order(
             index=position, trial_id=trial.trial_id, settings=settings, attempts=row.attempts, checkpoint=row.checkpoint
@@ -298,15 +313,14 @@ class _Session:
         left = {trial.position for trial in self.planned.to_run}
         drained = resubmitted = False
         silent_until = time.monotonic() + FORMING_S
+        self._draw(crew, left)
         while left and not (self.signals.stop or steering.stop):
             over = drained and not crew.in_hand()  # asked before the updates, so that none of them is missed
             for update in crew.updates(PERIOD_S):
                 silent_until = float("inf")
                 self._record(update)
-                if update.kind in ("ended", "withdrawn"):
-                    left.discard(update.index)
-                if update.kind == "paused" and update.index is not None:
-                    self.sharing.paused(crew, update.index)
+                if update.index is not None:
+                    self._heed(update.kind, update.index, crew, left, draw=not (drained or steering.cancelled))
             self._keep()
             if over:
                 break
@@ -328,6 +342,33 @@ class _Session:
             if time.monotonic() > silent_until:
                 silent_until = float("inf")
                 self._say(f"no worker group has formed in {FORMING_S:.0f} s: Ray is still starting it or has no room")
+
+    def _heed(self, kind: str, position: int, crew: Crew, left: set[int], *, draw: bool) -> None:
+        """What else follows when a trial rests or is over."""
+        if kind == "paused":
+            self.sharing.paused(crew, position)
+        if kind in ("ended", "withdrawn"):
+            left.discard(position)
+            if draw:
+                self._draw(crew, left, ended=position)
+
+    def _draw(self, crew: Crew, left: set[int], *, ended: int | None = None) -> None:
+        """As many trials as there are gangs, and no more: each further end makes the next draw wiser. What is drawn
+        hangs on nothing but the order in which trials ended.
+        """
+        if self.guide is None:
+            return
+        if ended is not None:
+            self.guide.ended(self.ledger.rows[ended])
+        while self.guide.open < crew.size() and (trials := self.guide.draw()):
+            for trial in trials:
+                row = self.ledger.open(planning.initial_row(trial, self.sweep), trial.config)
+                self.trials[trial.position] = trial
+                self.writer.put([row])
+                told = ", ".join(f"{name} {flatten(trial.config)[name]}" for name in self.sweep.search.ranges)
+                self.writer.event("drawn", told, trial_id=trial.trial_id)
+            left |= {trial.position for trial in trials}
+            crew.add(map(self._order_of, (trial.position for trial in trials)))
 
     def _part(self, crew: Crew, queue: Queue) -> None:
         """The end of the fleet: write what has arrived, send the gangs home, take what they still say."""

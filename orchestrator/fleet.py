@@ -205,6 +205,10 @@ class Fleet:
     def drain(self) -> None:
         self._tell("drain")
 
+    def size(self) -> int:
+        """How many gangs there are, or are to be."""
+        return max(1, len(self._threads) - len(self._ended))
+
     def in_hand(self) -> int:
         """How many trials are being trained."""
         return int(self._tell("in_hand"))
@@ -227,6 +231,9 @@ class Fleet:
 
     def retry(self, orders: Iterable[Order], text: str) -> None:
         self._tell("retry", list(orders), text)
+
+    def add(self, orders: Iterable[Order]) -> None:
+        self._tell("add", list(orders))
 
     def hold_back(self, indices: Iterable[int]) -> None:
         self._tell("hold_back", list(indices))

@@ -17,13 +17,19 @@ class Ledger:
 
     rows: dict[int, TrialRow]
     """By position."""
-    configs: Mapping[int, TrialConfig]
+    configs: dict[int, TrialConfig]
     fence: int
     first_seq: int
     """Updates are numbered on from here, so that `seq` rises over all drivers of the sweep."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """Columns that are the same for all that this driver trains: commit, versions."""
     keep_checkpoint: bool = True
+
+    def open(self, row: TrialRow, config: TrialConfig) -> TrialRow:
+        """Begin the row of a trial that was not planned at first."""
+        self.configs[row.position] = config
+        self.rows[row.position] = row.replace(fence=self.fence, seq=self.first_seq)
+        return self.rows[row.position]
 
     def apply(self, update: Update) -> tuple[TrialRow, list[EpochRow]]:
         """The trial's new row and the rows of its epochs that an update about a trial stands for."""

@@ -279,7 +279,7 @@ def planned_trials(items: Sequence[PlannedTrial], names: Mapping[str, str], widt
 
 def settings(sweep: Sweep, width: int) -> Text:
     """Every setting of a sweep's trials: its value, where it comes from, what it means."""
-    common = flatten(sweep.trials[0].config)
+    common = flatten(sweep.examples[0].config)
     lines = []
     for name, spec in leaves():
         value = common[name] if sweep.origins.get(name) != "varies" else Text("varies", style=BUSY)

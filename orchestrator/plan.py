@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mixmo_core.config import flatten, ineffective, parts
 from mixmo_core.cost import checkpoint_bytes, logits_bytes, parameters, trial_flops
+from orchestrator import searching
 from orchestrator.errors import RefusedError
 from orchestrator.rows import FINAL, TrialRow, config_columns
 from orchestrator.sweep import Sweep, Trial
@@ -96,15 +97,22 @@ class Plan:
             "train_flops_to_run": sum(cell["train_flops_to_run"] for cell in cells),
             "removed": [row.trial_id for row in self.removed],
             "stale": [item.stale.trial_id for item in self.items if item.stale],
-            "notes": list(self.sweep.notes),
+            "to_draw": self.sweep.to_draw,
+            "notes": [*self.sweep.notes, *self._open_notes()],
             "storage": _storage(self, cells),
             "by_cell": cells,
         }
 
+    def _open_notes(self) -> list[str]:
+        to_draw, method = self.sweep.to_draw, self.sweep.search.method
+        told = f"search: {method} draws {to_draw:,} more trials as it goes, whose cost is not in these numbers"
+        return [told] if to_draw else []
+
 
 def against(store: ResultStore, sweep: Sweep, *, retry_failed: bool = False) -> Plan:
     """The plan, given all that a store holds: a trial that another sweep has finished is taken over."""
-    return make(sweep, store.all_trial_rows(sweep.name), retry_failed=retry_failed)
+    rows = store.all_trial_rows(sweep.name)
+    return make(searching.taken_up(sweep, rows), rows, retry_failed=retry_failed)
 
 
 def make(sweep: Sweep, rows: Iterable[TrialRow], *, retry_failed: bool = False) -> Plan:

@@ -1,4 +1,4 @@
-"""Which trials are stopped before their last epoch: a scheduler's rule, over results in the order of their arrival. Pure.
+"""Which trials are stopped before their last epoch: a scheduler's rule, over results as they arrive. Pure.
 
 The rules are Ray Tune's, to the decision: `tests/test_stopping.py` holds them to Tune's own classes. They stand here so
 that the dispatcher can judge a result in the moment in which it numbers it. A trial then ends at that very report, and
@@ -125,7 +125,9 @@ class Judge:
     it comes first: what a resumed trial tells again changes nothing.
     """
 
-    def __init__(self, rule: Rule, *, method: str, metric: str, sign: Literal[1, -1], epochs: Mapping[int, int]) -> None:
+    def __init__(
+        self, rule: Rule, *, method: str, metric: str, sign: Literal[1, -1], epochs: Mapping[int, int]
+    ) -> None:
         """`sign` makes more of the metric better; `epochs` are those that each trial trains, by index."""
         self._rule, self._method, self._metric, self._sign = rule, method, metric, sign
         self._epochs = dict(epochs)
@@ -163,7 +165,7 @@ def judge_of(sweep: Sweep) -> Judge | None:
     scheduler = sweep.scheduler
     epochs = {trial.position: trial.config.optim.epochs for trial in sweep.trials}
     if scheduler.method == "asha":
-        longest = max(epochs.values(), default=1)
+        longest = max(trial.config.optim.epochs for trial in sweep.examples)
         rule: Rule = Halving(grace=scheduler.grace_epochs, factor=scheduler.reduction_factor, epochs=longest)
     elif scheduler.method == "median":
         rule = Median(grace=scheduler.grace_epochs, least=scheduler.min_trials)

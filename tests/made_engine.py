@@ -168,6 +168,9 @@ class MadeCrew:
             self.faults.append(error)
             self._loop.call(self.desk.gang_ended, name, repr(error))
 
+    def size(self) -> int:
+        return len(self._threads)
+
     def updates(self, wait_s: float) -> list[Update]:
         told: list[Update] = self._loop.call(self.desk.updates, self._acknowledged, wait_s)
         if told:
@@ -210,6 +213,9 @@ class MadeCrew:
 
     def retry(self, orders: Iterable[Order], text: str) -> None:
         self._loop.call(self.desk.retry, list(orders), text)
+
+    def add(self, orders: Iterable[Order]) -> None:
+        self._loop.call(self.desk.add, list(orders))
 
     def hold_back(self, indices: Iterable[int]) -> None:
         self._loop.call(self.desk.hold_back, list(indices))

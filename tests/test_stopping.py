@@ -54,7 +54,7 @@ class OfTune:
 
 
 def in_step(ours: Rule, theirs: OfTune, results: list[tuple[int, int]], *, every: int) -> list[tuple[int, int]]:
-    """Feed both, with a value every so many epochs, until each trial is stopped or at its end; who stopped, and when."""
+    """Feed both, with a value every so many epochs, until each trial is stopped or at its end. Who stopped, when."""
     epochs, stopped = dict[int, int](), list[tuple[int, int]]()
     for trial, thousandths in results:
         epoch = epochs[trial] = epochs.get(trial, 0) + every
@@ -82,9 +82,7 @@ def test_halving_stops_whom_tunes_asha_stops(
 
 
 @given(results=RESULTS, grace=st.integers(1, 4), least=st.integers(1, 3), every=st.integers(1, 3))
-def test_median_stops_whom_tunes_rule_stops(
-    results: list[tuple[int, int]], grace: int, least: int, every: int
-) -> None:
+def test_median_stops_whom_tunes_rule_stops(results: list[tuple[int, int]], grace: int, least: int, every: int) -> None:
     from ray.tune.schedulers import MedianStoppingRule
 
     theirs = MedianStoppingRule(time_attr="training_iteration", metric="top1", mode="max", grace_period=grace,
@@ -159,7 +157,10 @@ def test_less_is_better_where_the_metric_says_so(sign: int, better: float) -> No
     assert under.decide(1, 1, {"top1": better}) is None
     told = under.decide(2, 1, {"top1": 1 - better})
     side = "below" if sign > 0 else "above"
-    assert told == f"asha: top1 {1 - better:.4g} at epoch 1, {side} {0.7 if sign > 0 else 0.3}: rung 1 of 5, after 2 trials"
+    assert (
+        told
+        == f"asha: top1 {1 - better:.4g} at epoch 1, {side} {0.7 if sign > 0 else 0.3}: rung 1 of 5, after 2 trials"
+    )
 
 
 @pytest.mark.parametrize("metrics", [{}, {"top1": None}, {"top1": math.nan}, {"loss": 0.1}])

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from mixmo_core.config import RECIPES
 from mixmo_core.metrics import METRICS
 from orchestrator.sweep.fields import UNIONS, Field, fields_of, settings
+from orchestrator.sweep.ranges import SCALE, STEP
 from orchestrator.sweep.sections import MEMBERS, SECTIONS, metric_field
 
 Schema = dict[str, Any]
@@ -73,9 +74,10 @@ def _published() -> Schema:
 def _section(key: str, kind: Any) -> Schema:
     properties = {name: of_field(field) for name, field in fields_of(kind).items()}
     if any(spec.name == "ranges" for spec in dataclasses.fields(kind)):
-        scale: Schema = {"enum": ["linear", "log"]}
-        ends = {"min": {"type": "number"}, "max": {"type": "number"}, "scale": scale}
-        properties["ranges"] = {"type": "object", "description": "Settings with limits, to be drawn between.",
+        ends = {"min": {"type": "number"}, "max": {"type": "number"}, "scale": of_field(SCALE), "step": of_field(STEP),
+                "choices": {"type": "array", "minItems": 1, "description": "Values to choose from, instead of limits."},
+                "when": {**_TEXT, "description": "A condition: drawn only where it holds."}}  # fmt: skip
+        properties["ranges"] = {"type": "object", "description": "Settings to be drawn: limits, or choices.",
                                 "additionalProperties": {"anyOf": [_object(ends), {"type": "object"}]}}  # fmt: skip
     return _object(properties) | {"description": f"The section {key}."}
 

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from mixmo_core.config import RECIPES, Setting
 from mixmo_core.metrics import BY_NAME
 from orchestrator.sweep.document import Node, nearest, show
-from orchestrator.sweep.fields import MISSING, Field, Given, Reader, fields_of, settings
+from orchestrator.sweep.fields import MISSING, Field, Given, Reader, fields_of
+from orchestrator.sweep.ranges import Range, read_ranges
 
 
 def _key(default: Any, meaning: str, **limits: Any) -> Any:
@@ -72,28 +73,16 @@ class Retry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Range:
-    """Values between two limits, for a search that draws them."""
-
-    min: float
-    max: float
-    scale: Literal["linear", "log"] = "linear"
-
-    def __post_init__(self) -> None:
-        if not self.min < self.max:
-            raise ValueError(f"min must be below max, got {self.min:g} and {self.max:g}")
-        if self.scale == "log" and self.min <= 0:
-            raise ValueError(f"min must be above 0 on a log scale, got {self.min:g}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Search:
     method: Literal["grid", "random", "optuna"] = _key("grid", "How configs are chosen.")
-    num_samples: int | None = _key(None, "How many are drawn from the ranges.", at_least=1)
+    num_samples: int | None = _key(None, "How many are drawn from the ranges, for each cell of the blocks.", at_least=1)
+    seed: int = _key(0, "Decides the draws.", at_least=0)
     ranges: Mapping[str, Range] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         drawn = {"num_samples": self.num_samples, "ranges": self.ranges}
+        if self.method == "grid" and self.seed:
+            raise ValueError("seed belongs to a search that draws; method is grid")
         for name, given in drawn.items():
             if self.method == "grid" and given:
                 raise ValueError(f"{name} belongs to a search that draws; method is grid")
@@ -178,7 +167,7 @@ def read_section(key: str, node: Node | None, reader: Reader) -> Any:
         name: reader.typed(fields[name], child, f"{key}.{name}") for name, child in entries.items() if name in fields
     }
     if "ranges" in entries:
-        given["ranges"] = _read_ranges(entries["ranges"], reader)
+        given["ranges"] = read_ranges(entries["ranges"], f"{key}.ranges", reader)
     return _made(kind, given, Node(entries, node.place), key, reader)
 
 
@@ -201,26 +190,6 @@ def _made(kind: Any, given: Mapping[str, Any], node: Node, path: str, reader: Re
 
 def _has_no_default(spec: "dataclasses.Field[Any]") -> bool:
     return spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
-
-
-def _read_ranges(node: Node, reader: Reader) -> Any:
-    """By dotted name; MISSING when one of them was refused."""
-    before = len(reader.faults.lines)
-    ranges: dict[str, Range] = {}
-    for name, child in reader.named(node, "search.ranges"):
-        path, setting = f"search.ranges.{name}", settings()[name]
-        if setting.hint not in (int, float) or name == "seed":
-            reader.faults.add(child.place, path, "only settings that are numbers have a range; list others in a grid")
-            continue
-        kinds = {"min": setting, "max": setting, "scale": _SCALE}
-        entries = reader.entries(child, path, kinds)
-        given = {key: reader.typed(kinds[key], each, f"{path}.{key}") for key, each in entries.items()}
-        if made := _made(Range, given, Node(entries, child.place), path, reader):
-            ranges[name] = made
-    return ranges if len(reader.faults.lines) == before else MISSING
-
-
-_SCALE = Field(Literal["linear", "log"], Setting("linear", "How values lie between the limits."))
 
 
 def read_ensembles(node: Node | None, groups: Collection[str] | None, reader: Reader) -> tuple[Ensemble, ...]:
