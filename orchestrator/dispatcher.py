@@ -360,7 +360,7 @@ class Dispatcher:
         for order in orders:
             self._standings[order.index] = _Standing(order, order.attempts)
             if self._judge is not None:
-                self._judge.add(order.index, order.settings["optim.epochs"])
+                self._judge.add(order.index, order.settings)
             self.submit(order.index)
 
     def hold_back(self, indices: Iterable[int]) -> None:

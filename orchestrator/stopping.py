@@ -12,10 +12,12 @@ import bisect
 import math
 import statistics
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from functools import partial
+from typing import Any, Literal, Protocol
 
+from mixmo_core.config import flatten, ineffective, unflatten
 from orchestrator.sweep import Sweep
 
 
@@ -126,16 +128,29 @@ class Judge:
     """
 
     def __init__(
-        self, rule: Rule, *, method: str, metric: str, sign: Literal[1, -1], epochs: Mapping[int, int]
+        self,
+        rule: Callable[[], Rule],
+        *,
+        method: str,
+        metric: str,
+        sign: Literal[1, -1],
+        within: Sequence[str] = (),
     ) -> None:
-        """`sign` makes more of the metric better; `epochs` are those that each trial trains, by index."""
-        self._rule, self._method, self._metric, self._sign = rule, method, metric, sign
-        self._epochs = dict(epochs)
+        """`sign` makes more of the metric better; trials are compared with those of the same settings `within` only, by
+        a rule of their own.
+        """
+        self._make, self._method, self._metric, self._sign, self._within = rule, method, metric, sign, within
+        self._rules: dict[Any, Rule] = {}
+        self._of: dict[int, Rule] = {}
+        self._epochs: dict[int, int] = {}
         self._seen: dict[int, int] = {}
 
-    def add(self, trial: int, epochs: int) -> None:
-        """A trial that was not known at first."""
-        self._epochs[trial] = epochs
+    def add(self, trial: int, settings: Mapping[str, Any]) -> None:
+        """A trial that may report: its settings by dotted name. Those without effect make no difference."""
+        silent = ineffective(unflatten(settings)) if self._within else frozenset[str]()
+        group = tuple(None if name in silent else settings[name] for name in self._within)
+        self._of[trial] = self._rules.setdefault(group, self._make())
+        self._epochs[trial] = settings["optim.epochs"]
 
     def replay(self, trial: int, epoch: int, metrics: Mapping[str, float | None]) -> None:
         """A result that was judged before; what came of it is known."""
@@ -152,8 +167,8 @@ class Judge:
         self._seen[trial] = epoch
         if value is None or math.isnan(value):  # not evaluated, or undefined
             return None
-        bar = self._rule.verdict(trial, epoch, self._sign * value) if judge else None
-        self._rule.record(trial, epoch, self._sign * value)
+        bar = self._of[trial].verdict(trial, epoch, self._sign * value) if judge else None
+        self._of[trial].record(trial, epoch, self._sign * value)
         if bar is None:
             return None
         side, needed = "below" if self._sign > 0 else "above", self._sign * bar.needed
@@ -162,14 +177,19 @@ class Judge:
 
 def judge_of(sweep: Sweep) -> Judge | None:
     """The judge that a sweep's scheduler stands for, before any result; None where every trial goes to its end."""
-    scheduler = sweep.scheduler
-    epochs = {trial.position: trial.config.optim.epochs for trial in sweep.trials}
+    scheduler, grace = sweep.scheduler, sweep.scheduler.grace_epochs
+    rule: Callable[[], Rule]
     if scheduler.method == "asha":
         longest = max(trial.config.optim.epochs for trial in sweep.examples)
-        rule: Rule = Halving(grace=scheduler.grace_epochs, factor=scheduler.reduction_factor, epochs=longest)
+        rule = partial(Halving, grace=grace, factor=scheduler.reduction_factor, epochs=longest)
     elif scheduler.method == "median":
-        rule = Median(grace=scheduler.grace_epochs, least=scheduler.min_trials)
+        rule = partial(Median, grace=grace, least=scheduler.min_trials)
     else:
         return None
-    sign: Literal[1, -1] = 1 if scheduler.mode == "max" else -1
-    return Judge(rule, method=scheduler.method, metric=scheduler.metric, sign=sign, epochs=epochs)
+    judge = Judge(
+        rule, method=scheduler.method, metric=scheduler.metric, sign=1 if scheduler.mode == "max" else -1,
+        within=scheduler.within,
+    )  # fmt: skip
+    for trial in sweep.trials:
+        judge.add(trial.position, flatten(trial.config))
+    return judge

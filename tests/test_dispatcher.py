@@ -204,7 +204,9 @@ class Bar:
 def judged(trials: int = 2, *, epochs: int = 4, orders: Sequence[Order] = ()) -> tuple[Dispatcher, Bar]:
     """Trials stop below a top1 of 0.4."""
     rule = Bar(0.4)
-    judge = stopping.Judge(rule, method="bar", metric="top1", sign=1, epochs=dict.fromkeys(range(trials), epochs))
+    judge = stopping.Judge(lambda: rule, method="bar", metric="top1", sign=1)
+    for index in range(trials):
+        judge.add(index, {"optim.epochs": epochs})
     desk = Dispatcher(orders or [order(i) for i in range(trials)], fence=7, crash_retries=1, judge=judge)
     for index in range(trials):
         desk.submit(index)

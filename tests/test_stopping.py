@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Mixmo
 from hypothesis import given
 from hypothesis import strategies as st
 from made_engine import Pace, Threads
@@ -108,12 +110,15 @@ def test_one_in_four_goes_on_at_a_rung() -> None:
 
 
 def judge(rule: Callable[[], Rule], sign: Any = 1, epochs: int = LONGEST) -> Judge:
-    return Judge(rule(), method="asha", metric="top1", sign=sign, epochs=dict.fromkeys(range(6), epochs))
+    made = Judge(rule, method="asha", metric="top1", sign=sign)
+    for trial in range(6):
+        made.add(trial, {"optim.epochs": epochs})
+    return made
 
 
 RULES: dict[str, Callable[[], Rule]] = {
-    "asha": lambda: Halving(grace=1, factor=2, epochs=LONGEST),
-    "median": lambda: Median(grace=1, least=2),
+    "asha": partial(Halving, grace=1, factor=2, epochs=LONGEST),
+    "median": partial(Median, grace=1, least=2),
 }
 
 
@@ -150,6 +155,18 @@ def test_a_judge_to_whom_a_history_is_told_again_decides_as_the_one_that_lived_t
     assert decisions(fresh, results[cut:], dict(epochs)) == decisions(whole, results[cut:], dict(epochs))
 
 
+def test_within_a_setting_trials_are_compared_with_their_own_kind_only() -> None:
+    under = judge_of(sweeps.parse(
+        SWEEP.format(scheduler="{method: asha, reduction_factor: 2, within: [model.width, mixing.method]}")
+        + "blocks: [{grid: {model.width: [1, 2], mixing.method: [sum, cutmix]}}]", source="x.yaml",
+    ))  # fmt: skip
+    assert under is not None
+    assert under.decide(0, 1, {"top1": 0.9}) is None  # of width 1; with one subnetwork there is no mixing to differ in
+    assert under.decide(1, 1, {"top1": 0.5}) is None  # of width 2
+    assert under.decide(2, 1, {"top1": 0.5}) is not None  # with another seed, of width 1
+    assert under.decide(3, 1, {"top1": 0.5}) is None
+
+
 @pytest.mark.parametrize(("sign", "better"), [(1, 0.9), (-1, 0.1)])
 def test_less_is_better_where_the_metric_says_so(sign: int, better: float) -> None:
     under = judge(RULES["asha"], sign)
@@ -180,6 +197,7 @@ trial:
   data: {{dataset: digits, train_images: 200, batch_size: 40, augmentation: none}}
   model: {{depth: 10, width: 1, subnetworks: 1}}
   optim: {{epochs: 9, lr: 0.1}}
+  evaluate: {{split: validation}}
 seeds: 8
 resources: {{gpus_per_worker: 0}}
 scheduler: {scheduler}
@@ -313,3 +331,45 @@ def test_without_its_scheduler_a_stopped_trial_goes_on_from_its_checkpoint(tmp_p
 
 def test_every_trial_goes_to_its_end_where_there_is_no_scheduler() -> None:
     assert judge_of(sweep_of("{method: none}")) is None
+
+
+# -------------------------------------------------------------------------------------------------------------- on Ray
+
+ON_RAY = """
+name: small
+trial:
+  data: {dataset: digits, train_images: 200, batch_size: 40, augmentation: none}
+  model: {depth: 10, width: 1, subnetworks: 1}
+  optim: {epochs: 4, warmup: 0}
+blocks:
+  - label: learns
+    grid: {optim.lr: [0.1, 0.08, 0.06]}
+  - label: learns nothing
+    grid: {optim.lr: [1.0e-7, 2.0e-7, 3.0e-7]}
+resources: {gpus_per_worker: 0}
+scheduler: {method: asha, metric: nll, reduction_factor: 2}
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_asha_stops_trials_on_ray_and_all_commands_say_so(tmp_path: Path) -> None:
+    mixmo = Mixmo(tmp_path, ON_RAY)
+    mixmo("run", "sweep.yaml")
+    rows = mixmo.rows()
+    assert {(row.state, row.split, row.attempts) for row in rows} == {("TERMINATED", "validation", 1)}
+    stopped = {row.label for row in rows if row.stopped_early}
+    assert "learns nothing" in stopped
+    assert not all(row.stopped_early for row in rows)
+    assert all(row.stopped_early and row.epoch < 4 for row in rows if row.label == "learns nothing")
+    store = ResultStore.open(tmp_path / "results")
+    for row in rows:
+        assert len(store.epoch_rows("small", row.trial_id)) == row.epoch
+        assert store.checkpoints(row.trial_id, row.checkpoint)[0] == row.checkpoint
+        assert row.stopped_early == (row.error_cause is not None) == (row.logits is None)
+    count = sum(row.stopped_early for row in rows)
+    assert f"without {count} trials that a scheduler stopped early" in mixmo("table", "small").stdout
+    assert f"{count} stopped early" in mixmo("status", "small").stdout
+    assert mixmo("verify", "small").returncode == 0
+    again = mixmo("run", "sweep.yaml").stderr
+    assert "nothing to run, all 6 trials have ended" in again

@@ -684,6 +684,14 @@ BAD: dict[str, tuple[str, str]] = {
         "resources.workers: must divide data.batch_size, 31 slots (got 2)",
     ),
     "a seed of a grid": (add("search: {seed: 3}"), "search.seed: belongs to a search that draws; method is grid"),
+    "comparing within nothing": (
+        add("scheduler: {method: asha, within: [model.widht]}"),
+        "x.yaml:11: scheduler.within: must be settings (got 'model.widht'); did you mean 'model.width'?",
+    ),
+    "a scheduler of the quick form": (
+        add("quick: {scheduler: {method: ahsa}}"),
+        "x.yaml:11: scheduler.method: must be 'none', 'asha', 'pbt' or",
+    ),
     "rungs of another method": (
         add("scheduler: {method: median, reduction_factor: 3}"),
         "scheduler.reduction_factor: belongs to method asha; method is median",

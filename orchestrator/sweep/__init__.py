@@ -18,6 +18,7 @@ from orchestrator.sweep.ranges import Draw, Range, Space, at_random, corners
 from orchestrator.sweep.rules import Rule, read_rule
 from orchestrator.sweep.schema import json_schema
 from orchestrator.sweep.sections import (
+    IN_QUICK,
     SECTIONS,
     Budget,
     Checkpoints,
@@ -231,6 +232,9 @@ class _Parser:
         seeds = entries.pop("seeds", None)
         if seeds:
             self._seeds_of(seeds, "quick.seeds")
+        for key in IN_QUICK:
+            if key in entries:
+                self._quick_section(key, entries.pop(key), asked=asked)
         exchanges: dict[str, Exchange] = {}
         given = self.reader.given(Node(entries, node.place), "quick", exchanges)
         if seed := given.get("seed") or exchanges.get("seed"):
@@ -238,6 +242,16 @@ class _Parser:
         if asked and seeds:
             self.top["seeds"], self.members = seeds, self._members()
         return (given, exchanges) if asked else ({}, {})
+
+    def _quick_section(self, key: str, node: Node, *, asked: bool) -> None:
+        """Keys of a section, laid over those that the file gives."""
+        over = self.reader.mapping(node, f"quick.{key}")
+        before = self.top.get(key, Node({}, node.place))
+        laid = Node({**(before.value if isinstance(before.value, dict) else {}), **over}, node.place)
+        if asked:
+            self.top[key] = laid
+        else:
+            read_section(key, laid, self.reader)
 
     def _overrides(self, overrides: Sequence[str]) -> Given:
         given: Given = {}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from mixmo_core.config import RECIPES, Setting
 from mixmo_core.metrics import BY_NAME
 from orchestrator.sweep.document import Node, nearest, show
-from orchestrator.sweep.fields import MISSING, Field, Given, Reader, fields_of
+from orchestrator.sweep.fields import MISSING, Field, Given, Reader, fields_of, settings
 from orchestrator.sweep.ranges import Range, read_ranges
 
 
@@ -99,10 +99,12 @@ class Scheduler:
     reduction_factor: float = _key(4.0, "asha: one in so many goes on at each rung; rungs are grace_epochs * "
                                    "reduction_factor^k epochs.", above=1)  # fmt: skip
     min_trials: int = _key(3, "median: so many others must have come as far before any trial is stopped.", at_least=1)
+    within: tuple[str, ...] = ()
+    """Settings: a trial is compared with those only that have the same values."""
 
     def __post_init__(self) -> None:
         for name, method in (("reduction_factor", "asha"), ("min_trials", "median")):
-            if self.method != method and getattr(self, name) != fields_of(Scheduler)[name].default:
+            if self.method not in ("none", method) and getattr(self, name) != fields_of(Scheduler)[name].default:
                 raise ValueError(f"{name} belongs to method {method}; method is {self.method}")
         deciding = [metric.name for metric in BY_NAME.values() if metric.better]
         if self.metric not in deciding:
@@ -148,6 +150,10 @@ SECTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
+IN_QUICK = ("search", "scheduler")
+"""The sections of which `quick` may lay keys over: how many draws and epochs there are decides what fits."""
+
+
 def section_keys() -> list[str]:
     """`resources.workers` and its like, as `-S` names them."""
     return [f"{section}.{name}" for section, kind in SECTIONS.items() for name in fields_of(kind)]
@@ -168,6 +174,8 @@ def read_section(key: str, node: Node | None, reader: Reader) -> Any:
     }
     if "ranges" in entries:
         given["ranges"] = read_ranges(entries["ranges"], f"{key}.ranges", reader)
+    if "within" in entries:
+        given["within"] = _read_within(entries["within"], f"{key}.within", reader)
     return _made(kind, given, Node(entries, node.place), key, reader)
 
 
@@ -190,6 +198,16 @@ def _made(kind: Any, given: Mapping[str, Any], node: Node, path: str, reader: Re
 
 def _has_no_default(spec: "dataclasses.Field[Any]") -> bool:
     return spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+
+
+def _read_within(node: Node, path: str, reader: Reader) -> Any:
+    before, names = len(reader.faults.lines), []
+    for each in reader.elements(node, path):
+        name = reader.text(each, path)
+        if name is not None and name not in settings():
+            reader.faults.add(each.place, path, f"must be settings (got {show(name)}){nearest(name, settings())}")
+        names.append(name)
+    return tuple(names) if len(reader.faults.lines) == before else MISSING
 
 
 def read_ensembles(node: Node | None, groups: Collection[str] | None, reader: Reader) -> tuple[Ensemble, ...]:
