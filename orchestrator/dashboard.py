@@ -285,6 +285,8 @@ def _change(before: TrialRow | None, row: TrialRow) -> tuple[str, str] | None:
         return "started", again + (f" · from epoch {row.epoch}" if row.epoch else "")
     if row.state == "TERMINATED" and row.cached_from is not None:
         return "cached", f"{top1} · from {row.cached_from}"
+    if row.state == "TERMINATED" and row.stopped_early:
+        return "stopped", f"{top1} · epoch {row.epoch} of {row.epochs}"
     return {
         "TERMINATED": ("finished", f"{top1} · {duration(row.wall_s)}"),
         "ERROR": ("failed", f" · {row.error_cause or 'no cause was recorded'}"),

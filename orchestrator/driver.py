@@ -401,7 +401,9 @@ class _Session:
         elif update.kind != "epochs":
             kind = update.state.lower() if update.state else update.kind
             text = update.cause or "all epochs trained" if update.kind == "ended" else update.text
-            self.writer.event(kind, text, trial_id=trial_id, cause=update.cause)
+            if update.state == "TERMINATED" and update.stopped_early:
+                kind, text = "saved", "as it was when it was stopped"
+            self.writer.event(kind, text, trial_id=trial_id, cause=None if kind == "saved" else update.cause)
 
     def _keep(self, *, force: bool = False) -> None:
         """Write what changed, and show it. A store that is away for a while costs no trial."""

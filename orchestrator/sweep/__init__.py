@@ -446,7 +446,7 @@ def check_runnable(sweep: Sweep) -> None:
 def not_runnable(sweep: Sweep) -> list[str]:
     """What the sweep asks for and a run cannot honour yet, a line for each."""
     wanted = {
-        "scheduler.method: pbt": sweep.scheduler.method == "pbt",
+        "scheduler.method: pbt, where asha and median are possible": sweep.scheduler.method == "pbt",
         "budget": sweep.budget != Budget(),
         f"resources.slots: {sweep.resources.slots}": sweep.resources.slots not in ("auto", 1),
         f"resources.accelerator: {sweep.resources.accelerator}": sweep.resources.accelerator != "any",
