@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from made_engine import Pace, Threads
 
 from mixmo_core.config import flatten
-from orchestrator import driver, plan, searching
+from orchestrator import driver, pages, plan, searching
 from orchestrator import sweep as sweeps
 from orchestrator.dispatcher import Order
 from orchestrator.errors import SweepError, UsageError
@@ -256,6 +256,15 @@ def test_a_small_space_is_drawn_out_without_an_end_to_wait_for() -> None:
     life = lived(sweep, 2)
     assert sorted(row.config["model_width"] for row in life.rows) == [1, 2, 3]
     assert life.guide.draw() == []
+
+
+def test_a_plan_counts_what_is_still_to_be_drawn(tmp_path: Path) -> None:
+    store = ResultStore.open(str(tmp_path), create=True)
+    fresh = plan.against(store, tpe(seeds=2, samples=3))
+    assert (fresh.summary()["to_draw"], fresh.summary()["to_run"]) == (12, 0)
+    assert "12 more trials" in fresh.summary()["notes"][-1]
+    assert "To run: 12 (12 to be drawn)" in pages.plan(fresh.summary(), {}, 100).plain
+    assert fresh.sweep.origins["optim.lr"] == "varies"
 
 
 def test_rows_of_a_changed_file_are_no_draws_of_it() -> None:

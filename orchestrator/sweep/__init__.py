@@ -196,7 +196,7 @@ class _Parser:
         return Sweep(
             name=name, trials=trials, varied=varied, seeds=seeds, labels=labels, baseline=baseline,
             **sections, ensembles=ensembles, published=published, quick=quick, overrides=overrides, text=text,
-            source=self.source, origins=_origins(base, over, exchanges, blocks),
+            source=self.source, origins=_origins(base, over, exchanges, blocks, sections["search"]),
             notes=(*expansion.notes(blocks), *self._notes(ensembles, seeds, sections, trials or open_cells)),
             open_cells=open_cells,
         )  # fmt: skip
@@ -426,8 +426,10 @@ def _varied_by(blocks: Sequence[Block], search: Search) -> tuple[str, ...]:
     return tuple(name for name in settings() if name in names)
 
 
-def _origins(base: Given, over: Given, exchanges: Mapping[str, Exchange], blocks: Sequence[Block]) -> dict[str, str]:
-    varied = {name for block in blocks for name in block.varied} | {"seed"}
+def _origins(
+    base: Given, over: Given, exchanges: Mapping[str, Exchange], blocks: Sequence[Block], search: Search
+) -> dict[str, str]:
+    varied = {name for block in blocks for name in block.varied} | {"seed", *search.ranges}
     placed = {name: node.place for name, node in base.items()} | {name: each.place for name, each in exchanges.items()}
     placed |= dict.fromkeys(varied, "varies")
     return dict.fromkeys(settings(), "default") | placed | {name: node.place for name, node in over.items()}
@@ -446,7 +448,7 @@ def check_runnable(sweep: Sweep) -> None:
 def not_runnable(sweep: Sweep) -> list[str]:
     """What the sweep asks for and a run cannot honour yet, a line for each."""
     wanted = {
-        "scheduler.method: pbt, where asha and median are possible": sweep.scheduler.method == "pbt",
+        "scheduler.method: pbt": sweep.scheduler.method == "pbt",
         "budget": sweep.budget != Budget(),
         f"resources.slots: {sweep.resources.slots}": sweep.resources.slots not in ("auto", 1),
         f"resources.accelerator: {sweep.resources.accelerator}": sweep.resources.accelerator != "any",
