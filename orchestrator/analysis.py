@@ -124,6 +124,7 @@ def table(
     baseline: str | None = None,
     published: "Sequence[Published]" = (),
     confidence: float = 0.95,
+    with_stopped: bool = False,
 ) -> ResultTable:
     """Mean, standard deviation and count of a metric for each combination of the fields.
 
@@ -135,7 +136,8 @@ def table(
     counts once. `baseline` is the label of the trials that every cell is compared with, at the same values of what
     varies among the baseline's trials; `significance` tests the differences. A published number stands beside the one
     cell whose trials, or ensembles of so many, have all the settings that it names. `confidence` is that of the
-    intervals, and what is left to 1 the level of the tests. Lines and columns stand in the order of the sweep files,
+    intervals, and what is left to 1 the level of the tests. Trials that a scheduler stopped early count only
+    `with_stopped`, with what they had reached. Lines and columns stand in the order of the sweep files,
     sweeps in that of `rows`; numbers by size. Raises UsageError for a field, a metric or an epoch that there is not.
     """
     value = _metric(metric, at)
@@ -143,6 +145,9 @@ def table(
         rows = _at_epoch(rows, at, {row.trial_id: row for row in epochs}, metric)
     listed = _listed(rows)
     rows = _once(listed)
+    stopped = 0 if isinstance(at, int) else sum(row.state == "TERMINATED" and row.stopped_early for row in rows)
+    if with_stopped and not isinstance(at, int):
+        rows = [row.replace(stopped_early=False) if row.stopped_early else row for row in rows]
     cols = tuple(map(_field, col_fields))
     lines = tuple(map(_field, row_fields)) or tuple(each for each in varied(rows) if each not in cols)
     combined = any(isinstance(row, EnsembleRow) for row in rows)
@@ -170,6 +175,8 @@ def table(
         confidence=confidence,
         splits=tuple(dict.fromkeys(row.split for row in rows if row.split)),
         sweeps=tuple(dict.fromkeys(row.sweep for row in listed)),
+        stopped=stopped,
+        with_stopped=with_stopped,
         commits=tuple(dict.fromkeys(f"{row.git_commit}{'+' * bool(row.git_dirty)}" for row in rows if row.git_commit)),
     )
 

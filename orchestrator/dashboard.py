@@ -98,8 +98,9 @@ def _counts(state: Progress) -> Text:
     ):
         if count or word == "done":
             line.append("  " if line.plain else "").append(f"{count:,}", style=f"{STRONG} {style}").append(f" {word}")
-        if word == "done" and state.cached:
-            line.append(f" ({state.cached:,} cached)", style=FAINT)
+        aside = [(state.cached, "cached"), (state.stopped_early, "stopped early")] if word == "done" else []
+        if told := ", ".join(f"{part:,} {how}" for part, how in aside if part):
+            line.append(f" ({told})", style=FAINT)
     return line
 
 
@@ -289,6 +290,8 @@ def _change(before: TrialRow | None, row: TrialRow) -> tuple[str, str] | None:
         return "started", again + (f" · from epoch {row.epoch}" if row.epoch else "")
     if row.state == "TERMINATED" and row.cached_from is not None:
         return "cached", f"{top1} · from {row.cached_from}"
+    if row.state == "TERMINATED" and row.stopped_early:
+        return "stopped", f"{top1} · epoch {row.epoch} of {row.epochs}"
     return {
         "TERMINATED": ("finished", f"{top1} · {duration(row.wall_s)}"),
         "ERROR": ("failed", f" · {row.error_cause or 'no cause was recorded'}"),

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
+from orchestrator.stopping import Judge
+
 NAMESPACE = "mixmo"
 """In which the actors of a sweep find each other."""
 SLOT = "mixmo_slot"
@@ -45,6 +47,8 @@ class Order:
     """The newest that the trial's row names."""
     held_back: bool = False
     """Another sweep may be training it: not to be handed out before it is released."""
+    stopped: str | None = None
+    """Why its scheduler has stopped it, where an earlier driver was killed before it could write its end."""
 
 
 Loss = Literal["crash", "oom", "preempted", "store"]
@@ -66,7 +70,9 @@ class Retries:
 
 
 Answer = Literal["go on", "save", "drop"]
-"""To a gang that reports: train on; save the trial and give it back, the sweep pauses; it is not yours any more."""
+"""To a gang that reports: train on; save the trial and give it back, since the sweep pauses or the scheduler has seen
+enough of it; it is not yours any more.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +110,7 @@ class Update:
     logits: str | None = None
     state: Literal["TERMINATED", "ERROR", "CANCELLED"] | None = None
     stopped_early: bool = False
+    """The scheduler stops it: said with the epochs that decided it, and with its end."""
     text: str = ""
     cause: str | None = None
     error_kind: Literal["exception"] | Loss | None = None
@@ -151,7 +158,8 @@ class _Standing:
     reports: dict[int, EpochReport] = field(default_factory=dict)
     """By epoch: an attempt repeats the epochs since its checkpoint, and Tune is to see each once."""
     ended: bool = False
-    stopped_early: bool = False
+    stopped: str | None = None
+    """Why the scheduler has stopped it."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -181,12 +189,20 @@ class Dispatcher:
     """
 
     def __init__(
-        self, orders: Sequence[Order], *, fence: int, retries: Retries, clock: Callable[[], float] = time.monotonic
+        self,
+        orders: Sequence[Order],
+        *,
+        fence: int,
+        retries: Retries,
+        judge: Judge | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._fence, self._retries, self._clock = fence, retries, clock
+        """`judge` says which trials stop early; None: none."""
+        self._fence, self._retries, self._judge, self._clock = fence, retries, judge, clock
         self._standings = {
-            order.index: _Standing(order, order.attempts, held_back=order.held_back) for order in orders
-        }  # fmt: skip
+            order.index: _Standing(order, order.attempts, held_back=order.held_back, stopped=order.stopped)
+            for order in orders
+        }
         self._queue: deque[int] = deque()
         self._hands: dict[str, Assignment] = {}
         """What each gang holds."""
@@ -272,7 +288,7 @@ class Dispatcher:
 
     def report(self, token: str, epochs: Sequence[EpochReport], checkpoint: str | None) -> Answer:
         """Take the rows of a trial; none where only a checkpoint is new, in the middle of an epoch. `drop`: the token
-        is not the trial's any more, or a scheduler stopped it.
+        is not the trial's any more.
         """
         standing = self._holder(token)
         if standing is None or standing.held is None:
@@ -280,21 +296,25 @@ class Dispatcher:
         standing.reports |= {report.epoch: report for report in epochs}
         if checkpoint is not None:
             standing.order = replace(standing.order, checkpoint=checkpoint)
-        self._tell("epochs", standing, epochs=tuple(epochs), checkpoint=checkpoint)
+        if self._judge is not None and standing.stopped is None:
+            verdicts = [self._judge.decide(standing.order.index, each.epoch, each.metrics) for each in epochs]
+            standing.stopped = next(filter(None, verdicts), None)
+        told = {"stopped_early": True, "cause": standing.stopped} if standing.stopped else {}
+        self._tell("epochs", standing, epochs=tuple(epochs), checkpoint=checkpoint, **told)
         standing.changed.set()
-        if standing.stopped_early:
-            self._end(standing, "TERMINATED")
-            return "drop"
-        leaves = self._paused or self._gang_of(token) in self._warned
+        leaves = self._paused or standing.stopped or self._gang_of(token) in self._warned
         return "drop" if self._closed else "save" if leaves else "go on"
 
     def give_back(self, token: str, checkpoint: str | None) -> bool:
-        """The trial is saved, as an answer asked for: it waits for another gang, or until the sweep goes on, and is the
-        first then. It has lost nothing, and no retry.
+        """The trial is saved, as an answer asked for: it has ended if its scheduler stopped it, else it waits for
+        another gang, or until the sweep goes on, and is the first then. It has lost nothing, and no retry.
         """
         standing = self._holder(token)
         if standing is None:
             return False
+        if standing.stopped:
+            self._end(standing, "TERMINATED", checkpoint=checkpoint)
+            return True
         if self._gang_of(token) in self._warned:
             why = f"{self._gang_of(token)} is to lose a machine, and has saved it"
             self._tell("lost", standing, text=why, cause=_SPOKEN["preempted"], error_kind="preempted",
@@ -311,6 +331,7 @@ class Dispatcher:
         standing = self._holder(token)
         if standing is None:
             return False
+        standing.stopped = None  # it came too late
         self._end(standing, "TERMINATED", logits=logits)
         return True
 
@@ -319,6 +340,9 @@ class Dispatcher:
         standing = self._holder(token)
         if standing is None:
             return False
+        if standing.stopped:  # it was only to be saved
+            self._end(standing, "TERMINATED")
+            return True
         self._end(standing, "ERROR", text=error, cause=cause, error_kind="exception")
         return True
 
@@ -339,6 +363,9 @@ class Dispatcher:
         standing = self._standings[index]
         if not (standing.submitted or standing.ended):
             standing.submitted = True
+            if standing.stopped:
+                self._end(standing, "TERMINATED")
+                return
             self._queue.append(index)
             self._work.set()
 
@@ -355,13 +382,13 @@ class Dispatcher:
         return standing.reports.get(epoch)
 
     def stop(self, index: int) -> None:
-        """The scheduler has seen enough of this trial: it ends at its next report, as stopped early."""
+        """Tune wants this trial no more: it ends at its next report, as stopped early."""
         standing = self._standings[index]
         if standing.held is not None:
-            standing.stopped_early = True
+            standing.stopped = standing.stopped or "stopped by Ray Tune"
         elif not standing.ended and index in self._queue:
             self._queue.remove(index)
-            standing.stopped_early = True
+            standing.stopped = "stopped by Ray Tune"
             self._end(standing, "TERMINATED")
 
     # For the driver
@@ -444,6 +471,14 @@ class Dispatcher:
                 self._standings[order.index] = standing
                 self._tell("retried", standing, text=text)
                 self.submit(order.index)
+
+    def add(self, orders: Iterable[Order]) -> None:
+        """Queue trials that were not known at first, past Tune."""
+        for order in orders:
+            self._standings[order.index] = _Standing(order, order.attempts)
+            if self._judge is not None:
+                self._judge.add(order.index, order.settings)
+            self.submit(order.index)
 
     def hold_back(self, indices: Iterable[int]) -> None:
         """Do not hand out these trials until they are released. One in hand goes on."""
@@ -546,6 +581,9 @@ class Dispatcher:
 
     def _lose(self, assignment: Assignment, why: str, kind: Loss, error: str | None = None) -> None:
         standing = self._standings[assignment.order.index]
+        if standing.stopped:  # it was only to be saved
+            self._end(standing, "TERMINATED")
+            return
         standing.losses[kind] += standing.accepted
         allowed = float(getattr(self._retries, kind))
         if kind == "oom" and error is None:  # a kernel ends the largest process, whoever took the last byte
@@ -566,7 +604,9 @@ class Dispatcher:
                 self._lose_struck(gang, blow.why)
 
     def _end(self, standing: _Standing, state: Literal["TERMINATED", "ERROR", "CANCELLED"], **told: Any) -> None:
-        self._conclude(standing, "ended", state=state, stopped_early=standing.stopped_early, **told)
+        if state == "TERMINATED" and standing.stopped:
+            told |= {"stopped_early": True, "cause": standing.stopped}
+        self._conclude(standing, "ended", state=state, **told)
 
     def _conclude(self, standing: _Standing, kind: str, **told: Any) -> None:
         self._tell(kind, standing, **told)

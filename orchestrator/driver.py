@@ -24,8 +24,10 @@ from orchestrator.engine import Crew, Engine, Job, Queue, datasets_of, on_ray
 from orchestrator.errors import ExitCode, NotFoundError, UnreachableError
 from orchestrator.ledger import Ledger
 from orchestrator.rows import FINAL, NO_ERROR, TrialRow
+from orchestrator.searching import Guide, check_installed
 from orchestrator.sharing import Sharing
 from orchestrator.steering import Steering
+from orchestrator.stopping import Judge, judge_of
 from orchestrator.store import DamagedError, Inbox, ResultStore, Snapshot, SweepWriter
 
 PERIOD_S = 0.5
@@ -58,10 +60,10 @@ def run(
     now; either way the same command continues.
     """
     planned = planning.against(store, sweep, retry_failed=retry_failed)
-    if planned.to_run:
+    if planned.to_run or planned.sweep.to_draw:
         check(sweep, data_dir)
     elif not planned.changes:
-        talk(f"{sweep.name}: nothing to run, all {len(sweep.trials)} trials have ended{_without_result(planned)}")
+        talk(f"{sweep.name}: nothing to run, all {len(planned.items)} trials have ended{_without_result(planned)}")
         return _verdict(store.trial_rows(sweep.name))
     with (
         Signals() as signals,
@@ -71,15 +73,19 @@ def run(
         planned = planning.against(
             store, sweep, retry_failed=retry_failed
         )  # once more, now that no other driver writes
+        sweep = planned.sweep
         ledger = _open_books(sweep, planned, store, writer)
-        cancelled = False
-        if planned.to_run:
+        cancelled = more = False
+        if planned.to_run or sweep.to_draw:
             sharing = Sharing.begin(store, planned, writer.fence, ledger)
+            guide = Guide(sweep, ledger.rows) if sweep.open_cells else None
             session = _Session(
-                sweep, planned, store, writer, ledger, sharing, signals, heartbeat, data_dir, observer, engine, talk
-            )
+                sweep, planned, store, writer, ledger, sharing, signals, heartbeat, data_dir, observer, engine, talk,
+                guide,
+            )  # fmt: skip
             cancelled = session.run()
-        done = all(row.state in FINAL for row in ledger.rows.values())
+            more = guide is not None and guide.more and not cancelled
+        done = all(row.state in FINAL for row in ledger.rows.values()) and not more
         writer.close(done=done)
     if done and not cancelled:
         return _verdict(list(ledger.rows.values()))
@@ -92,6 +98,7 @@ def check(sweep: sweeps.Sweep, data_dir: str | Path | None) -> None:
     UnreachableError for a bucket of datasets that cannot be read.
     """
     sweeps.check_runnable(sweep)
+    check_installed(sweep)
     from orchestrator import datasets
 
     datasets.check(datasets_of(sweep), None if data_dir is None else str(data_dir))
@@ -226,20 +233,29 @@ class _Session:
     observer: Observer | None
     engine: Engine
     talk: Callable[[str], None]
+    guide: Guide | None = None
+    """It draws trials as others end."""
     store_silent_since: float | None = None
     spent: list[str] = field(default_factory=list)
     """Trials that have ended and whose checkpoints this sweep does not want."""
     next_drop: float = 0.0
+    trials: dict[int, sweeps.Trial] = field(init=False)
+    """By position, also those drawn meanwhile."""
+
+    def __post_init__(self) -> None:
+        self.trials = {trial.position: trial for trial in self.sweep.trials}
 
     def run(self) -> bool:
         """Whether the sweep was cancelled."""
+        to_draw = self.sweep.to_draw
         self._say(
-            f"{self.sweep.name}: {len(self.planned.to_run)} of {len(self.sweep.trials)} trials to run; starting Ray"
+            f"{self.sweep.name}: {len(self.planned.to_run)} of {len(self.sweep.trials)} trials to run"
+            f"{f', {to_draw:,} more to be drawn' if to_draw else ''}; starting Ray"
         )
         self._tell_shared()
         job = Job(
             sweep=self.sweep, orders=self._orders(), fence=self.writer.fence, store_uri=self.store.uri,
-            data_dir=None if self.data_dir is None else str(self.data_dir),
+            data_dir=None if self.data_dir is None else str(self.data_dir), judge=self._judge(),
         )  # fmt: skip
         with self._watched(), self.engine(job) as (crew, queue):
             self.signals.take_back()
@@ -264,11 +280,26 @@ class _Session:
 
     def _orders(self) -> list[Order]:
         held_back = self.sharing.held_back
-        orders = map(self._order_of, (trial.position for trial in self.planned.to_run))
-        return [replace(order, held_back=order.index in held_back) for order in orders]
+        stopped = {item.trial.position: item.stopped for item in self.planned.items if item.runs}
+        orders = map(self._order_of, stopped)
+        return [
+            replace(order, held_back=order.index in held_back, stopped=stopped[order.index]) for order in orders
+        ]  # fmt: skip
+
+    def _judge(self) -> Judge | None:
+        """The scheduler's, as far as earlier drivers of this sweep had brought it. What other sweeps have trained sets
+        no bar here: their results have no place in the order of ours.
+        """
+        judge = judge_of(self.sweep)
+        if judge is not None and any(row.epoch for row in self.ledger.rows.values()):
+            at = {row.trial_id: position for position, row in self.ledger.rows.items() if row.cached_from is None}
+            seen = [row for row in self.store.epoch_rows(self.sweep.name) if row.trial_id in at]
+            for row in sorted(seen, key=lambda row: (row.seq, row.epoch)):
+                judge.replay(at[row.trial_id], row.epoch, row.metrics)
+        return judge
 
     def _order_of(self, position: int) -> Order:
-        trial, row = self.sweep.trials[position], self.ledger.rows[position]
+        trial, row = self.trials[position], self.ledger.rows[position]
         settings = flatten(trial.config)
         return Order(
             index=position, trial_id=trial.trial_id, settings=settings, attempts=row.attempts, checkpoint=row.checkpoint
@@ -279,15 +310,14 @@ class _Session:
         left = {trial.position for trial in self.planned.to_run}
         drained = resubmitted = False
         silent_until = time.monotonic() + FORMING_S
+        self._draw(crew, left)
         while left and not (self.signals.stop or steering.stop):
             over = drained and not crew.in_hand()  # asked before the updates, so that none of them is missed
             for update in crew.updates(PERIOD_S):
                 silent_until = float("inf")
                 self._record(update)
-                if update.kind in ("ended", "withdrawn"):
-                    left.discard(update.index)
-                if update.kind == "paused" and update.index is not None:
-                    self.sharing.paused(crew, update.index)
+                if update.index is not None:
+                    self._heed(update.kind, update.index, crew, left, draw=not (drained or steering.cancelled))
             self._keep()
             if over:
                 break
@@ -310,6 +340,33 @@ class _Session:
             if time.monotonic() > silent_until:
                 silent_until = float("inf")
                 self._say(f"no worker group has formed in {FORMING_S:.0f} s: Ray is still starting it or has no room")
+
+    def _heed(self, kind: str, position: int, crew: Crew, left: set[int], *, draw: bool) -> None:
+        """What else follows when a trial rests or is over."""
+        if kind == "paused":
+            self.sharing.paused(crew, position)
+        if kind in ("ended", "withdrawn"):
+            left.discard(position)
+            if draw:
+                self._draw(crew, left, ended=position)
+
+    def _draw(self, crew: Crew, left: set[int], *, ended: int | None = None) -> None:
+        """As many trials as there are gangs, and no more: each further end makes the next draw wiser. What is drawn
+        hangs on nothing but the order in which trials ended.
+        """
+        if self.guide is None:
+            return
+        if ended is not None:
+            self.guide.ended(self.ledger.rows[ended])
+        while self.guide.open < crew.size() and (trials := self.guide.draw()):
+            for trial in trials:
+                row = self.ledger.open(planning.initial_row(trial, self.sweep), trial.config)
+                self.trials[trial.position] = trial
+                self.writer.put([row])
+                told = ", ".join(f"{name} {flatten(trial.config)[name]}" for name in self.sweep.search.ranges)
+                self.writer.event("drawn", told, trial_id=trial.trial_id)
+            left |= {trial.position for trial in trials}
+            crew.add(map(self._order_of, (trial.position for trial in trials)))
 
     def _part(self, crew: Crew, queue: Queue) -> None:
         """The end of the fleet: write what has arrived, send the gangs home, take what they still say."""
@@ -337,10 +394,14 @@ class _Session:
             self.writer.put([row])
             if update.state == "TERMINATED" and not self.ledger.keep_checkpoint:
                 self.spent.append(row.trial_id)
-        if update.kind != "epochs":
+        if update.kind == "epochs" and update.cause is not None:
+            self.writer.event("stopped", update.cause, trial_id=trial_id)
+        elif update.kind != "epochs":
             kind = update.state.lower() if update.state else update.kind
             text = update.cause or "all epochs trained" if update.kind == "ended" else update.text
-            self.writer.event(kind, text, trial_id=trial_id, cause=update.cause)
+            if update.state == "TERMINATED" and update.stopped_early:
+                kind, text = "saved", "as it was when it was stopped"
+            self.writer.event(kind, text, trial_id=trial_id, cause=None if kind == "saved" else update.cause)
 
     def _keep(self, *, force: bool = False) -> None:
         """Write what changed, and show it. A store that is away for a while costs no trial."""

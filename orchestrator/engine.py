@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from orchestrator import sweep as sweeps
 from orchestrator.dispatcher import NAMESPACE, Order, Retries, Update
 from orchestrator.roster import Offer
+from orchestrator.stopping import Judge
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,14 +28,17 @@ class Job:
     store_uri: str
     data_dir: str | None
     """Where the datasets lie: a folder, or a bucket."""
+    judge: Judge | None = None
+    """It stops trials early; it knows what earlier drivers have seen."""
 
 
 class Crew(Protocol):
-    """Those who train. Methods raise UnreachableError where they are lost, all of them; what those that bear a name of
-    the dispatcher's do is said there.
+    """Those who train: `size` gangs, each at one trial. Methods raise UnreachableError where they are lost, all of
+    them; what those that bear a name of the dispatcher's do is said there.
     """
 
     def updates(self, wait_s: float) -> list[Update]: ...
+    def size(self) -> int: ...
     def in_hand(self) -> int: ...
     def idle(self) -> int: ...
     def drain(self) -> None: ...
@@ -43,6 +47,7 @@ class Crew(Protocol):
     def resume(self) -> None: ...
     def cancel(self, indices: Iterable[int], cause: str) -> None: ...
     def retry(self, orders: Iterable[Order], text: str) -> None: ...
+    def add(self, orders: Iterable[Order]) -> None: ...
     def hold_back(self, indices: Iterable[int]) -> None: ...
     def release(self, indices: Iterable[int]) -> None: ...
     def withdraw(self, indices: Iterable[int], text: str) -> None: ...
@@ -75,10 +80,10 @@ def on_ray(job: Job) -> Iterator[tuple[Crew, Queue]]:
     with fleet.cluster(cpus=max(1, round(resources.workers * resources.cpus_per_worker))) as cluster:
         plan = _gang_plan(job, cluster.offer)
         cluster.offer.refuse_if_never(plan)
-        crew = fleet.Fleet(job.orders, plan, fence=job.fence, retries=retries_of(job.sweep))
+        crew = fleet.Fleet(job.orders, plan, fence=job.fence, retries=retries_of(job.sweep), judge=job.judge)
         crew.limit = None if resources.max_gangs == "auto" else resources.max_gangs
         # Tune cannot have more proxies later: machines that join by hand find work where max_gangs counts them in.
-        most = max(1, min(crew.limit or cluster.offer.room(plan), len(job.orders)))
+        most = max(1, min(crew.limit or cluster.offer.room(plan), len(job.orders) + job.sweep.to_draw))
         tuning = tune.Tuning(
             [(order.index, order.settings["optim.epochs"]) for order in job.orders],
             dispatcher=plan.dispatcher, namespace=plan.namespace, metric=job.sweep.scheduler.metric,

@@ -59,6 +59,7 @@ from orchestrator.dispatcher import NAMESPACE, SLOT, Dispatcher, Order, Retries,
 from orchestrator.errors import UnreachableError  # noqa: E402
 from orchestrator.gang import GangPlan  # noqa: E402
 from orchestrator.roster import ACCELERATOR, MARKET, Node, Offer, Scene, coming_of, decide  # noqa: E402
+from orchestrator.stopping import Judge  # noqa: E402
 
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 """Where `ray up` leaves its file on the head."""
@@ -172,11 +173,13 @@ def _folder_of_this_ray() -> Iterator[Path]:
 class Fleet:
     """A dispatcher and its gangs, as the driver sees them."""
 
-    def __init__(self, orders: Sequence[Order], plan: GangPlan, *, fence: int, retries: Retries) -> None:
+    def __init__(
+        self, orders: Sequence[Order], plan: GangPlan, *, fence: int, retries: Retries, judge: Judge | None = None
+    ) -> None:
         self.plan = plan
         actor = ray.remote(num_cpus=0, max_concurrency=100_000)(Dispatcher)
         self.dispatcher: Any = actor.options(name=plan.dispatcher, namespace=plan.namespace).remote(
-            orders, fence=fence, retries=retries
+            orders, fence=fence, retries=retries, judge=judge
         )
         self.limit: int | None = None
         """`max_gangs` of the sweep file."""
@@ -246,6 +249,10 @@ class Fleet:
     def drain(self) -> None:
         self._tell("drain")
 
+    def size(self) -> int:
+        """How many gangs there are, or are to be."""
+        return max(1, len(self._threads) - len(self._ended))
+
     def in_hand(self) -> int:
         """How many trials are being trained."""
         return int(self._tell("in_hand"))
@@ -268,6 +275,9 @@ class Fleet:
 
     def retry(self, orders: Iterable[Order], text: str) -> None:
         self._tell("retry", list(orders), text)
+
+    def add(self, orders: Iterable[Order]) -> None:
+        self._tell("add", list(orders))
 
     def hold_back(self, indices: Iterable[int]) -> None:
         self._tell("hold_back", list(indices))

@@ -18,13 +18,19 @@ class Ledger:
 
     rows: dict[int, TrialRow]
     """By position."""
-    configs: Mapping[int, TrialConfig]
+    configs: dict[int, TrialConfig]
     fence: int
     first_seq: int
     """Updates are numbered on from here, so that `seq` rises over all drivers of the sweep."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """Columns that are the same for all that this driver trains: commit, versions."""
     keep_checkpoint: bool = True
+
+    def open(self, row: TrialRow, config: TrialConfig) -> TrialRow:
+        """Begin the row of a trial that was not planned at first."""
+        self.configs[row.position] = config
+        self.rows[row.position] = row.replace(fence=self.fence, seq=self.first_seq)
+        return self.rows[row.position]
 
     def apply(self, update: Update) -> tuple[TrialRow, list[EpochRow]]:
         """The trial's new row and the rows of its epochs that an update about a trial stands for."""
@@ -50,7 +56,7 @@ class Ledger:
                     state=update.state, stopped_early=update.stopped_early, error=update.text or None,
                     error_cause=update.cause, error_kind=update.error_kind,
                     error_fingerprint=fingerprint(update.text) if update.state == "ERROR" else None,
-                    checkpoint=None if spent else row.checkpoint, logits=update.logits,
+                    checkpoint=None if spent else update.checkpoint or row.checkpoint, logits=update.logits,
                 )  # fmt: skip
         self.rows[update.index] = row
         return row, epochs
@@ -80,6 +86,8 @@ class Ledger:
 
     def _advanced(self, row: TrialRow, update: Update) -> TrialRow:
         row = row.replace(checkpoint=update.checkpoint or row.checkpoint)
+        if update.stopped_early:  # with the epochs that decided it: a driver killed before the trial's end knows of it
+            row = row.replace(stopped_early=True, error_cause=update.cause)
         if not update.epochs:  # a checkpoint in the middle of one
             return row
         best, best_epoch, metrics = row.best_top1, row.best_epoch, row.metrics

@@ -240,7 +240,8 @@ def _verdict(summary: Mapping[str, Any]) -> Text:
     actions = summary["actions"]
     runs = [f"{actions[name]:,} {_ACTIONS[name]}" for name in _TO_RUN if name in actions]
     rest = [f"{count:,} {_ACTIONS[name]}" for name, count in actions.items() if name not in _TO_RUN]
-    line = Text("To run: ").append(f"{summary['to_run']:,}", style=f"{STRONG} {BUSY}")
+    line = Text("To run: ").append(f"{summary['to_run'] + summary['to_draw']:,}", style=f"{STRONG} {BUSY}")
+    runs += [f"{summary['to_draw']:,} to be drawn"] if summary["to_draw"] else []
     line.append(f" ({', '.join(runs)})" if runs else ", nothing is missing")
     line.append(f" · {', '.join(rest)}" if rest else "", style=FAINT)
     epochs = plural(summary["epochs_to_run"], "epoch")
@@ -279,7 +280,7 @@ def planned_trials(items: Sequence[PlannedTrial], names: Mapping[str, str], widt
 
 def settings(sweep: Sweep, width: int) -> Text:
     """Every setting of a sweep's trials: its value, where it comes from, what it means."""
-    common = flatten(sweep.trials[0].config)
+    common = flatten(sweep.examples[0].config)
     lines = []
     for name, spec in leaves():
         value = common[name] if sweep.origins.get(name) != "varies" else Text("varies", style=BUSY)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mixmo_core.config import flatten, ineffective, parts
 from mixmo_core.cost import checkpoint_bytes, logits_bytes, parameters, trial_flops
+from orchestrator import searching
 from orchestrator.errors import RefusedError
 from orchestrator.rows import FINAL, TrialRow, config_columns
 from orchestrator.sweep import Sweep, Trial
@@ -47,9 +48,14 @@ class PlannedTrial:
     def runs(self) -> bool:
         return self.action in RUNS
 
+    stopped: str | None = None
+    """Why a scheduler has stopped it, where its end is all that is left to be written."""
+
     @property
     def epochs_left(self) -> int:
         epochs = self.trial.config.optim.epochs
+        if self.stopped:
+            return 0
         return epochs - min(self.row.epoch if self.row else 0, epochs) if self.runs else 0
 
 
@@ -91,15 +97,22 @@ class Plan:
             "train_flops_to_run": sum(cell["train_flops_to_run"] for cell in cells),
             "removed": [row.trial_id for row in self.removed],
             "stale": [item.stale.trial_id for item in self.items if item.stale],
-            "notes": list(self.sweep.notes),
+            "to_draw": self.sweep.to_draw,
+            "notes": [*self.sweep.notes, *self._open_notes()],
             "storage": _storage(self, cells),
             "by_cell": cells,
         }
 
+    def _open_notes(self) -> list[str]:
+        to_draw, method = self.sweep.to_draw, self.sweep.search.method
+        told = f"search: {method} draws {to_draw:,} more trials as it goes, whose cost is not in these numbers"
+        return [told] if to_draw else []
+
 
 def against(store: ResultStore, sweep: Sweep, *, retry_failed: bool = False) -> Plan:
     """The plan, given all that a store holds: a trial that another sweep has finished is taken over."""
-    return make(sweep, store.all_trial_rows(sweep.name), retry_failed=retry_failed)
+    rows = store.all_trial_rows(sweep.name)
+    return make(searching.taken_up(sweep, rows), rows, retry_failed=retry_failed)
 
 
 def make(sweep: Sweep, rows: Iterable[TrialRow], *, retry_failed: bool = False) -> Plan:
@@ -158,14 +171,15 @@ def _judge(trial: Trial, known: _Known, sweep: Sweep, *, retry_failed: bool) -> 
     if held and held.state == "ERROR":
         cause = held.error_cause or "no cause is known"
         return PlannedTrial(trial, "retry" if retry_failed else "failed", held, f"failed: {cause}")
-    return _begin(trial, known)
+    return _begin(trial, known, scheduled=sweep.scheduler.method != "none")
 
 
-def _begin(trial: Trial, known: _Known) -> PlannedTrial:
+def _begin(trial: Trial, known: _Known, *, scheduled: bool) -> PlannedTrial:
     """For a trial that has to run: from where, and why."""
     held, stale, numerics = known.held, known.stale, _numerics(trial)
     if held and held.stopped_early:
-        return PlannedTrial(trial, "resume", held, f"a scheduler stopped it at epoch {held.epoch} of {held.epochs}")
+        told = f"a scheduler stopped it at epoch {held.epoch} of {held.epochs}"
+        return PlannedTrial(trial, "resume", held, told, stopped=(held.error_cause or told) if scheduled else None)
     if held and (held.epoch or held.checkpoint or held.attempts):
         return PlannedTrial(trial, "resume", held, f"epoch {held.epoch} of {held.epochs} is done")
     if stale and stale.numerics != numerics:

@@ -31,6 +31,8 @@ class Progress:
     done: int
     cached: int
     """Of those done: taken from another sweep."""
+    stopped_early: int
+    """Of those done: stopped by a scheduler before their last epoch."""
     running: int
     queued: int
     paused: int
@@ -62,6 +64,7 @@ def measure(snapshot: Snapshot, now: datetime, *, driven: bool | None = True) ->
         total=len(rows),
         done=states["TERMINATED"],
         cached=sum(row.state == "TERMINATED" and row.cached_from is not None for row in rows),
+        stopped_early=sum(row.state == "TERMINATED" and row.stopped_early for row in rows),
         running=states["RUNNING"],
         queued=states["PENDING"],
         paused=states["PAUSED"],

@@ -133,11 +133,23 @@ class ResultTable:
     sweeps: tuple[str, ...] = ()
     commits: tuple[str, ...] = ()
     """Of the code that trained them; `+` where it had changes."""
+    stopped: int = 0
+    """Trials that a scheduler stopped early."""
+    with_stopped: bool = False
+    """Whether they count, with what they had reached."""
 
     @property
     def heading(self) -> str:
         """What stands above every form of it; empty where there is nothing to warn of."""
-        return heading(self.sweeps)
+        return "; ".join(filter(None, (heading(self.sweeps), self._told_of_stopped())))
+
+    def _told_of_stopped(self) -> str:
+        if not self.stopped:
+            return ""
+        trials = f"{self.stopped:,} trial{'' if self.stopped == 1 else 's'}"
+        if self.with_stopped:
+            return f"{trials} that a scheduler stopped early included, as they were when they stopped"
+        return f"without {trials} that a scheduler stopped early"
 
     # ---------------------------------------------------------------------------------------------------------- forms
 
@@ -200,7 +212,7 @@ class ResultTable:
         writer = csv.DictWriter(out, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(
-            {name: _words(value) for name, value in each.items()} | {"form": self.heading} for each in records
+            {name: _words(value) for name, value in each.items()} | {"form": heading(self.sweeps)} for each in records
         )
         return out.getvalue()
 

@@ -91,7 +91,7 @@ class Threads:
     @contextlib.contextmanager
     def engine(self, job: Job) -> Iterator[tuple["MadeCrew", "MadeQueue"]]:
         loop = _Loop()
-        desk = Dispatcher(job.orders, fence=job.fence, retries=retries_of(job.sweep))
+        desk = Dispatcher(job.orders, fence=job.fence, retries=retries_of(job.sweep), judge=job.judge)
         crew = MadeCrew(self, job, loop, desk)
         self.crews.append(crew)
         crew.form(self.gangs)
@@ -147,6 +147,8 @@ class MadeCrew:
         self._threads: list[threading.Thread] = []
         self._acknowledged = 0
         self._closed = False
+        self.closed = threading.Event()
+        """Set when the dispatcher takes nothing any more."""
         self.faults: list[BaseException] = []
         """What escaped a gang, which is a fault of this file."""
 
@@ -167,6 +169,9 @@ class MadeCrew:
             self.faults.append(error)
             self._loop.call(self.desk.gang_ended, name, repr(error))
 
+    def size(self) -> int:
+        return len(self._threads)
+
     def updates(self, wait_s: float) -> list[Update]:
         told: list[Update] = self._loop.call(self.desk.updates, self._acknowledged, wait_s)
         if told:
@@ -180,6 +185,7 @@ class MadeCrew:
             return []
         self._closed = True
         self._loop.call(self.desk.close)
+        self.closed.set()
         for thread in self._threads:
             thread.join(10)
         last: list[Update] = self._loop.call(self.desk.updates, self._acknowledged, 0.0)
@@ -209,6 +215,9 @@ class MadeCrew:
 
     def retry(self, orders: Iterable[Order], text: str) -> None:
         self._loop.call(self.desk.retry, list(orders), text)
+
+    def add(self, orders: Iterable[Order]) -> None:
+        self._loop.call(self.desk.add, list(orders))
 
     def hold_back(self, indices: Iterable[int]) -> None:
         self._loop.call(self.desk.hold_back, list(indices))

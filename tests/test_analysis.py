@@ -144,6 +144,29 @@ def test_only_trials_that_ran_to_their_end_count(changes: dict[str, Any], waitin
     assert "two of three trials finished" in text
 
 
+def test_trials_that_a_scheduler_stopped_are_told_of_in_the_heading_and_count_where_asked() -> None:
+    made = rows()
+    made[0] = made[0].replace(stopped_early=True)
+    left_out, included = table(made), table(made, with_stopped=True)
+    assert left_out.heading == "without 1 trial that a scheduler stopped early"
+    assert included.heading == "1 trial that a scheduler stopped early included, as they were when they stopped"
+    for each in (left_out, included):
+        assert each.heading in each.to_text()
+        assert f"**{each.heading}**" in each.to_markdown()
+        assert each.heading in each.to_latex("mixmo table")
+        assert json.loads(each.to_json())["heading"] == each.heading
+    assert (cell(left_out, None, 2, 2, "linear").n, cell(included, None, 2, 2, "linear").n) == (2, 3)
+    assert table(rows()).heading == table(rows(), with_stopped=True).heading == ""
+
+
+def test_at_an_epoch_by_its_number_whoever_reached_it_counts_stopped_or_not() -> None:
+    made = [trial(seed, epoch=9, state="TERMINATED", stopped_early=seed == 0) for seed in range(3)]
+    told = [epoch(row, 5) for row in made[:2]]
+    for with_stopped in (False, True):
+        found = table(made, at=5, epochs=told, with_stopped=with_stopped)
+        assert (found.heading, [each.n for each in found.cells.values()]) == ("", [2])
+
+
 def test_a_cell_that_has_not_begun_shows_how_many_are_planned() -> None:
     waiting = [trial(seed) for seed in range(3)]
     assert "... (0/3)" in table(waiting).to_text()

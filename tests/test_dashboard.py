@@ -179,6 +179,13 @@ def test_the_spread_of_a_cell_is_the_sample_deviation(values: list[float]) -> No
     assert cell.std == pytest.approx(statistics.stdev(values), abs=1e-12)
 
 
+def test_trials_that_were_stopped_early_are_done_and_said_to_be() -> None:
+    rows = [row(TrialConfig(seed=seed), state="TERMINATED", stopped_early=seed < 2, epoch=3) for seed in range(3)]
+    state = progress.measure(shot(rows), NOW)
+    assert (state.done, state.stopped_early, state.failed, state.status, state.fraction) == (3, 2, 0, "finished", 1.0)
+    assert "3 done (2 stopped early)" in counts(shot(rows), NOW)
+
+
 def test_results_count_whole_trials_only_and_begin_with_the_best() -> None:
     wide, narrow = ModelConfig(width=10), ModelConfig(width=2)
     rows = [

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from orchestrator import stopping
 from orchestrator.dispatcher import (
     REFORM_S,
     Assignment,
@@ -103,7 +104,8 @@ def test_a_checkpoint_in_the_middle_of_an_epoch_is_told_without_an_epoch() -> No
         assert desk.report(given.token, [report(1)], None) == "go on"
         assert (await waiting) == report(1)
         desk.stop(0)
-        assert desk.report(given.token, [], "later") == "drop"  # nor does a stop wait for the epoch's end
+        assert desk.report(given.token, [], "later") == "save"  # nor does a stop wait for the epoch's end
+        assert desk.give_back(given.token, None)
         assert await desk.result(0, 2) is None
         return await desk.updates(0, 0.0)
 
@@ -195,13 +197,94 @@ def test_a_drained_dispatcher_hands_out_nothing_more_and_a_closed_one_sends_gang
     assert asyncio.run(desk.next("gang-1", 0.0)) == "leave"
 
 
-def test_a_trial_that_the_scheduler_stops_ends_at_its_next_report_as_stopped_early() -> None:
-    desk = dispatcher(1)
+class Bar:
+    """A rule for tests: below so much a trial stops."""
+
+    def __init__(self, bar: float) -> None:
+        self.bar = bar
+        self.judged: list[tuple[int, int]] = []
+
+    def verdict(self, trial: int, epoch: int, value: float) -> stopping.Bar | None:
+        self.judged.append((trial, epoch))
+        return None if value >= self.bar else stopping.Bar(self.bar, "all of them")
+
+    def record(self, trial: int, epoch: int, value: float) -> None:
+        """It remembers nothing."""
+
+
+def judged(trials: int = 2, *, epochs: int = 4, orders: Sequence[Order] = ()) -> tuple[Dispatcher, Bar]:
+    """Trials stop below a top1 of 0.4."""
+    rule = Bar(0.4)
+    judge = stopping.Judge(lambda: rule, method="bar", metric="top1", sign=1)
+    for index in range(trials):
+        judge.add(index, {"optim.epochs": epochs})
+    desk = Dispatcher(orders or [order(i) for i in range(trials)], fence=7, retries=Retries(crash=1), judge=judge)
+    for index in range(trials):
+        desk.submit(index)
+    return desk, rule
+
+
+WHY = "bar: top1 0.3 at epoch 1, below 0.4: all of them"
+
+
+def test_a_trial_that_the_scheduler_stops_is_saved_and_ends_at_the_report_that_decides_it() -> None:
+    desk, _ = judged()
     token = take(desk).token
+    assert desk.report(token, [report(1, 0.3)], None) == "save"
+    assert desk.give_back(token, "key")
+    told = news(desk)
+    assert kinds(told) == [("started", 0, None), ("epochs", 0, None), ("ended", 0, "TERMINATED")]
+    assert [(each.stopped_early, each.cause, each.checkpoint) for each in told[1:]] == [
+        (True, WHY, None), (True, WHY, "key"),
+    ]  # fmt: skip
+    assert take(desk).order.index == 1  # nobody trains it again
+
+
+def test_the_last_epoch_stops_nobody_and_an_epoch_is_judged_once_in_whatever_attempt() -> None:
+    desk, rule = judged(1)
+    token = take(desk).token
+    assert [desk.report(token, [report(epoch)], None) for epoch in (1, 2)] == ["go on", "go on"]
+    token = take(desk).token  # a worker died
+    assert desk.report(token, [report(1, 0.1), report(2, 0.1)], None) == "go on"  # what it passed, it has passed
+    assert desk.report(token, [report(3)], None) == "go on"
+    assert desk.report(token, [report(4, 0.1)], None) == "go on"
+    assert desk.finish(token)
+    assert (news(desk)[-1].stopped_early, rule.judged) == (False, [(0, 1), (0, 2), (0, 3)])
+
+
+@pytest.mark.parametrize("how", ["lost", "gang", "failed", "abandoned"])
+def test_whatever_becomes_of_a_stopped_trial_while_it_is_saved_it_has_ended_as_stopped(how: str) -> None:
+    desk, _ = judged()
+    token = take(desk).token
+    assert desk.report(token, [report(1, 0.3)], None) == "save"
+    if how == "lost":
+        assert take(desk).order.index == 1
+    elif how == "gang":
+        desk.gang_ended(GANG, "gone")
+    elif how == "failed":
+        assert desk.fail(token, "Traceback", "a full disk")
+    else:
+        assert desk.abandon(token, "the store is away", "store")
+    (ended,) = [each for each in news(desk) if each.kind == "ended"]
+    assert (ended.index, ended.state, ended.stopped_early, ended.cause) == (0, "TERMINATED", True, WHY)
+
+
+def test_a_trial_whose_end_an_earlier_driver_could_not_write_ends_without_a_gang() -> None:
+    desk, _ = judged(orders=[replace(order(0), stopped=WHY), order(1)])
+    assert kinds(news(desk)) == [("ended", 0, "TERMINATED")]
+    assert take(desk).order.index == 1
+
+
+def test_a_trial_that_tune_gives_up_ends_at_its_next_report_unless_it_was_its_last() -> None:
+    desk = dispatcher(2)
+    tokens = [take(desk, f"gang-{i}").token for i in range(2)]
     desk.stop(0)
-    assert desk.report(token, [report(1)], None) == "drop"
-    ended = news(desk)[-1]
-    assert (ended.state, ended.stopped_early) == ("TERMINATED", True)
+    desk.stop(1)
+    assert desk.report(tokens[0], [report(1)], None) == "save"
+    assert desk.give_back(tokens[0], None)
+    assert desk.finish(tokens[1])
+    ended = [update for update in news(desk) if update.kind == "ended"]
+    assert [(each.state, each.stopped_early) for each in ended] == [("TERMINATED", True), ("TERMINATED", False)]
 
 
 def test_a_proxy_sees_each_epoch_once_although_an_attempt_repeats_some() -> None:

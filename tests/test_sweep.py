@@ -19,7 +19,8 @@ from orchestrator.errors import ExitCode
 from orchestrator.sweep import Sweep, SweepError, Trial, check_runnable, fields, load, parse
 from orchestrator.sweep import blocks as blocks_module
 from orchestrator.sweep.document import Faults, Node
-from orchestrator.sweep.sections import SECTIONS, Range
+from orchestrator.sweep.ranges import Range
+from orchestrator.sweep.sections import SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -636,7 +637,65 @@ BAD: dict[str, tuple[str, str]] = {
         drawn("optim.lr: {min: -1, max: 1}"),
         "search.ranges.optim.lr.min: must be a number, above 0 (got -1)",
     ),
-    "a range of words": (drawn("mixing.method: {min: 0, max: 1}"), "only settings that are numbers have a range"),
+    "a range of words": (
+        drawn("mixing.method: {min: 0, max: 1}"),
+        "x.yaml:11: search.ranges.mixing.method.min: only settings that are numbers have min; give this one `choices",
+    ),
+    "choices between limits": (
+        drawn("optim.lr: {choices: [0.1, 0.2], max: 1}"),
+        "search.ranges.optim.lr.max: goes with a range between",
+    ),
+    "choices on a scale": (
+        drawn("optim.lr: {choices: [0.1, 0.2], scale: log}"),
+        "search.ranges.optim.lr.scale: goes with a range between",
+    ),
+    "a choice that may not be": (
+        drawn("mixing.method: {choices: [sum, cutmx]}"),
+        "(got 'cutmx'); did you mean 'cutmix'?",
+    ),
+    "a choice twice": (drawn("mixing.method: {choices: [sum, sum]}"), "'sum' is listed twice"),
+    "no choice": (drawn("mixing.method: {choices: []}"), "search.ranges.mixing.method.choices: must be a list of at"),
+    "a draw of seeds": (drawn("seed: {min: 0, max: 9}"), "search.ranges.seed: seeds are listed under `seeds`"),
+    "steps on a log scale": (
+        drawn("optim.lr: {min: 0.1, max: 1, scale: log, step: 0.1}"),
+        "search.ranges.optim.lr.step: goes with a linear scale only",
+    ),
+    "a step beyond the range": (
+        drawn("optim.lr: {min: 0.1, max: 1, step: 2}"),
+        "search.ranges.optim.lr.step: must be at most max - min, 0.9",
+    ),
+    "half a step": (
+        drawn("optim.epochs: {min: 1, max: 9, step: 0.5}"),
+        "must be a whole number, as the setting is, got 0.5",
+    ),
+    "a condition on nothing": (
+        drawn("optim.lr: {min: 0.1, max: 1, when: 'model.widht == 1'}"),
+        "did you mean 'model.width'?",
+    ),
+    "an unknown part of a range": (
+        drawn("optim.lr: {min: 0.1, max: 1, log: true}"),
+        "search.ranges.optim.lr.log: no such key; allowed are min, max, scale, step, choices, when",
+    ),
+    "a draw that cannot be trained": (
+        add(
+            "search: {method: random, num_samples: 9, ranges: {data.batch_size: {choices: [31]}}}\n"
+            "resources: {workers: 2}"
+        ),
+        "resources.workers: must divide data.batch_size, 31 slots (got 2)",
+    ),
+    "a seed of a grid": (add("search: {seed: 3}"), "search.seed: belongs to a search that draws; method is grid"),
+    "comparing within nothing": (
+        add("scheduler: {method: asha, within: [model.widht]}"),
+        "x.yaml:11: scheduler.within: must be settings (got 'model.widht'); did you mean 'model.width'?",
+    ),
+    "a scheduler of the quick form": (
+        add("quick: {scheduler: {method: ahsa}}"),
+        "x.yaml:11: scheduler.method: must be 'none', 'asha', 'pbt' or",
+    ),
+    "rungs of another method": (
+        add("scheduler: {method: median, reduction_factor: 3}"),
+        "scheduler.reduction_factor: belongs to method asha; method is median",
+    ),
     "a range without end": (drawn("optim.lr: {min: 1}"), "search.ranges.optim.lr: max must be given"),
     "a range over what a grid varies": (drawn("model.subnetworks: {min: 1, max: 3}"), "the blocks vary it too"),
     "an unknown metric": (
@@ -823,8 +882,7 @@ def test_a_byte_order_mark_is_no_matter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rest", "told"),
     [
-        ("search: {method: random, num_samples: 2, ranges: {optim.lr: {min: 0.1, max: 1}}}\n", "search.method: random"),
-        ("scheduler: {method: asha}\n", "scheduler.method: asha"),
+        ("scheduler: {method: pbt}\n", "scheduler.method: pbt"),
         ("budget: {trials: 5}\n", "budget"),
         ("resources: {slots: 4}\n", "resources.slots: 4"),
         ("resources: {accelerator: A100}\n", "resources.accelerator: A100"),

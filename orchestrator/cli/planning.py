@@ -98,7 +98,7 @@ def run(
     sweep = _load(file, overrides, quick)
     planned = planning.against(ResultStore.open(results), sweep, retry_failed=retry_failed)
     talk = streams.console(stderr=True)
-    if planned.to_run:
+    if planned.to_run or planned.sweep.to_draw:
         check_runnable(sweep)
         talk.print(pages.plan(planned.summary(), _cell_names(planned), talk.width))
         if (

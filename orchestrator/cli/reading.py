@@ -138,13 +138,17 @@ def table(
     no_ensembles: Annotated[
         bool, typer.Option("--no-ensembles", help="Leave out the ensembles that the sweep file names.")
     ] = False,
+    with_stopped: Annotated[
+        bool, typer.Option("--with-stopped", help="Count trials that a scheduler stopped early, too.")
+    ] = False,
     format: Annotated[Format, typer.Option("--format", help="How to print it.")] = "terminal",
     results: Results = "results",
     as_json: Json = False,
 ) -> None:
     """Mean, deviation and number of seeds of every cell.
 
-    Only finished trials count; a cell that lacks some is marked. Without --rows, the lines are the labels and the
+    Only finished trials count; a cell that lacks some is marked, and a heading tells of trials that a scheduler
+    stopped early. Without --rows, the lines are the labels and the
     settings that vary. Differences from the baseline are tested, paired where the seeds are the same. Ensembles that
     the sweep file names stand below, made from the trials' stored logits. Published numbers that it gives stand beside
     the cell that has their settings, or below; a sweep that was run with --quick is headed so, and has none.
@@ -171,11 +175,13 @@ def table(
         baseline=baseline or _baseline({name: each.baseline for name, each in asked.items()}, trials),
         published=[each for name, one in asked.items() if not is_quick(name) for each in one.published],
         confidence=ci / 100,
+        with_stopped=with_stopped,
     )
     options = {"--rows": rows, "--cols": cols, "--metric": metric, "--at": at, "--baseline": baseline or "",
                "--ci": f"{ci:g}"}  # fmt: skip
     given = [f"{name}={value}" for name, value in options.items() if value and value not in ("top1", "last", "95")]
-    words = ["mixmo", "table", *sweep, *given, *(["--no-ensembles"] if no_ensembles else []), "--format=latex"]
+    flags = [*(["--no-ensembles"] if no_ensembles else []), *(["--with-stopped"] if with_stopped else [])]
+    words = ["mixmo", "table", *sweep, *given, *flags, "--format=latex"]
     shapes: dict[str, Callable[[], str]] = {
         "terminal": lambda: made.to_text(streams.width()),
         "markdown": made.to_markdown, "csv": made.to_csv, "json": made.to_json,

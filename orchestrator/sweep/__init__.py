@@ -8,20 +8,23 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from orchestrator.errors import SweepError
-from orchestrator.sweep.blocks import Block, Expansion, Rule, Trial, read_block, read_rule
+from orchestrator.sweep.blocks import Block, Expansion, OpenCell, Trial, read_block
 from orchestrator.sweep.document import Faults, Node, nearest, read, read_value, show
 from orchestrator.sweep.fields import MISSING, Exchange, Given, Reader, settings
+from orchestrator.sweep.ranges import Draw, Range, Space, at_random, corners
+from orchestrator.sweep.rules import Rule, read_rule
 from orchestrator.sweep.schema import json_schema
 from orchestrator.sweep.sections import (
+    IN_QUICK,
     SECTIONS,
     Budget,
     Checkpoints,
     Ensemble,
     Price,
     Published,
-    Range,
     Resources,
     Retry,
     Scheduler,
@@ -34,7 +37,8 @@ from orchestrator.sweep.sections import (
 )  # fmt: skip
 
 __all__ = [
-    "Budget", "Checkpoints", "Ensemble", "Price", "Published", "Range", "Resources", "Retry", "Scheduler", "Search",
+    "Budget", "Checkpoints", "Draw", "Ensemble", "OpenCell", "Price", "Published", "Range", "Resources", "Retry",
+    "Scheduler", "Search",
     "Shown", "Sweep", "SweepError", "Trial", "check_runnable", "is_quick", "json_schema", "load", "not_runnable",
     "parse", "shown",
 ]  # fmt: skip
@@ -49,6 +53,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,99}")
 class Sweep:
     name: str
     trials: tuple[Trial, ...]
+    """Of a search that draws as it goes, those that it has drawn so far (`searching.taken_up`)."""
     varied: tuple[str, ...]
     """The settings that differ between trials in which they have an effect, the seed apart."""
     seeds: tuple[int, ...]
@@ -73,6 +78,19 @@ class Sweep:
     """Where each setting comes from: `default`, `varies`, or a place such as `sweeps/width.yaml:4`."""
     notes: tuple[str, ...]
     """What is allowed but probably not meant, such as an `exclude` that excludes nothing."""
+    open_cells: tuple[OpenCell, ...] = ()
+    """Where the search draws as it goes."""
+
+    @property
+    def examples(self) -> tuple[Trial, ...]:
+        """The trials, and of cells that are drawn as it goes those with the greatest values."""
+        *_, most = corners()
+        return (*self.trials, *(trial for cell in self.open_cells for trial in cell.trials(most)))
+
+    @property
+    def to_draw(self) -> int:
+        """How many trials such a search may still draw."""
+        return max(0, len(self.open_cells) * (self.search.num_samples or 0) * len(self.seeds) - len(self.trials))
 
 
 def load(path: str | Path, *, overrides: Sequence[str] = (), quick: bool = False) -> Sweep:
@@ -167,23 +185,30 @@ class _Parser:
         blocks, excludes, seeds = self._blocks(), self._excludes(), self._seeds()
         sections = {key: read_section(key, self.top.get(key), self.reader) for key in SECTIONS}
         labels = tuple(dict.fromkeys(block.label for block in blocks if block.label))
+        search: Search | None = sections["search"]
+        base = self._held_out(base, sections["scheduler"], search)
         published = read_published(self.top.get("published"), self.reader)
-        self._hold_limit(blocks, seeds)
+        self._hold_limit(blocks, seeds, search)
         self.faults.raise_any()
         baseline = self._baseline(labels)
         expansion = Expansion(
             base, over, excludes, seeds, self._workers(sections["resources"]), self.faults, exchanges,
-            self.members,
+            self.members, space=Space(search.ranges, self.top["search"].place) if search and search.ranges else Space(),
+            draws=[at_random(search.seed, number) for number in range(search.num_samples or 0)] if search else (),
         )  # fmt: skip
-        trials = expansion.trials(blocks)
+        is_open = search is not None and search.method == "optuna"
+        open_cells = expansion.open_cells(blocks) if is_open else ()
+        trials = () if is_open else expansion.trials(blocks)
         ensembles = read_ensembles(self.top.get("ensembles"), {*labels, *expansion.methods()}, self.reader)
-        self._check_whole(trials, sections["scheduler"], sections["search"], expansion.varied())
+        self._check_whole(trials, open_cells, sections["scheduler"], sections["search"], blocks)
         self.faults.raise_any()
+        varied = expansion.varied() if trials else _varied_by(blocks, sections["search"])
         return Sweep(
-            name=name, trials=trials, varied=expansion.varied(), seeds=seeds, labels=labels, baseline=baseline,
+            name=name, trials=trials, varied=varied, seeds=seeds, labels=labels, baseline=baseline,
             **sections, ensembles=ensembles, published=published, quick=quick, overrides=overrides, text=text,
-            source=self.source, origins=_origins(base, over, exchanges, blocks),
-            notes=(*expansion.notes(blocks), *self._notes(ensembles, seeds, sections["search"])),
+            source=self.source, origins=_origins(base, over, exchanges, blocks, sections["search"]),
+            notes=(*expansion.notes(blocks), *self._notes(ensembles, seeds, sections, trials or open_cells)),
+            open_cells=open_cells,
         )  # fmt: skip
 
     def _missing(self, key: str, why: str) -> None:
@@ -217,6 +242,9 @@ class _Parser:
         seeds = entries.pop("seeds", None)
         if seeds:
             self._seeds_of(seeds, "quick.seeds")
+        for key in IN_QUICK:
+            if key in entries:
+                self._quick_section(key, entries.pop(key), asked=asked)
         exchanges: dict[str, Exchange] = {}
         given = self.reader.given(Node(entries, node.place), "quick", exchanges)
         if seed := given.get("seed") or exchanges.get("seed"):
@@ -224,6 +252,16 @@ class _Parser:
         if asked and seeds:
             self.top["seeds"], self.members = seeds, self._members()
         return (given, exchanges) if asked else ({}, {})
+
+    def _quick_section(self, key: str, node: Node, *, asked: bool) -> None:
+        """Keys of a section, laid over those that the file gives."""
+        over = self.reader.mapping(node, f"quick.{key}")
+        before = self.top.get(key, Node({}, node.place))
+        laid = Node({**(before.value if isinstance(before.value, dict) else {}), **over}, node.place)
+        if asked:
+            self.top[key] = laid
+        else:
+            read_section(key, laid, self.reader)
 
     def _overrides(self, overrides: Sequence[str]) -> Given:
         given: Given = {}
@@ -313,8 +351,9 @@ class _Parser:
 
     # ------------------------------------------------------------------------------------- the sweep taken as a whole
 
-    def _hold_limit(self, blocks: Sequence[Block], seeds: Sequence[int]) -> None:
-        count = sum(block.size for block in blocks) * len(seeds)
+    def _hold_limit(self, blocks: Sequence[Block], seeds: Sequence[int], search: Search | None) -> None:
+        draws = (search.num_samples if search else None) or 1
+        count = sum(block.size for block in blocks) * len(seeds) * draws
         if count > MOST_TRIALS:
             place = self.top["blocks"].place if "blocks" in self.top else self.source
             self.faults.add(place, "blocks", f"{count:,} trials, of at most {MOST_TRIALS:,}; split the sweep")
@@ -331,35 +370,76 @@ class _Parser:
             found[each.of] = max(found.get(each.of, 0), *each.members, 0)
         return found
 
+    def _held_out(self, base: Given, scheduler: Scheduler | None, search: Search | None) -> Given:
+        """Whoever chooses among trials does it by images that are held out, unless the file says otherwise."""
+        chosen = [key for key, each in (("scheduler", scheduler), ("search", search)) if _chooses(each)]
+        if not chosen or "evaluate.split" in base:
+            return base
+        place = self.top[chosen[0]].place
+        return {**base, "evaluate.split": Node("validation", f"{place} ({chosen[0]})")}
+
     def _check_whole(
-        self, trials: Sequence[Trial], scheduler: Scheduler, search: Search, varied: Sequence[str]
-    ) -> None:
+        self, trials: Sequence[Trial], cells: Sequence[OpenCell], scheduler: Scheduler, search: Search,
+        blocks: Sequence[Block],
+    ) -> None:  # fmt: skip
         """What only the trials and the sections together can show."""
-        if not trials and not self.faults.lines:
+        if not trials and not cells and not self.faults.lines:
             self.faults.add(self.source, "", "no trial is left; see the blocks' `when`, and `exclude`")
         shortest = min((trial.config.optim.epochs for trial in trials), default=scheduler.grace_epochs)
         if scheduler.method != "none" and scheduler.grace_epochs > shortest:
             told = f"must be at most the epochs of every trial, {shortest} (got {scheduler.grace_epochs})"
             self.faults.add(self.top["scheduler"].place, "scheduler.grace_epochs", told)
         for name in search.ranges:
-            if name in varied:
+            if any(name in block.varied for block in blocks):
                 self.faults.add(self.top["search"].place, f"search.ranges.{name}", "the blocks vary it too; give one")
 
-    def _notes(self, ensembles: Sequence[Ensemble], seeds: Sequence[int], search: Search) -> list[str]:
+    def _notes(
+        self,
+        ensembles: Sequence[Ensemble],
+        seeds: Sequence[int],
+        sections: Mapping[str, Any],
+        trials: Sequence[Trial | OpenCell],
+    ) -> list[str]:
         notes = []
         most = max((count for each in ensembles for count in each.members), default=0)
         if most > len(seeds) and not self.members:
             told = f"{most} members need as many seeds, not {len(seeds)}"
             notes.append(f"{self.top['ensembles'].place}: ensembles: {told}")
-        if search.method != "grid":
+        if (search := sections["search"]).method != "grid":
             notes.append(
                 f"{self.top['search'].place}: search: each cell stands for {search.num_samples} draws of ranges"
             )
+        for key in (key for key in ("search", "scheduler") if _chooses(sections[key])):
+            if any(_split(trial) == "test" for trial in trials):
+                notes.append(
+                    f"{self.top[key].place}: {key}: it chooses by test images, so what it finds looks better than it "
+                    f"is; evaluate.split: validation chooses by others"
+                )
         return notes
 
 
-def _origins(base: Given, over: Given, exchanges: Mapping[str, Exchange], blocks: Sequence[Block]) -> dict[str, str]:
-    varied = {name for block in blocks for name in block.varied} | {"seed"}
+def _chooses(section: Scheduler | Search | None) -> bool:
+    """Whether trials are chosen by what they reach."""
+    return section is not None and section.method not in ("none", "grid")
+
+
+def _split(trial: Trial | OpenCell) -> str:
+    """By which images a trial is measured."""
+    if isinstance(trial, Trial):
+        return trial.config.evaluate.split
+    return next((each.config.evaluate.split for each in trial.trials(at_random(0, 0))), "")
+
+
+def _varied_by(blocks: Sequence[Block], search: Search) -> tuple[str, ...]:
+    """Where no trial is known yet, all that may differ."""
+    names = {*search.ranges, *(name for block in blocks for name in block.varied)}
+    return tuple(name for name in settings() if name in names)
+
+
+def _origins(
+    base: Given, over: Given, exchanges: Mapping[str, Exchange], blocks: Sequence[Block], search: Search
+) -> dict[str, str]:
+    varied = {name for block in blocks for name in block.varied} | {"seed", *search.ranges}
     placed = {name: node.place for name, node in base.items()} | {name: each.place for name, each in exchanges.items()}
     placed |= dict.fromkeys(varied, "varies")
     return dict.fromkeys(settings(), "default") | placed | {name: node.place for name, node in over.items()}
@@ -378,8 +458,7 @@ def check_runnable(sweep: Sweep) -> None:
 def not_runnable(sweep: Sweep) -> list[str]:
     """What the sweep asks for and a run cannot honour yet, a line for each."""
     wanted = {
-        f"search.method: {sweep.search.method}": sweep.search.method != "grid",
-        f"scheduler.method: {sweep.scheduler.method}": sweep.scheduler.method != "none",
+        "scheduler.method: pbt": sweep.scheduler.method == "pbt",
         "budget": sweep.budget != Budget(),
         f"resources.slots: {sweep.resources.slots}": sweep.resources.slots not in ("auto", 1),
     }

@@ -1,21 +1,21 @@
 """The blocks of a sweep file and their trials: grids crossed, lists paired, rules applied, seeds in turn."""
 
-import dataclasses
 import functools
 import itertools
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, get_origin
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mixmo_core.config import TrialConfig, flatten, identity, ineffective, unflatten
 from mixmo_core.config import cell_id as cell_id_of
 from mixmo_core.config import digest as digest_of
 from orchestrator.sweep.document import Faults, Node, show
-from orchestrator.sweep.expression import Condition, Kind, Variable, compile_condition
-from orchestrator.sweep.fields import MISSING, Exchange, Field, Given, Reader, settings
+from orchestrator.sweep.fields import MISSING, Exchange, Given, Reader, settings
+from orchestrator.sweep.ranges import Draw, Range, Space, corners
+from orchestrator.sweep.rules import Rule, read_rule
 
 _BLOCK_KEYS = ("label", "set", "grid", "zip", "when")
 
@@ -42,19 +42,6 @@ class Trial:
     @functools.cached_property
     def cell_id(self) -> str:
         return cell_id_of(self.config, self.workers)
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A condition and where it stands."""
-
-    condition: Condition
-    place: str
-    path: str
-
-    @property
-    def key(self) -> str:
-        return f"{self.place} {self.condition.text}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,32 +121,6 @@ def _hold_apart(kinds: Mapping[str, Mapping[str, Any]], node: Node, path: str, f
             faults.add(node.value[kind].place, f"{path}.{kind}.seed", "seeds are listed under `seeds`, for all blocks")
 
 
-def read_rule(node: Node, path: str, reader: Reader) -> Rule | None:
-    text = reader.text(node, path)
-    if text is None:
-        return None
-    try:
-        return Rule(compile_condition(text, _variables()), node.place, path)
-    except ValueError as error:
-        reader.faults.add(node.place, path, f"{show(text)}: {error}")
-        return None
-
-
-@functools.cache
-def _variables() -> dict[str, Variable]:
-    return {name: _variable(name, each) for name, each in settings().items()}
-
-
-def _variable(name: str, setting: Field) -> Variable:
-    if setting.hint in (int, float):
-        kind: Kind = "number"
-    elif get_origin(setting.hint) is tuple:
-        kind = "list"
-    else:
-        kind = "text" if setting.is_text else "count"
-    return Variable(kind, functools.partial(setting.refuses, name.rpartition(".")[2]))
-
-
 # ----------------------------------------------------------------------------------------------------------- expanding
 
 
@@ -180,6 +141,10 @@ class _Cell:
         return self.given[name].value if name in self.given else settings()[name].default
 
 
+def _nothing(name: str, each: Range) -> Any:
+    raise AssertionError(f"{name} is not drawn")
+
+
 @dataclass(slots=True)
 class Expansion:
     base: Given
@@ -192,14 +157,21 @@ class Expansion:
     """Values that others stand for; `over` goes before them."""
     members: Mapping[str, int] = field(default_factory=dict)
     """By label or mixing method: cells that need so many seeds at least, for the ensembles that are made of them."""
+    space: Space = field(default_factory=Space)
+    draws: Sequence[Draw] = ()
+    """Each cell is built once for each of these; where the space is empty, once."""
     found: dict[str, Trial] = field(default_factory=dict)
     """By trial id, in order."""
     applied: Counter[str] = field(default_factory=Counter)
     """How many trials each rule left out and each block gave, by place."""
 
     def trials(self, blocks: Sequence[Block]) -> tuple[Trial, ...]:
-        """Breadth first: every cell with the first seed, then every cell with the second."""
-        cells = [_Cell(block, self._given(block, chosen)) for block in blocks for chosen in block.cells()]
+        """Breadth first: every cell with the first seed, then every cell with the second. Of a random search every
+        cell gets its first draw before any gets its second, and all draws the first seed before any gets the second.
+        """
+        each = [(block, chosen) for block in blocks for chosen in block.cells()]
+        draws = self.draws if self.space.ranges else (_nothing,)
+        cells = [_Cell(block, self._given(block, chosen, draw)) for draw in draws for block, chosen in each]
         least = [(cell, self._least(cell)) for cell in cells]
         for number, seed in enumerate(self._seeds(max((count for _, count in least), default=1))):
             for cell, count in least:
@@ -207,7 +179,19 @@ class Expansion:
                     self._place(cell, seed)
         return tuple(self.found.values())
 
-    def _given(self, block: Block, chosen: Given) -> Given:
+    def open_cells(self, blocks: Sequence[Block]) -> tuple["OpenCell", ...]:
+        """The cells, for a search that draws as it goes. What cannot be trained at an end of the ranges is a fault."""
+        cells = [
+            OpenCell(replace(block, fixed=chosen, axes=()), self) for block in blocks for chosen in block.cells()
+        ]  # fmt: skip
+        for cell in cells:
+            for draw in corners():
+                self.draws = (draw,)
+                self.trials([cell.block])
+        self.found, self.draws = {}, ()
+        return tuple(cells)
+
+    def _given(self, block: Block, chosen: Given, draw: Draw) -> Given:
         given = self.base | block.fixed | chosen
         for name, exchange in self.exchanges.items():
             before = given[name].value if name in given else settings()[name].default
@@ -216,7 +200,7 @@ class Expansion:
             elif name not in self.over:
                 told = f"`from` lacks {show(before)}, which {block.path} has; it must list every value"
                 self.faults.add(exchange.place, f"quick.{name}", told)
-        return given | self.over
+        return given | self.space.draw(given | self.over, draw) | self.over
 
     def _least(self, cell: _Cell) -> int:
         """How many seeds the cell gets."""
@@ -284,7 +268,7 @@ class Expansion:
         whole = digest_of({**cell.decides, "seed": seed})
         held = self.found.get(whole[:12])
         if held is None:
-            config = cell.config if cell.config.seed == seed else dataclasses.replace(cell.config, seed=seed)
+            config = cell.config if cell.config.seed == seed else replace(cell.config, seed=seed)
             trial = Trial(config, cell.block.label, self.workers.value, len(self.found))
             # Where the cached properties would put them: hashing each trial anew doubles the time of a large sweep.
             vars(trial).update(digest=whole, cell_id=cell.cell_id)
@@ -319,3 +303,19 @@ class Expansion:
             if not self.applied[block.path]
         ]
         return tuple(notes)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenCell:
+    """A cell of a search that draws as it goes, from what it has learned."""
+
+    block: Block
+    """With one value for each setting."""
+    _expansion: Expansion
+
+    def trials(self, draw: Draw) -> tuple[Trial, ...]:
+        """The cell's trials with this draw, one for each seed; none where a rule leaves the draw out or the settings
+        cannot be trained together. Their positions count from 0.
+        """
+        expansion = replace(self._expansion, draws=(draw,), found={}, applied=Counter(), faults=Faults())
+        return expansion.trials([self.block])

@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args, get_origin
 from mixmo_core.config import RECIPES
 from mixmo_core.metrics import METRICS
 from orchestrator.sweep.fields import UNIONS, Field, fields_of, settings
-from orchestrator.sweep.sections import MEMBERS, SECTIONS, metric_field
+from orchestrator.sweep.ranges import SCALE, STEP
+from orchestrator.sweep.sections import IN_QUICK, MEMBERS, SECTIONS, metric_field
 
 Schema = dict[str, Any]
 
@@ -48,7 +49,10 @@ def json_schema() -> Schema:
         **{key: _section(key, kind) for key, kind in SECTIONS.items()},
         "ensembles": {**_list(_object(_ENSEMBLE, required=("of", "members"))), "description": "Of finished seeds."},
         "published": {**_list(_published()), "description": "Numbers from a paper, told beside ours."},
-        "quick": _given({"seeds": _SEEDS}, "Laid over all of it by --quick.", exchanged=True),
+        "quick": _given(
+            {"seeds": _SEEDS, **{key: _section(key, SECTIONS[key]) for key in IN_QUICK}},
+            "Laid over all of it by --quick.", exchanged=True,
+        ),
     }  # fmt: skip
     head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "A sweep of MixMo trainings"}
     definitions = {name: of_field(field) for name, field in settings().items()}
@@ -73,10 +77,14 @@ def _published() -> Schema:
 def _section(key: str, kind: Any) -> Schema:
     properties = {name: of_field(field) for name, field in fields_of(kind).items()}
     if any(spec.name == "ranges" for spec in dataclasses.fields(kind)):
-        scale: Schema = {"enum": ["linear", "log"]}
-        ends = {"min": {"type": "number"}, "max": {"type": "number"}, "scale": scale}
-        properties["ranges"] = {"type": "object", "description": "Settings with limits, to be drawn between.",
+        ends = {"min": {"type": "number"}, "max": {"type": "number"}, "scale": of_field(SCALE), "step": of_field(STEP),
+                "choices": {"type": "array", "minItems": 1, "description": "Values to choose from, instead of limits."},
+                "when": {**_TEXT, "description": "A condition: drawn only where it holds."}}  # fmt: skip
+        properties["ranges"] = {"type": "object", "description": "Settings to be drawn: limits, or choices.",
                                 "additionalProperties": {"anyOf": [_object(ends), {"type": "object"}]}}  # fmt: skip
+    if any(spec.name == "within" for spec in dataclasses.fields(kind)):
+        properties["within"] = {**_list({"enum": [*settings()]}),
+                                "description": "Settings: only trials of the same values are compared."}  # fmt: skip
     return _object(properties) | {"description": f"The section {key}."}
 
 

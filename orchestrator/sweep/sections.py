@@ -10,6 +10,7 @@ from mixmo_core.config import RECIPES, Setting
 from mixmo_core.metrics import BY_NAME
 from orchestrator.sweep.document import Node, nearest, show
 from orchestrator.sweep.fields import MISSING, Field, Given, Reader, fields_of, settings
+from orchestrator.sweep.ranges import Range, read_ranges
 
 
 def _key(default: Any, meaning: str, **limits: Any) -> Any:
@@ -82,28 +83,16 @@ class Retry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Range:
-    """Values between two limits, for a search that draws them."""
-
-    min: float
-    max: float
-    scale: Literal["linear", "log"] = "linear"
-
-    def __post_init__(self) -> None:
-        if not self.min < self.max:
-            raise ValueError(f"min must be below max, got {self.min:g} and {self.max:g}")
-        if self.scale == "log" and self.min <= 0:
-            raise ValueError(f"min must be above 0 on a log scale, got {self.min:g}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Search:
     method: Literal["grid", "random", "optuna"] = _key("grid", "How configs are chosen.")
-    num_samples: int | None = _key(None, "How many are drawn from the ranges.", at_least=1)
+    num_samples: int | None = _key(None, "How many are drawn from the ranges, for each cell of the blocks.", at_least=1)
+    seed: int = _key(0, "Decides the draws.", at_least=0)
     ranges: Mapping[str, Range] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         drawn = {"num_samples": self.num_samples, "ranges": self.ranges}
+        if self.method == "grid" and self.seed:
+            raise ValueError("seed belongs to a search that draws; method is grid")
         for name, given in drawn.items():
             if self.method == "grid" and given:
                 raise ValueError(f"{name} belongs to a search that draws; method is grid")
@@ -117,8 +106,16 @@ class Scheduler:
     metric: str = _key("top1", "What decides, for schedulers and searches.")
     mode: Literal["max", "min"] | None = _key(None, "Left out: max where higher is better, min where lower is.")
     grace_epochs: int = _key(1, "Epochs that every trial gets.", at_least=1)
+    reduction_factor: float = _key(4.0, "asha: one in so many goes on at each rung; rungs are grace_epochs * "
+                                   "reduction_factor^k epochs.", above=1)  # fmt: skip
+    min_trials: int = _key(3, "median: so many others must have come as far before any trial is stopped.", at_least=1)
+    within: tuple[str, ...] = ()
+    """Settings: a trial is compared with those only that have the same values."""
 
     def __post_init__(self) -> None:
+        for name, method in (("reduction_factor", "asha"), ("min_trials", "median")):
+            if self.method not in ("none", method) and getattr(self, name) != fields_of(Scheduler)[name].default:
+                raise ValueError(f"{name} belongs to method {method}; method is {self.method}")
         deciding = [metric.name for metric in BY_NAME.values() if metric.better]
         if self.metric not in deciding:
             raise ValueError(f"metric must be one of {', '.join(deciding)}, got {show(self.metric)}"
@@ -163,6 +160,10 @@ SECTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
+IN_QUICK = ("search", "scheduler")
+"""The sections of which `quick` may lay keys over: how many draws and epochs there are decides what fits."""
+
+
 def section_keys() -> list[str]:
     """`resources.workers` and its like, as `-S` names them."""
     return [f"{section}.{name}" for section, kind in SECTIONS.items() for name in fields_of(kind)]
@@ -182,7 +183,9 @@ def read_section(key: str, node: Node | None, reader: Reader) -> Any:
         name: reader.typed(fields[name], child, f"{key}.{name}") for name, child in entries.items() if name in fields
     }
     if "ranges" in entries:
-        given["ranges"] = _read_ranges(entries["ranges"], reader)
+        given["ranges"] = read_ranges(entries["ranges"], f"{key}.ranges", reader)
+    if "within" in entries:
+        given["within"] = _read_within(entries["within"], f"{key}.within", reader)
     return _made(kind, given, Node(entries, node.place), key, reader)
 
 
@@ -207,24 +210,14 @@ def _has_no_default(spec: "dataclasses.Field[Any]") -> bool:
     return spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
 
 
-def _read_ranges(node: Node, reader: Reader) -> Any:
-    """By dotted name; MISSING when one of them was refused."""
-    before = len(reader.faults.lines)
-    ranges: dict[str, Range] = {}
-    for name, child in reader.named(node, "search.ranges"):
-        path, setting = f"search.ranges.{name}", settings()[name]
-        if setting.hint not in (int, float) or name == "seed":
-            reader.faults.add(child.place, path, "only settings that are numbers have a range; list others in a grid")
-            continue
-        kinds = {"min": setting, "max": setting, "scale": _SCALE}
-        entries = reader.entries(child, path, kinds)
-        given = {key: reader.typed(kinds[key], each, f"{path}.{key}") for key, each in entries.items()}
-        if made := _made(Range, given, Node(entries, child.place), path, reader):
-            ranges[name] = made
-    return ranges if len(reader.faults.lines) == before else MISSING
-
-
-_SCALE = Field(Literal["linear", "log"], Setting("linear", "How values lie between the limits."))
+def _read_within(node: Node, path: str, reader: Reader) -> Any:
+    before, names = len(reader.faults.lines), []
+    for each in reader.elements(node, path):
+        name = reader.text(each, path)
+        if name is not None and name not in settings():
+            reader.faults.add(each.place, path, f"must be settings (got {show(name)}){nearest(name, settings())}")
+        names.append(name)
+    return tuple(names) if len(reader.faults.lines) == before else MISSING
 
 
 def read_ensembles(node: Node | None, groups: Collection[str] | None, reader: Reader) -> tuple[Ensemble, ...]:
