@@ -42,6 +42,12 @@ def plan(
     trials: Annotated[
         bool, typer.Option("--trials", help="Also print every trial, its index and what would become of it.")
     ] = False,
+    gangs: Annotated[
+        int | None,
+        typer.Option(
+            "--gangs", metavar="N", min=1, help="Tell when it ends with N trials at once. [default: the file's]"
+        ),
+    ] = None,
     quick: Quick = False,
     overrides: Overrides = None,
     results: Results = "results",
@@ -49,7 +55,8 @@ def plan(
 ) -> None:
     """What a run would do and what it costs. Changes nothing.
 
-    Trials whose results are there already, in this sweep or another, are not run again.
+    Trials whose results are there already, in this sweep or another, are not run again. Hours, money and time to the
+    end are told from what `mixmo calibrate` and the trials of the results took, for each kind of device among them.
     """
     light()
     from orchestrator import pages
@@ -59,7 +66,7 @@ def plan(
 
     sweep = _load(file, overrides, quick)
     planned = planning.against(ResultStore.open(results), sweep)
-    summary = planned.summary()
+    summary = planned.summary(gangs)
     summary["notes"] += not_runnable(sweep)
     if as_json:
         streams.print_json("plan", summary | {"by_trial": _by_trial(planned)})
