@@ -31,6 +31,8 @@ class _Layer:
     """An encoder: nothing before it needs its gradient."""
     statistics: int = 0
     """Running means and variances: numbers that are kept, but not trained."""
+    activations: int = 0
+    """Values that one slot leaves for the backward pass."""
 
 
 def _conv(inputs: int, outputs: int, kernel: int, size: int) -> _Layer:
@@ -38,23 +40,25 @@ def _conv(inputs: int, outputs: int, kernel: int, size: int) -> _Layer:
     return _Layer(weights, weights * size**2)
 
 
-def _norm(channels: int) -> _Layer:
-    return _Layer(2 * channels, 0, statistics=2 * channels)
+def _norm(channels: int, size: int) -> _Layer:
+    """Its own input is kept, and what it gives, cut off at 0, which the convolution after it reads."""
+    return _Layer(2 * channels, 0, statistics=2 * channels, activations=2 * channels * size**2)
 
 
 def _encoders(model: ModelConfig, data: Dataset, size: int) -> Iterator[_Layer]:
     one = _conv(data.channels, STEM_CHANNELS[model.arch], 3, size)
     count = model.subnetworks if model.encoders == "all" else model.encoders
     # A shared encoder has one set of weights and still reads all M images.
-    yield _Layer(one.parameters * count, one.macs * model.subnetworks, reads_images=True)
+    kept = model.subnetworks * (data.channels * data.size**2 + STEM_CHANNELS[model.arch] * size**2)
+    yield _Layer(one.parameters * count, one.macs * model.subnetworks, reads_images=True, activations=kept)
 
 
 def _block(inputs: int, outputs: int, stride: int, size: int, *, first_strided: bool) -> Iterator[_Layer]:
     """Two 3x3 convolutions, of which the first or the second carries the stride, and a shortcut where shapes differ."""
     reduced = -(-size // stride)
-    yield _norm(inputs)
+    yield _norm(inputs, size)
     yield _conv(inputs, outputs, 3, reduced if first_strided else size)
-    yield _norm(outputs)
+    yield _norm(outputs, reduced if first_strided else size)
     yield _conv(outputs, outputs, 3, reduced)
     if stride > 1 or inputs != outputs:
         yield _conv(inputs, outputs, 1, reduced)
@@ -68,7 +72,7 @@ def _core(model: ModelConfig, size: int) -> Iterator[_Layer]:
             yield from _block(channels, outputs * width, stride, size, first_strided=not wide)
             channels, size = outputs * width, -(-size // stride)
     if wide:
-        yield _norm(channels)
+        yield _norm(channels, size)
 
 
 def _layers(model: ModelConfig, data: Dataset, size: int) -> Iterator[_Layer]:
@@ -94,6 +98,10 @@ class _Network:
     """Of these, where no gradient goes further back."""
     layers: int
     norms: int
+    activations: int
+    """Values that one slot leaves for the backward pass."""
+    largest: int
+    """The most that one layer leaves."""
 
 
 def _network(config: TrialConfig) -> _Network:
@@ -111,6 +119,8 @@ def _summed(model: ModelConfig, data: Dataset, size: int) -> _Network:
         encoder_macs=sum(layer.macs for layer in layers if layer.reads_images),
         layers=len(layers),
         norms=sum(layer.statistics > 0 for layer in layers),
+        activations=sum(layer.activations for layer in layers),
+        largest=max(layer.activations for layer in layers),
     )
 
 
@@ -155,6 +165,21 @@ _EPOCH_BYTES, _VALUE_BYTES = 120, 25
 _METRICS = sum(not metric.name.startswith("cifar_c") for metric in METRICS)
 _OF_PAIRS = 6
 """Metrics that compare the predictions of two classifiers."""
+
+
+def training_bytes(config: TrialConfig, workers: int = 1) -> int:
+    """Bytes that a worker needs at least at the height of a training step: the images, weights, gradients, momenta,
+    and what the forward pass keeps for the backward pass. What libraries take besides is not counted: a device
+    context takes some hundred MB, and a convolution its scratch memory.
+    """
+    network, data, optim = _network(config), DATASETS[config.data.dataset], config.optim
+    copies = 3 if optim.momentum else 2
+    held_out = validation_images(config.data) if config.evaluate.split == "validation" else data.test_images
+    images = (training_images(config) + held_out) * data.channels * data.size**2
+    per_value = 2 if config.precision == "bf16" else _NUMBER_BYTES
+    # At its height the backward pass holds the gradients of what one layer takes and gives.
+    per_slot = (network.activations + network.largest) * per_value
+    return images + copies * _NUMBER_BYTES * network.parameters + per_slot * -(-config.data.batch_size // workers)
 
 
 def checkpoint_bytes(config: TrialConfig) -> int:

@@ -35,7 +35,7 @@ _OF_SHAPE = tuple(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """How fast a shape was trained once. A row of `calibration.parquet`; several of one shape tell how much it varies."""
+    """How fast a shape was trained once. A row of `calibration.parquet`; several of a shape tell how much it varies."""
 
     device_name: str
     shape: str
@@ -366,6 +366,6 @@ class Prediction:
     def of(cls, record: Mapping[str, Any] | None) -> Prediction | None:
         """None where there is none, or it is of a version that this one does not understand."""
         try:
-            return record and cls(**{**record, "seconds": Span(**record["seconds"])}) or None
+            return cls(**{**record, "seconds": Span(**record["seconds"])}) if record else None
         except (TypeError, KeyError):
             return None

@@ -7,7 +7,7 @@ drivers and stores can be tried by the thousand without a cluster.
 import contextlib
 import secrets
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,8 @@ class Job:
     fence: int
     store_uri: str
     data_dir: Path | None
+    canary: Mapping[str, Any] | None = None
+    """The settings of the trial that is rehearsed before any begins (`canary`)."""
 
 
 class Crew(Protocol):
@@ -104,5 +106,6 @@ def _gang_plan(job: Job, cluster: Any) -> Any:
         store=job.store_uri,
         data_dir=str(job.data_dir.resolve()) if job.data_dir else None,
         namespace=NAMESPACE,
+        canary=job.canary,
         dispatcher=f"dispatcher-{job.sweep.name}-{job.fence}-{secrets.token_hex(3)}",
     )

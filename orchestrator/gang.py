@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from mixmo_core import train
 from mixmo_core.config import TrialConfig, digest, identity, unflatten
+from orchestrator import canary
 from orchestrator.dispatcher import Answer, Assignment, EpochReport, Order, Worker
 from orchestrator.errors import MixmoError, NotFoundError, UnreachableError
 from orchestrator.saver import Saver
@@ -65,6 +66,8 @@ class GangPlan:
     namespace: str
     dispatcher: str
     """Name of the dispatcher's actor."""
+    canary: Mapping[str, Any] | None = None
+    """Settings of the trial to rehearse before the first one, if any."""
 
 
 def loop(settings: Mapping[str, Any]) -> None:
@@ -93,10 +96,22 @@ class Gang:
             gang=self.name, rank=self.rank, world_size=self.world_size, pid=os.getpid(), host=self.host,
             device_name=self.device_name, torch_version=str(torch.__version__),
         )  # fmt: skip
+        self._rehearse()
         ray.get(self.dispatcher.join.remote(worker))
         while (assignment := self._next()) != "leave":
             if assignment != "wait":
                 self._attempt(assignment)
+
+    def _rehearse(self) -> None:
+        """Try whether the sweep's largest trial fits, unless another gang has. Any rank may find that it does not."""
+        settings = self.plan.canary
+        asked = settings and self.rank == 0 and ray.get(self.dispatcher.rehearses.remote(self.name))
+        if settings and self._from_first(asked):
+            folder = Path(self.plan.data_dir) if self.plan.data_dir else None
+            fault = canary.rehearse(unflatten(settings), self.device, folder)
+            if fault or self.rank == 0:
+                told = fault and f"{self.device_name} of {self.host}: {fault}"
+                ray.get(self.dispatcher.rehearsed.remote(self.name, told))
 
     def _next(self) -> Assignment | Literal["wait", "leave"]:
         wait_s = min(self.plan.wait_s, self.plan.group_timeout_s / 2)

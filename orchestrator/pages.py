@@ -270,8 +270,8 @@ def _cost(cost: Mapping[str, Any], width: int) -> list[Text]:
         if device["money"]:
             line.append(f" · {device['money']['mean']:,.2f} {cost['currency']}")
         line.append(f" on {device['device_name']}")
-        told = textwrap.wrap(f"{_lasts(device, cost['gangs'])}{_known(device)}", width - 6)
-        lines += [line, *(Text(f"      {each}", style=FAINT) for each in told)]
+        how = textwrap.wrap(f"{_lasts(device, cost['gangs'])}{_known(device)}", width - 6)
+        lines += [line, *(Text(f"      {each}", style=FAINT) for each in how)]
     return lines
 
 
@@ -283,7 +283,8 @@ def _hours(device: Mapping[str, Any]) -> str:
 
 def _lasts(device: Mapping[str, Any], gangs: int | None) -> str:
     if gangs is None:
-        return f"{spanned(device['training_s'], duration(device['training_s']['mean']))} in one gang; --gangs N tells for N"
+        seconds = device["training_s"]
+        return f"{spanned(seconds, duration(seconds['mean']))} one after the other; --gangs N tells for N at once"
     elapsed = device["elapsed_s"]
     return f"{spanned(elapsed, duration(elapsed['mean']))} from its beginning to its end in {plural(gangs, 'gang')}"
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mixmo_core.config import flatten, ineffective, parts
 from mixmo_core.cost import checkpoint_bytes, logits_bytes, parameters, trial_flops
-from orchestrator.calibration import Estimate, Prediction, Span, Timing, Work, estimates, of_trials, work
+from orchestrator.calibration import Estimate, Prediction, Span, Timing, Work, estimates, of_trials, total, work
 from orchestrator.errors import RefusedError
 from orchestrator.rows import FINAL, TrialRow, config_columns
 from orchestrator.store import DamagedError
@@ -94,8 +94,10 @@ class Plan:
             return None
         own = [item for item in self.items if item.action != "cached"]
         spent, left = sum(item.row.wall_s for item in own if item.row), estimate.seconds
-        seconds = Span(*(None if each is None else each + spent for each in (left.mean, left.low, left.high)))
-        return Prediction(device_name, estimate.gpus, seconds, sum(item.trial.config.optim.epochs for item in own))
+        done = Span(spent, spent, spent)
+        return Prediction(
+            device_name, estimate.gpus, total([done, left]), sum(item.trial.config.optim.epochs for item in own)
+        )
 
     def summary(self, gangs: int | None = None) -> dict[str, Any]:
         """Plain values for a terminal or for JSON. FLOPs are of training alone; `to_run` counts what is left of it.

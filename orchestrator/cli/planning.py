@@ -87,6 +87,9 @@ def run(
     overrides: Overrides = None,
     data: Data = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed trials again, too.")] = False,
+    no_canary: Annotated[
+        bool, typer.Option("--no-canary", help="Begin without two steps of the largest trial, which try the memory.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before starting.")] = False,
     results: Results = "results",
 ) -> ExitCode:
@@ -119,8 +122,9 @@ def run(
     store = ResultStore.open(results, create=True)
     with Screen(talk) as screen:
         code: ExitCode = driver.run(
-            sweep, store, data_dir=data, retry_failed=retry_failed, observer=screen.show, talk=screen.say
-        )
+            sweep, store, data_dir=data, retry_failed=retry_failed, rehearse=not no_canary, observer=screen.show,
+            talk=screen.say,
+        )  # fmt: skip
         screen.ended()
     then = with_results(f"mixmo table {sweep.name}", results)
     talk.print(f"results in {store.uri} · next: {then}", style="dim", highlight=False, soft_wrap=True)

@@ -370,7 +370,6 @@ def not_runnable(sweep: Sweep) -> list[str]:
     wanted = {
         f"search.method: {sweep.search.method}": sweep.search.method != "grid",
         f"scheduler.method: {sweep.scheduler.method}": sweep.scheduler.method != "none",
-        "budget": sweep.budget != Budget(),
         f"resources.slots: {sweep.resources.slots}": sweep.resources.slots not in ("auto", 1),
         f"resources.accelerator: {sweep.resources.accelerator}": sweep.resources.accelerator != "any",
         "resources.spot: false": not sweep.resources.spot,
