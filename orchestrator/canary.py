@@ -5,8 +5,6 @@ fit is refused within a minute of its first gang, not at the hour at which its w
 """
 
 import gc
-import os
-import resource
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +53,7 @@ def rehearse(config: TrialConfig, device: "torch.device", data_dir: Path | None)
     import torch
 
     from mixmo_core import train
+    from orchestrator import devices
 
     fault = None
     try:
@@ -64,23 +63,11 @@ def rehearse(config: TrialConfig, device: "torch.device", data_dir: Path | None)
     except Exception as error:
         if is_memory(error):
             said = str(error).strip().partition("\n")[0].partition(". ")[0]
-            fault = f"{_has(device)}: {said or type(error).__name__}"
+            fault = f"{devices.memory(device)}: {said or type(error).__name__}"
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return fault
-
-
-def _has(device: "torch.device") -> str:
-    """How much memory there is, for people."""
-    import torch
-
-    if device.type == "cuda":
-        free, whole = torch.cuda.mem_get_info(device)
-        return f"{whole / 1e9:.3g} GB, {free / 1e9:.3g} free"
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return f"{(whole if limit == resource.RLIM_INFINITY else min(limit, whole)) / 1e9:.3g} GB"
 
 
 def is_memory(error: BaseException) -> bool:

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import io
 import os
-import platform
 import socket
 import tempfile
 import time
@@ -27,7 +26,7 @@ import torch.distributed as dist
 
 from mixmo_core import train
 from mixmo_core.config import TrialConfig, digest, identity, unflatten
-from orchestrator import canary
+from orchestrator import canary, devices
 from orchestrator.dispatcher import Answer, Assignment, EpochReport, Order, Worker
 from orchestrator.errors import MixmoError, NotFoundError, UnreachableError
 from orchestrator.saver import Saver
@@ -88,7 +87,7 @@ class Gang:
         self._store = _opened(plan)
         self.dispatcher = ray.get_actor(plan.dispatcher, namespace=plan.namespace)
         self.host = socket.gethostname()
-        self.device_name = _device_name(self.device)
+        self.device_name = devices.name(self.device)
 
     def work(self) -> None:
         """Train one trial after another until the dispatcher sends the gang home."""
@@ -407,16 +406,6 @@ def _opened(plan: GangPlan) -> ResultStore:
             if time.monotonic() > deadline:
                 raise
             time.sleep(2.0)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _store_away(error: Exception) -> bool:

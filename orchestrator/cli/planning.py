@@ -132,6 +132,77 @@ def run(
 
 
 @app.command(cls=Command, rich_help_panel=RUNNING)
+def calibrate(
+    file: File,
+    *,
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="S", min=1, help="To spend on training steps, in all.")
+    ] = 60.0,
+    all_shapes: Annotated[
+        bool, typer.Option("--all", help="Time every network of the sweep, not the smallest, middle and largest alone.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...; auto is a GPU where there is one.")
+    ] = "auto",
+    quick: Quick = False,
+    overrides: Overrides = None,
+    data: Data = None,
+    results: Results = "results",
+    as_json: Json = False,
+) -> None:
+    """Time a sweep's training steps on this machine, so that plans tell hours.
+
+    What is found is kept in the results, for all sweeps, by the name of the device. A GPU or processor that others
+    use meanwhile is timed as slow as it is then.
+    """
+    from orchestrator import stopwatch
+    from orchestrator.store import ResultStore
+
+    sweep = _load(file, overrides, quick)
+    store = ResultStore.open(results, create=True)
+    place = _device("cpu" if device == "auto" and sweep.resources.gpus_per_worker == 0 else _chosen(device))
+    there = stopwatch.shapes(sweep)
+    trials = there if all_shapes else stopwatch.chosen(there)
+    _check_data(trials, data)
+    streams.say(f"{sweep.name}: {len(trials)} of {len(there)} shapes, {seconds / len(trials):.0f} s each, on {place}")
+    done = []
+    cpus = sweep.resources.cpus_per_worker
+    for timed in stopwatch.calibrate(trials, device=place, cpus=cpus, data_dir=data, seconds=seconds):
+        store.add_timings(timed.timings)
+        done.append(timed)
+        if not as_json:
+            print(_timed_line(timed), flush=True)
+    if as_json:
+        timings = [streams.plain(timing) for timed in done for timing in timed.timings]
+        streams.print_json("calibrate", {"sweep": sweep.name, "shapes": len(there), "timings": timings})
+    streams.say(f"kept in {store.uri}; next: {with_results(f'mixmo plan {file}', results)}")
+
+
+def _timed_line(timed: Any) -> str:
+    paces, model = [each.pace for each in timed.timings], timed.trial.config.model
+    spread = f"{100 * (max(paces) / min(paces) - 1):.0f} % apart" if len(paces) > 1 else "timed once"
+    what = f"{model.arch} w={model.width} M={model.subnetworks} B={timed.trial.config.data.batch_size}"
+    rate = f"{1000 * timed.step_s:,.1f} ms a step, {timed.flops_per_s / 1e12:.3g} TFLOP/s"
+    return f"{timed.trial.trial_id[:7]}  {what}  {rate} ({len(paces)} stretches, {spread})"
+
+
+def _chosen(device: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def _check_data(trials: Sequence[Any], folder: Path | None) -> None:
+    from mixmo_core import data
+
+    try:
+        for name in sorted({trial.config.data.dataset for trial in trials}):
+            data.check(name, folder)
+    except data.DatasetError as error:
+        raise UsageError(str(error)) from error
+
+
+@app.command(cls=Command, rich_help_panel=RUNNING)
 def train(
     file: Annotated[Path | None, typer.Argument(metavar="FILE", help="A sweep file.")] = None,
     *,
@@ -219,7 +290,7 @@ def _train(config: TrialConfig, device: str, threads: int, folder: Path | None) 
     from mixmo_core.config import trial_id
 
     torch.set_num_threads(threads)
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    chosen = _chosen(device)
     place = _device(chosen)
     try:
         for name in data.needed(config):
