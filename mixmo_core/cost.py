@@ -7,7 +7,7 @@ under two operations in a hundred from width 2 on.
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mixmo_core.config import (
     DATASETS,
@@ -59,7 +59,8 @@ def _block(inputs: int, outputs: int, stride: int, size: int, *, first_strided: 
     yield _norm(inputs, size)
     yield _conv(inputs, outputs, 3, reduced if first_strided else size)
     yield _norm(outputs, reduced if first_strided else size)
-    yield _conv(outputs, outputs, 3, reduced)
+    padded = 0 if stride == 1 or first_strided else outputs * size**2  # the copy that the late stride reads
+    yield replace(_conv(outputs, outputs, 3, reduced), activations=padded)
     if stride > 1 or inputs != outputs:
         yield _conv(inputs, outputs, 1, reduced)
 

@@ -5,6 +5,7 @@ fit is refused within a minute of its first gang, not at the hour at which its w
 """
 
 import gc
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,12 +63,17 @@ def rehearse(config: TrialConfig, device: "torch.device", data_dir: Path | None)
             pass
     except Exception as error:
         if is_memory(error):
-            said = str(error).strip().partition("\n")[0].partition(". ")[0]
-            fault = f"{devices.memory(device)}: {said or type(error).__name__}"
+            fault = f"{devices.memory(device)}: {_said(error)}"
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return fault
+
+
+def _said(error: BaseException) -> str:
+    """The sentence that speaks of memory."""
+    sentences = [each.strip() for each in re.split(r"\. |\n", str(error))]
+    return next((each for each in sentences if "memory" in each.lower()), type(error).__name__)
 
 
 def is_memory(error: BaseException) -> bool:

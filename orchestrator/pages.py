@@ -286,7 +286,7 @@ def _lasts(device: Mapping[str, Any], gangs: int | None) -> str:
         seconds = device["training_s"]
         return f"{spanned(seconds, duration(seconds['mean']))} one after the other; --gangs N tells for N at once"
     elapsed = device["elapsed_s"]
-    return f"{spanned(elapsed, duration(elapsed['mean']))} from its beginning to its end in {plural(gangs, 'gang')}"
+    return f"{spanned(elapsed, duration(elapsed['mean']))} from begin to end in {plural(gangs, 'gang')}"
 
 
 def _known(device: Mapping[str, Any]) -> str:
