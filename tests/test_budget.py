@@ -143,8 +143,8 @@ def test_the_largest_is_that_of_the_most_memory_and_what_is_done_is_not_tried(tm
     assert canary.largest(sweep.trials).position == 1
     pace = Short()
     assert run(sweep, tmp_path, pace, rehearse=False)[0] == ExitCode.OK
-    more = sweeps.parse(SWEEP.replace("seeds: 3", "seeds: 4").format(rest="exclude: ['model.width == 3 and seed == 3']"),
-                        source="made.yaml")  # fmt: skip
+    four = SWEEP.replace("seeds: 3", "seeds: 4").format(rest="exclude: ['model.width == 3 and seed == 3']")
+    more = sweeps.parse(four, source="made.yaml")
     assert run(more, tmp_path, pace)[0] == ExitCode.OK
     assert set(pace.tried) == {2}
 

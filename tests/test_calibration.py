@@ -131,7 +131,8 @@ def test_a_shape_is_all_that_decides_the_time_of_a_step_and_nothing_else() -> No
         return work(config_columns(config), 1, cost.trial_flops(config), config.optim.epochs).shape
 
     alike = [replace(base, seed=7), replace(base, optim=OptimConfig(epochs=5, lr=0.3)),
-             replace(base, data=DataConfig(train_images=500)), replace(base, evaluate=EvaluateConfig(every=9))]  # fmt: skip
+             replace(base, data=DataConfig(train_images=500)), replace(base, evaluate=EvaluateConfig(every=9)),
+             ]  # fmt: skip
     assert {shape(each) for each in alike} == {shape(base)}
     other = [replace(base, precision="bf16"), replace(base, model=ModelConfig(width=4)),
              replace(base, data=DataConfig(batch_size=32)), replace(base, data=DataConfig(msda="cutmix"))]  # fmt: skip
