@@ -205,7 +205,7 @@ def test_a_watch_counts_no_warming_up() -> None:
 @given(st.integers(1, 40), st.integers(2, 6))
 def test_the_smallest_and_the_largest_are_always_timed(shapes: int, count: int) -> None:
     trials: list[Any] = list(range(shapes))
-    some = stopwatch.chosen(trials, count)
+    some: list[Any] = list(stopwatch.chosen(trials, count))
     assert len(some) == min(shapes, count)
     assert some == sorted(set(some))
     assert (some[0], some[-1]) == (0, shapes - 1)
