@@ -9,7 +9,8 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -351,13 +352,14 @@ def _leaves(section: Any, prefix: str) -> tuple[tuple[str, dataclasses.Field[Any
 
 def flatten(config: TrialConfig) -> dict[str, Any]:
     """Every setting by its dotted name, as it was given."""
-    flat = {}
-    for name, _ in leaves():
-        value: Any = config
-        for part in name.split("."):
-            value = getattr(value, part)
-        flat[name] = value
-    return flat
+    names, values = _values()
+    return dict(zip(names, values(config), strict=True))
+
+
+@functools.cache
+def _values() -> tuple[tuple[str, ...], Callable[[TrialConfig], tuple[Any, ...]]]:
+    names = tuple(name for name, _ in leaves())
+    return names, operator.attrgetter(*names)
 
 
 def unflatten(flat: Mapping[str, Any]) -> TrialConfig:
@@ -374,7 +376,25 @@ def unflatten(flat: Mapping[str, Any]) -> TrialConfig:
         sections.setdefault(head, {})[rest] = value
     hints = _hints(TrialConfig)
     top = sections.pop("", {})
-    return TrialConfig(**top, **{name: hints[name](**values) for name, values in sections.items()})
+    return TrialConfig(
+        **top,
+        **{
+            name: _section(hints[name], tuple((key, type(value), _hashable(value)) for key, value in values.items()))
+            for name, values in sections.items()
+        },
+    )
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@functools.lru_cache(maxsize=4096)
+def _section(kind: Any, given: tuple[tuple[str, type, Any], ...]) -> Any:
+    """The trials of a sweep share most of their sections, and to check one costs more than to find it. The types tell
+    1 from 1.0 and True.
+    """
+    return kind(**{name: value for name, _, value in given})
 
 
 def ineffective(config: TrialConfig) -> frozenset[str]:

@@ -187,11 +187,15 @@ def varied(rows: Sequence[TrialRow], *, label: bool = True) -> list[str]:
     A setting that follows from those before it (a repetition that goes with the number of subnetworks) adds nothing.
     """
     names: list[str] = []
-    apart = 1
+    group_of_row, apart = [0] * len(rows), 1
     for name in sorted(set(CONFIG_COLUMNS) - {"seed"}, key=_telling):
-        groups = len({_key(row, (*names, name)) for row in rows})
-        if groups > apart:
-            names, apart = [*names, name], groups
+        values = [key for row in rows for key in _key(row, (name,))]
+        if len(set(values)) < 2:
+            continue
+        numbers: dict[tuple[int, Any], int] = {}
+        split = [numbers.setdefault(each, len(numbers)) for each in zip(group_of_row, values, strict=True)]
+        if len(numbers) > apart:
+            names, group_of_row, apart = [*names, name], split, len(numbers)
     if len({row.workers for row in rows}) > 1:
         names.append("workers")
     return ["label", *names] if label and any(row.label for row in rows) else names

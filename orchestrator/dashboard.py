@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -34,7 +35,9 @@ from orchestrator.lines import (
     duration,
     ends,
     joined,
+    number,
     percent,
+    spanned,
     sparkline,
     stack,
 )
@@ -118,6 +121,18 @@ def _pace(state: Progress, width: int) -> Text:
     elif state.eta_s is not None:
         parts.append(f"{duration(state.eta_s)} left")
     return Text(" · ".join(parts), style=FAINT)
+
+
+def _predicted(state: Progress) -> list[Text]:
+    """What the sweep was to take, against what it took."""
+    told = state.predicted
+    if told is None:
+        return []
+    gpus, unit = (told.gpus, "GPU-hours") if told.gpus else (1.0, "hours of training")
+    hours, taken = told.seconds.times(gpus / 3600), state.training_s * gpus / 3600
+    line = Text(f"predicted {spanned(asdict(hours), f'{number(hours.mean)} {unit}')}", style=FAINT)
+    line.append(f" on {told.device_name}, {'took' if state.status == 'finished' else 'so far'} ")
+    return [line.append(number(taken), style=f"not dim {STRONG}")]
 
 
 # -------------------------------------------------------------------------------------------------- the sections
@@ -259,7 +274,8 @@ def summary(snapshot: Snapshot, now: datetime, width: int, *, driven: bool | Non
         _results(snapshot.rows, names, inner),
         _failures(snapshot.rows, inner),
     ]
-    header = _header(snapshot, progress.measure(snapshot, now, driven=driven), now, inner)
+    state = progress.measure(snapshot, now, driven=driven)
+    header = [*_header(snapshot, state, now, inner), *_predicted(state)]
     return joined([*header, *stack(sections, inner, 10**6)])
 
 

@@ -28,6 +28,9 @@ proxy takes 1/n."""
 REFORM_S = 60.0
 """How long a trial waits for its own gang, which lost a worker, to stand again: then the next gang that asks has it."""
 
+REHEARSALS = 2
+"""So often the workers of a gang may die in a rehearsal before that is taken for want of memory."""
+
 
 # ------------------------------------------------------------------------------------------ what travels to and fro
 
@@ -102,7 +105,7 @@ class Update:
 
     seq: int
     time: datetime
-    kind: Literal["started", "epochs", "lost", "paused", "ended", "retried", "withdrawn", "gang"]
+    kind: Literal["started", "epochs", "lost", "paused", "ended", "retried", "withdrawn", "gang", "refused"]
     index: int | None = None
     attempt: int = 0
     epochs: Sequence[EpochReport] = ()
@@ -225,8 +228,31 @@ class Dispatcher:
         self._told = 0
         self._news, self._work = asyncio.Event(), asyncio.Event()
         self._closed = self._draining = self._paused = False
+        self._rehearsals: Counter[str] = Counter()
+        self._fits = False
+        """Whether a gang has rehearsed the largest trial."""
 
     # For gangs
+
+    def rehearses(self, gang: str) -> bool:
+        """Whether the gang is to rehearse the largest trial before it joins: until one has. A gang that asks anew has
+        died of it; once may be chance.
+        """
+        if self._fits or self._draining or self._closed:
+            return False
+        if self._rehearsals[gang] >= REHEARSALS:
+            self.rehearsed(gang, f"the workers of {gang} died of it {REHEARSALS} times")
+            return False
+        self._rehearsals[gang] += 1
+        return True
+
+    def rehearsed(self, gang: str, fault: str | None) -> None:
+        """How it went. A fault ends the sweep before it begins: nothing is handed out any more."""
+        if fault is None:
+            self._fits = True
+        elif not self._draining:
+            self._draining = True
+            self._tell("refused", None, text=fault)
 
     def join(self, worker: Worker, dead_nodes: Collection[str] = ()) -> None:
         """A rank introduces itself, each time its process starts, and tells which machines Ray has lost."""

@@ -10,18 +10,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mixmo_core.config import flatten
+from orchestrator import budget, canary
 from orchestrator import plan as planning
 from orchestrator import sweep as sweeps
+from orchestrator.calibration import Prediction
 from orchestrator.dispatcher import Order, Update
 from orchestrator.engine import Crew, Engine, Job, Queue, datasets_of, on_ray
-from orchestrator.errors import ExitCode, NotFoundError, UnreachableError
+from orchestrator.errors import ExitCode, NotFoundError, RefusedError, UnreachableError
 from orchestrator.ledger import Ledger
 from orchestrator.rows import FINAL, NO_ERROR, TrialRow
 from orchestrator.searching import Guide, check_installed
@@ -48,20 +50,23 @@ def run(
     *,
     data_dir: str | Path | None = None,
     retry_failed: bool = False,
+    rehearse: bool = True,
     observer: Observer | None = None,
     engine: Engine = on_ray,
     talk: Callable[[str], None] = lambda line: print(line, file=sys.stderr),  # noqa: T201
 ) -> ExitCode:
     """Run what is missing of a sweep, and return how it ended.
 
-    `observer` is called from this thread about twice a second; `talk` gets the few lines worth saying. Raises
-    SweepError or UsageError before anything starts or is written, RefusedError when another driver holds the sweep,
-    UnreachableError when the store or the cluster is gone. The first Ctrl-C lets running trials finish, the second ends
-    now; either way the same command continues.
+    `rehearse`: the largest trial takes two steps before any begins (`canary`). `observer` is called from this thread
+    about twice a second; `talk` gets the few lines worth saying. Raises SweepError or UsageError before anything starts
+    or is written; RefusedError when another driver holds the sweep, its budget is spent or its largest trial does not
+    fit; UnreachableError when the store or the cluster is gone. The first Ctrl-C lets running trials finish, the second
+    ends now; either way the same command continues.
     """
     planned = planning.against(store, sweep, retry_failed=retry_failed)
     if planned.to_run or planned.sweep.to_draw:
         check(sweep, data_dir)
+        _hold_to_budget(planned)
     elif not planned.changes:
         talk(f"{sweep.name}: nothing to run, all {len(planned.items)} trials have ended{_without_result(planned)}")
         return _verdict(store.trial_rows(sweep.name))
@@ -81,7 +86,7 @@ def run(
             guide = Guide(sweep, ledger.rows) if sweep.open_cells else None
             session = _Session(
                 sweep, planned, store, writer, ledger, sharing, signals, heartbeat, data_dir, observer, engine, talk,
-                guide,
+                guide, rehearse=rehearse,
             )  # fmt: skip
             cancelled = session.run()
             more = guide is not None and guide.more and not cancelled
@@ -99,9 +104,17 @@ def check(sweep: sweeps.Sweep, data_dir: str | Path | None) -> None:
     """
     sweeps.check_runnable(sweep)
     check_installed(sweep)
+    budget.check(sweep)
     from orchestrator import datasets
 
     datasets.check(datasets_of(sweep), None if data_dir is None else str(data_dir))
+
+
+def _hold_to_budget(planned: planning.Plan) -> None:
+    """Raises RefusedError where nothing is left of it before anything begins."""
+    told = budget.spent(planned.sweep, [item.row for item in planned.items if item.row])
+    if told:
+        raise RefusedError(f"{planned.sweep.name}: {told}")
 
 
 def _without_result(planned: planning.Plan) -> str:
@@ -239,6 +252,10 @@ class _Session:
     spent: list[str] = field(default_factory=list)
     """Trials that have ended and whose checkpoints this sweep does not want."""
     next_drop: float = 0.0
+    predicted: bool = False
+    rehearse: bool = True
+    refusal: str = ""
+    """Why the sweep cannot be trained at all."""
     trials: dict[int, sweeps.Trial] = field(init=False)
     """By position, also those drawn meanwhile."""
 
@@ -255,7 +272,7 @@ class _Session:
         self._tell_shared()
         job = Job(
             sweep=self.sweep, orders=self._orders(), fence=self.writer.fence, store_uri=self.store.uri,
-            data_dir=None if self.data_dir is None else str(self.data_dir), judge=self._judge(),
+            data_dir=None if self.data_dir is None else str(self.data_dir), judge=self._judge(), canary=self._canary(),
         )  # fmt: skip
         with self._watched(), self.engine(job) as (crew, queue):
             self.signals.take_back()
@@ -270,7 +287,16 @@ class _Session:
                 self._part(crew, queue)
         self.signals.take_back()
         self._settle()
+        if self.refusal:
+            raise RefusedError(self.refusal)
         return steering.cancelled
+
+    def _canary(self) -> Mapping[str, Any] | None:
+        return flatten(canary.largest(self._may_run()).config) if self.rehearse else None
+
+    def _may_run(self) -> Sequence[sweeps.Trial]:
+        """The trials to run, and the greatest of those that a search may draw."""
+        return [*self.planned.to_run, *(self.sweep.examples if self.sweep.to_draw else ())]
 
     def _tell_shared(self) -> None:
         shared = len(self.sharing.held_back)
@@ -311,7 +337,7 @@ class _Session:
         drained = resubmitted = False
         silent_until = time.monotonic() + FORMING_S
         self._draw(crew, left)
-        while left and not (self.signals.stop or steering.stop):
+        while left and not (self.signals.stop or steering.stop or self.refusal):
             over = drained and not crew.in_hand()  # asked before the updates, so that none of them is missed
             for update in crew.updates(PERIOD_S):
                 silent_until = float("inf")
@@ -325,13 +351,7 @@ class _Session:
             left |= steering.again
             steering.again.clear()
             self.sharing.look(crew)
-            if (self.signals.drain or steering.drain) and not drained:
-                drained = True
-                queue.drain()
-                crew.drain()
-                self.sharing.rest(crew)
-                self.writer.stopping()
-                self._say(_STOPPING_NOW if self.signals.stop or steering.stop else _STOPPING)
+            drained = drained or self._drain(crew, queue, steering)
             if not (drained or resubmitted or queue.is_alive()):
                 resubmitted = True
                 crew.submit(left)  # whatever became of Tune: a grid needs no more than its order
@@ -368,6 +388,20 @@ class _Session:
             left |= {trial.position for trial in trials}
             crew.add(map(self._order_of, (trial.position for trial in trials)))
 
+    def _drain(self, crew: Crew, queue: Queue, steering: Steering) -> bool:
+        """Whether nothing new is to start, since people want no more or the budget is spent; then see to it."""
+        spent = budget.spent(self.sweep, self.ledger.rows.values())
+        if not (self.signals.drain or steering.drain or spent):
+            return False
+        queue.drain()
+        crew.drain()
+        self.sharing.rest(crew)
+        self.writer.stopping()
+        self._say(spent or (_STOPPING_NOW if self.signals.stop or steering.stop else _STOPPING))
+        if spent:
+            self.writer.event("budget", spent)
+        return True
+
     def _part(self, crew: Crew, queue: Queue) -> None:
         """The end of the fleet: write what has arrived, send the gangs home, take what they still say."""
         with contextlib.suppress(UnreachableError):
@@ -382,6 +416,10 @@ class _Session:
 
     def _record(self, update: Update) -> None:
         trial_id = None
+        if update.kind == "refused":
+            self.refusal = canary.refusal(self.sweep.name, canary.largest(self._may_run()), update.text)
+        if update.device_name and not self.predicted:
+            self._predict(update.device_name)
         if update.index is not None:
             if update.kind == "withdrawn":
                 row, epochs = self.ledger.take(update, *self.sharing.taken(update.index))
@@ -402,6 +440,15 @@ class _Session:
             if update.state == "TERMINATED" and update.stopped_early:
                 kind, text = "saved", "as it was when it was stopped"
             self.writer.event(kind, text, trial_id=trial_id, cause=None if kind == "saved" else update.cause)
+
+    def _predict(self, device_name: str) -> None:
+        """Write down what the sweep is to take, now that it is known on what, and before anything has been trained. A
+        run that goes on with the same trials keeps the prediction of the first.
+        """
+        self.predicted = True
+        told, held = self.planned.prediction(device_name), Prediction.of(self.writer.predicted)
+        if told and (held is None or (held.epochs, held.device_name) != (told.epochs, told.device_name)):
+            self.writer.predict(told.record())
 
     def _keep(self, *, force: bool = False) -> None:
         """Write what changed, and show it. A store that is away for a while costs no trial."""

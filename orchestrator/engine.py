@@ -7,7 +7,7 @@ drivers and stores can be tried by the thousand without a cluster.
 import contextlib
 import math
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -30,6 +30,8 @@ class Job:
     """Where the datasets lie: a folder, or a bucket."""
     judge: Judge | None = None
     """It stops trials early; it knows what earlier drivers have seen."""
+    canary: Mapping[str, Any] | None = None
+    """The settings of the trial that is rehearsed before any begins (`canary`)."""
 
 
 class Crew(Protocol):
@@ -128,5 +130,6 @@ def _gang_plan(job: Job, offer: Offer) -> Any:
         data_dir=job.data_dir if datasets.in_bucket(job.data_dir) else str(datasets.local(job.data_dir) or "") or None,
         datasets=tuple(datasets_of(job.sweep)),
         namespace=NAMESPACE,
+        canary=job.canary,
         dispatcher=f"dispatcher-{job.sweep.name}-{job.fence}-{secrets.token_hex(3)}",
     )

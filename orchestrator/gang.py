@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import io
 import os
-import platform
 import socket
 import tempfile
 import time
@@ -27,7 +26,7 @@ import torch.distributed as dist
 
 from mixmo_core import train
 from mixmo_core.config import TrialConfig, digest, identity, unflatten
-from orchestrator import datasets, notice
+from orchestrator import canary, datasets, devices, notice
 from orchestrator.casualties import dead_nodes, drain
 from orchestrator.dispatcher import Answer, Assignment, EpochReport, Order, Worker
 from orchestrator.errors import MixmoError, NotFoundError, UnreachableError
@@ -70,6 +69,8 @@ class GangPlan(Needs):
     namespace: str
     dispatcher: str
     """Name of the dispatcher's actor."""
+    canary: Mapping[str, Any] | None = None
+    """Settings of the trial to rehearse before the first one, if any."""
 
 
 def loop(settings: Mapping[str, Any]) -> None:
@@ -93,7 +94,7 @@ class Gang:
         )
         self.dispatcher = ray.get_actor(plan.dispatcher, namespace=plan.namespace)
         self.host, self.node = socket.gethostname(), ray.get_runtime_context().get_node_id()
-        self.device_name = _device_name(self.device)
+        self.device_name = devices.name(self.device)
         self._watch: notice.Watch | None = None
 
     def work(self) -> None:
@@ -103,6 +104,7 @@ class Gang:
             device_name=self.device_name, torch_version=str(torch.__version__),
             node=self.node, oom_kills=_oom_kills(),
         )  # fmt: skip
+        self._rehearse()
         ray.get(self.dispatcher.join.remote(worker, dead_nodes() if self.rank == 0 else ()))
         if self.world_size > 1:
             dist.barrier()  # who is handed a trial is known in full
@@ -124,6 +126,16 @@ class Gang:
             ray.exceptions.RayError, RuntimeError
         ):  # a machine that takes more work loses it again
             drain(self.node, str(told), told.left_s)
+
+    def _rehearse(self) -> None:
+        """Try whether the sweep's largest trial fits, unless another gang has. Any rank may find that it does not."""
+        settings = self.plan.canary
+        asked = settings and self.rank == 0 and ray.get(self.dispatcher.rehearses.remote(self.name))
+        if settings and self._from_first(asked):
+            fault = canary.rehearse(unflatten(settings), self.device, self._data_dir)
+            if fault or self.rank == 0:
+                told = fault and f"{self.device_name} of {self.host}: {fault}"
+                ray.get(self.dispatcher.rehearsed.remote(self.name, told))
 
     def _next(self) -> Assignment | Literal["wait", "leave"]:
         wait_s = min(self.plan.wait_s, self.plan.group_timeout_s / 2)
@@ -440,16 +452,6 @@ def _oom_kills() -> int:
             if line.startswith("oom_kill "):
                 return int(line.split()[1])
     return 0
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _store_away(error: Exception) -> bool:

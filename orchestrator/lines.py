@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -47,6 +47,23 @@ def room(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 99.5 else f"{count:.2g} {unit}"
         count /= 1000
     return f"{count:,.3g} TB"
+
+
+def number(value: float) -> str:
+    """Three digits that count: `0.0214`, `3.2`, `412`, `12,000`."""
+    if value == 0:
+        return "0"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    text = f"{value:,.{digits}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def spanned(span: Mapping[str, float | None], text: str) -> str:
+    """A number with its band: `3.2 h ± 20 %`. `span` has its mean, low and high, of which the latter may be unknown."""
+    mean, low, high = (span[name] for name in ("mean", "low", "high"))
+    if not mean or low is None or high is None:
+        return text
+    return f"{text} ± {100 * max(mean - low, high - mean) / mean:.2g} %"
 
 
 def plural(count: int, word: str) -> str:

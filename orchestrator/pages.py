@@ -25,9 +25,11 @@ from orchestrator.lines import (
     fields,
     fitted,
     joined,
+    number,
     percent,
     plural,
     room,
+    spanned,
     sparkline,
 )
 from orchestrator.progress import Progress
@@ -67,6 +69,8 @@ def sweeps(listed: Sequence[tuple[str, Progress | None, datetime | None]], now: 
 
 
 _LEAST_NAME = 18
+CELLS_SHOWN = 200
+"""A page of more is read by nobody, and takes seconds to lay out."""
 
 
 def _fitting(title: str, columns: Sequence[Column], lines: Sequence[Sequence[str | Text]], width: int) -> list[Text]:
@@ -204,7 +208,7 @@ def plan(summary: Mapping[str, Any], names: Mapping[str, str], width: int) -> Te
     head.append(
         f"  {plural(summary['trials'], 'trial')} in {plural(summary['cells'], 'cell')}, {spoken}", style="not bold"
     )
-    lines = [head, _verdict(summary), *_storage(summary["storage"])]
+    lines = [head, _verdict(summary), *_cost(summary["cost"], inner), *_storage(summary["storage"])]
     columns = (Column("", 0), Column("weights", 11, "right", 2), Column("FLOPs a trial", 13, "right", 1),
                Column("trials", 6, "right", 4), Column("to run", 6, "right"), Column("", 18, spare=3))  # fmt: skip
     cells: list[list[str | Text]] = [
@@ -216,13 +220,20 @@ def plan(summary: Mapping[str, Any], names: Mapping[str, str], width: int) -> Te
             f"{sum(count for action, count in cell['actions'].items() if action in _TO_RUN):,}",
             Text(", ".join(f"{count:,} {action}" for action, count in cell["actions"].items()), style=FAINT),
         ]
-        for cell in summary["by_cell"]
+        for cell in summary["by_cell"][:CELLS_SHOWN]
     ]
     lines += _fitting("Cells", columns, cells, inner)
-    for key, meaning in (("removed", "no longer in the file; their rows stay"), ("stale", "under older numerics")):
-        if summary[key]:
-            shown = " ".join(each[:7] for each in summary[key][:6]) + (" ..." if len(summary[key]) > 6 else "")
-            lines.append(Text(f"{plural(len(summary[key]), 'trial')} {meaning}: {shown}", style=WARN))
+    if len(summary["by_cell"]) > CELLS_SHOWN:
+        more = plural(len(summary["by_cell"]) - CELLS_SHOWN, "more cell")
+        lines.append(Text(f"and {more}; --json has all, --trials prints every trial", style=FAINT))
+    gone: dict[str, list[str]] = {}
+    for row in summary["by_removed"]:
+        gone.setdefault(row["reason"], []).append(row["trial_id"])
+    stale = {"of a result under older numerics, to run again": summary["stale"]} if summary["stale"] else {}
+    for reason, ids in (gone | stale).items():
+        shown = " ".join(each[:7] for each in ids[:6]) + (" ..." if len(ids) > 6 else "")
+        told = textwrap.wrap(f"{plural(len(ids), 'trial')} {reason}: {shown}", inner, subsequent_indent="  ")
+        lines += [Text(line, style=WARN) for line in told]
     for note in summary["notes"]:
         wrapped = textwrap.wrap(f"note: {note}", inner, subsequent_indent="      ", break_on_hyphens=False)
         lines += [Text(line, style=WARN) for line in wrapped]
@@ -247,6 +258,46 @@ def _verdict(summary: Mapping[str, Any]) -> Text:
     epochs = plural(summary["epochs_to_run"], "epoch")
     flops = f" · {epochs}, {summary['train_flops_to_run']:.2g} FLOPs of training"
     return line.append(flops if summary["to_run"] else "", style=FAINT)
+
+
+def _cost(cost: Mapping[str, Any], width: int) -> list[Text]:
+    """A line for each kind of device that has been timed, or why nothing can be told."""
+    if cost["unknown"]:
+        told = f"{cost['unknown']}; `mixmo calibrate FILE` does that on this machine, the first trials of a run do, too"
+        return [Text("Cost: ").append("not known", style=STRONG).append(f" ({told})", style=FAINT)]
+    lines: list[Text] = []
+    for device in cost["devices"]:
+        line = Text("      " if lines else "Cost: ").append(_hours(device), style=STRONG)
+        if device["money"]:
+            line.append(f" · {device['money']['mean']:,.2f} {cost['currency']}")
+        line.append(f" on {device['device_name']}")
+        how = textwrap.wrap(f"{_lasts(device, cost['gangs'])}{_known(device)}", width - 6)
+        lines += [line, *(Text(f"      {each}", style=FAINT) for each in how)]
+    return lines
+
+
+def _hours(device: Mapping[str, Any]) -> str:
+    kind = "GPU-hours" if device["gpu_hours"] else "core-hours"
+    hours = device["gpu_hours"] or device["core_hours"]
+    return spanned(hours, f"{number(hours['mean'])} {kind}")
+
+
+def _lasts(device: Mapping[str, Any], gangs: int | None) -> str:
+    if gangs is None:
+        seconds = device["training_s"]
+        return f"{spanned(seconds, duration(seconds['mean']))} one after the other; --gangs N tells for N at once"
+    elapsed = device["elapsed_s"]
+    return f"{spanned(elapsed, duration(elapsed['mean']))} from begin to end in {plural(gangs, 'gang')}"
+
+
+def _known(device: Mapping[str, Any]) -> str:
+    """How the estimate came about, where that is not by timing each shape itself."""
+    told = ""
+    if device["measured"] < device["shapes"]:
+        told = f"; {device['measured']} of {plural(device['shapes'], 'shape')} timed, the others by their FLOPs"
+    if device["training_s"]["low"] is None:
+        told += "; how far off that may be, nothing measured tells"
+    return told
 
 
 def _storage(storage: Mapping[str, Any]) -> list[Text]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mixmo_core.config import flatten, ineffective, parts
 from mixmo_core.cost import checkpoint_bytes, logits_bytes, parameters, trial_flops
 from orchestrator import searching
+from orchestrator.calibration import Estimate, Prediction, Span, Timing, Work, estimates, of_trials, total, work
 from orchestrator.errors import RefusedError
 from orchestrator.rows import FINAL, TrialRow, config_columns
+from orchestrator.store import DamagedError
 from orchestrator.sweep import Sweep, Trial
 
 if TYPE_CHECKING:
@@ -68,6 +71,8 @@ class Plan:
     """Rows of this sweep whose trials the file no longer has, stale ones apart."""
     changes: bool
     """Whether the sweep's rows must be written although nothing runs: a new label, an order, a cached result."""
+    timings: tuple[Timing, ...] = ()
+    """How fast trials were trained so far: the calibration table's, and those of all trials of the store."""
 
     @functools.cached_property
     def to_run(self) -> tuple[Trial, ...]:
@@ -78,9 +83,32 @@ class Plan:
         """Trials by action; only actions that occur."""
         return dict(Counter(item.action for item in self.items))
 
-    def summary(self) -> dict[str, Any]:
+    @functools.cached_property
+    def estimates(self) -> tuple[Estimate, ...]:
+        """What the trials to run take on each kind of device that can be told of, the fastest first."""
+        resources = self.sweep.resources
+        gpus = None if resources.gpus_per_worker == "auto" else resources.gpus_per_worker
+        cpus, accelerator = resources.cpus_per_worker, resources.accelerator
+        return tuple(estimates(_works(self), self.timings, gpus=gpus, cpus=cpus, accelerator=accelerator))
+
+    def prediction(self, device_name: str) -> Prediction | None:
+        """What the whole sweep takes on a kind of device, with what it has taken already; None where that cannot be
+        told. Results of other sweeps take nothing.
+        """
+        estimate = next((each for each in self.estimates if each.device_name == device_name), None)
+        if estimate is None:
+            return None
+        own = [item for item in self.items if item.action != "cached"]
+        spent, left = sum(item.row.wall_s for item in own if item.row), estimate.seconds
+        done = Span(spent, spent, spent)
+        return Prediction(
+            device_name, estimate.gpus, total([done, left]), sum(item.trial.config.optim.epochs for item in own)
+        )
+
+    def summary(self, gangs: int | None = None) -> dict[str, Any]:
         """Plain values for a terminal or for JSON. FLOPs are of training alone; `to_run` counts what is left of it.
-        `storage` is the room that the sweep takes in the store.
+        `storage` is the room that the sweep takes in the store, `cost` what the trials to run take on devices that have
+        been timed, in `gangs` trials at once (default: what the file says).
         """
         cells = _cells(self)
         return {
@@ -96,10 +124,12 @@ class Plan:
             "train_flops": sum(cell["train_flops"] * cell["trials"] for cell in cells),
             "train_flops_to_run": sum(cell["train_flops_to_run"] for cell in cells),
             "removed": [row.trial_id for row in self.removed],
+            "by_removed": [_removed(row) for row in self.removed],
             "stale": [item.stale.trial_id for item in self.items if item.stale],
             "to_draw": self.sweep.to_draw,
             "notes": [*self.sweep.notes, *self._open_notes()],
             "storage": _storage(self, cells),
+            "cost": _cost(self, gangs),
             "by_cell": cells,
         }
 
@@ -110,13 +140,20 @@ class Plan:
 
 
 def against(store: ResultStore, sweep: Sweep, *, retry_failed: bool = False) -> Plan:
-    """The plan, given all that a store holds: a trial that another sweep has finished is taken over."""
+    """The plan, given all that a store holds: a trial that another sweep has finished is taken over.
+
+    Each sweep's trials are read once, and the calibration table; a damaged one costs the estimates alone.
+    """
+    timings: Sequence[Timing] = ()
+    with contextlib.suppress(DamagedError):
+        timings = store.timings()
     rows = store.all_trial_rows(sweep.name)
-    return make(searching.taken_up(sweep, rows), rows, retry_failed=retry_failed)
+    return make(searching.taken_up(sweep, rows), rows, retry_failed=retry_failed, timings=timings)
 
 
-def make(sweep: Sweep, rows: Iterable[TrialRow], *, retry_failed: bool = False) -> Plan:
-    """Compare a sweep with what the store holds: rows of this sweep, and of others whose results may serve.
+def make(sweep: Sweep, rows: Iterable[TrialRow], *, retry_failed: bool = False, timings: Sequence[Timing] = ()) -> Plan:
+    """Compare a sweep with what the store holds: rows of this sweep, and of others whose results may serve. `timings`
+    are those of the calibration table.
 
     RefusedError when two different trials share an id (the first 12 digits of their hashes).
     """
@@ -136,7 +173,8 @@ def make(sweep: Sweep, rows: Iterable[TrialRow], *, retry_failed: bool = False) 
         items.append(replace(item, begun_in=tuple(begun[trial.trial_id])) if trial.trial_id in begun else item)
     stale_ids = {item.stale.trial_id for item in items if item.stale}
     gone = tuple(row for key, row in own.items() if key not in planned and key not in stale_ids)
-    return Plan(sweep, tuple(items), gone, any(_changes(item, own) for item in items))
+    changes = any(_changes(item, own) for item in items)
+    return Plan(sweep, tuple(items), gone, changes, (*timings, *of_trials(rows)))
 
 
 def initial_row(trial: Trial, sweep: Sweep) -> TrialRow:
@@ -270,6 +308,71 @@ def _cell(cell_id: str, group: Sequence[PlannedTrial], varied: Sequence[str]) ->
         "train_flops": per_trial,
         "train_flops_to_run": per_trial * sum(item.epochs_left for item in group) / config.optim.epochs,
     }
+
+
+def _removed(row: TrialRow) -> dict[str, Any]:
+    """A trial that the file no longer has, and what becomes of its row when the sweep is run."""
+    if row.state in FINAL:
+        reason = f"not in the file any more; its row stays ({row.state.lower()})"
+    elif row.epoch:
+        reason = (
+            f"not in the file any more; cancelled at epoch {row.epoch} of {row.epochs}, and goes on if it comes back"
+        )
+    else:
+        reason = "not in the file any more; it never began, and its row goes"
+    return {"trial_id": row.trial_id, "cell_id": row.cell_id, "label": row.label, "state": row.state, "reason": reason}
+
+
+def _works(plan: Plan) -> list[Work]:
+    """What is left of each trial to run, in their order."""
+    whole: dict[str, tuple[dict[str, Any], float]] = {}
+    works = []
+    for item in plan.items:
+        config = item.trial.config
+        if item.epochs_left:
+            if item.trial.cell_id not in whole:
+                whole[item.trial.cell_id] = config_columns(config), trial_flops(config)
+            columns, flops = whole[item.trial.cell_id]
+            share = item.epochs_left / config.optim.epochs
+            works.append(work(columns, item.trial.workers, flops * share, item.epochs_left))
+    return works
+
+
+def _cost(plan: Plan, gangs: int | None) -> dict[str, Any]:
+    """Hours, money and time to the end on each kind of device that was timed; `unknown` says why there is none."""
+    resources, price = plan.sweep.resources, plan.sweep.price
+    if gangs is None and resources.max_gangs != "auto":
+        gangs = resources.max_gangs
+    devices = []
+    for each in plan.estimates:
+        cores = 0.0 if each.gpus else resources.workers * resources.cpus_per_worker
+        gpu_hours = each.seconds.times(each.gpus / 3600) if each.gpus else None
+        money = gpu_hours.times(price.gpu_hour) if gpu_hours and price.gpu_hour is not None else None
+        devices.append({
+            "device_name": each.device_name,
+            "gpus_per_trial": each.gpus,
+            "training_s": asdict(each.seconds),
+            "gpu_hours": gpu_hours and asdict(gpu_hours),
+            "core_hours": asdict(each.seconds.times(cores / 3600)) if cores else None,
+            "money": money and asdict(money),
+            "elapsed_s": asdict(each.elapsed(gangs)) if gangs else None,
+            "shapes": each.shapes,
+            "measured": each.measured,
+        })  # fmt: skip
+    return {
+        "gangs": gangs,
+        "currency": price.currency,
+        "devices": devices,
+        "unknown": None if devices or not plan.to_run else _why_unknown(plan),
+    }
+
+
+def _why_unknown(plan: Plan) -> str:
+    kinds = {(each.precision, each.workers) for each in _works(plan)}
+    asked = ", ".join(f"{precision} with {workers} worker{'s' * (workers > 1)}" for precision, workers in sorted(kinds))
+    if not plan.timings:
+        return "nothing has been timed yet"
+    return f"what has been timed is of other devices, or not of {asked}"
 
 
 def _storage(plan: Plan, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from mixmo_core import cost
 from mixmo_core.config import leaves
 from orchestrator import analysis, causes
+from orchestrator.calibration import Prediction
 from orchestrator.rows import FINAL, TrialRow, config_of
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ class Progress:
     gpu_seconds: float
     images_per_s: float
     """Slots trained on, over all trials that run now."""
+    training_s: float = 0.0
+    """Of all trials but those taken from other sweeps, summed; what `predicted` is held against."""
+    predicted: Prediction | None = None
+    """What the sweep was to take, reckoned when its first trial began."""
 
     @property
     def all_cancelled(self) -> bool:
@@ -59,6 +64,7 @@ def measure(snapshot: Snapshot, now: datetime, *, driven: bool | None = True) ->
     ended = sum(states[state] for state in FINAL)
     partial = sum(1 - _left(row) for row in rows if row.state not in FINAL)
     own = [row for row in rows if row.cached_from is None]
+    training_s, predicted = sum(row.wall_s for row in own), Prediction.of(snapshot.header.predicted)
     return Progress(
         status=_status(snapshot, driven),
         total=len(rows),
@@ -72,10 +78,14 @@ def measure(snapshot: Snapshot, now: datetime, *, driven: bool | None = True) ->
         cancelled=states["CANCELLED"],
         fraction=(ended + partial) / len(rows) if rows else 0.0,
         trials_per_hour=_trials_per_hour(snapshot, own, now),
-        eta_s=None if driven is False or snapshot.header.paused_by or snapshot.header.stopping else _eta_s(rows),
+        eta_s=None
+        if driven is False or snapshot.header.paused_by or snapshot.header.stopping
+        else _eta_s(rows, predicted),
         elapsed_s=_elapsed_s(own),
         gpu_seconds=sum(row.gpu_seconds for row in own),
         images_per_s=sum(row.images_per_s or 0.0 for row in rows if row.state == "RUNNING" and driven is not False),
+        training_s=training_s,
+        predicted=predicted,
     )
 
 
@@ -125,10 +135,11 @@ def _trials_per_hour(snapshot: Snapshot, own: Sequence[TrialRow], now: datetime)
     return recent / hours if recent and hours > 0 else None
 
 
-def _eta_s(rows: Sequence[TrialRow]) -> float | None:
+def _eta_s(rows: Sequence[TrialRow], predicted: Prediction | None = None) -> float | None:
     """Seconds until the last trial ends: what is left, spread over as many trials as run now.
 
-    A trial takes as long as those of its cell took; where none has ended, as its FLOPs say at the speed so far.
+    A trial takes as long as those of its cell took; where none has ended, as its FLOPs say at the speed so far. Before
+    the first epoch is done all that is known is what was predicted.
     """
     waiting = [row for row in rows if row.state not in FINAL]
     if not waiting:
@@ -142,13 +153,16 @@ def _eta_s(rows: Sequence[TrialRow]) -> float | None:
     for row in waiting:
         if row.cell_id not in typical:
             if not speed:
-                return None
+                return predicted.seconds.mean / _at_once(rows) if predicted else None
             typical[row.cell_id] = cost.trial_flops(config_of(row)) / speed
     seconds = [typical[row.cell_id] * _left(row) for row in waiting]
     if not math.isfinite(sum(seconds)):  # a speed that is next to nothing says nothing
         return None
-    at_once = max(1, sum(row.state == "RUNNING" for row in rows))
-    return max(sum(seconds) / at_once, *seconds, 0.0)
+    return max(sum(seconds) / _at_once(rows), *seconds, 0.0)
+
+
+def _at_once(rows: Sequence[TrialRow]) -> int:
+    return max(1, sum(row.state == "RUNNING" for row in rows))
 
 
 def _flops_per_s(rows: Sequence[TrialRow]) -> float | None:

@@ -137,9 +137,9 @@ def config_columns(config: TrialConfig) -> dict[str, Any]:
         "model.classifiers": config.model.subnetworks,
     }
     columns: dict[str, Any] = {}
-    for name, value in flatten(config).items():
+    for column, (name, value) in zip(CONFIG_COLUMNS, flatten(config).items(), strict=True):
         shown = resolved[name] if value == "all" else list(value) if isinstance(value, tuple) else value
-        columns[name.replace(".", "_")] = None if name in silent else shown
+        columns[column] = None if name in silent else shown
     return columns
 
 

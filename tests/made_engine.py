@@ -11,7 +11,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,6 +34,10 @@ class Pace:
 
     def __init__(self, epoch_s: float = 0.0) -> None:
         self.epoch_s = epoch_s
+
+    def rehearse(self, settings: Mapping[str, Any]) -> str | None:
+        """What is short of memory when the largest trial is tried, if anything is."""
+        return None
 
     def epoch(self, order: Order, epoch: int) -> None:
         """Returns when the epoch is over; raises what the trial is to fail with."""
@@ -262,12 +266,14 @@ class MadeGang:
 
     def __init__(self, name: str, pace: Pace, job: Job, loop: _Loop, desk: Dispatcher, wait_s: float) -> None:
         self.name, self.pace, self._loop, self.desk, self._wait_s = name, pace, loop, desk, wait_s
-        self._store = ResultStore.open(job.store_uri)
+        self._job, self._store = job, ResultStore.open(job.store_uri)
 
     def work(self) -> None:
         worker = Worker(
             gang=self.name, rank=0, world_size=1, pid=0, host="made", device_name="thread", torch_version="0"
         )
+        if self._job.canary and self._loop.call(self.desk.rehearses, self.name):
+            self._loop.call(self.desk.rehearsed, self.name, self.pace.rehearse(self._job.canary))
         self._loop.call(self.desk.join, worker)
         while (given := self._loop.call(self.desk.next, self.name, self._wait_s)) != "leave":
             if isinstance(given, Assignment):

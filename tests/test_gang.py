@@ -165,6 +165,32 @@ def test_a_trial_that_is_killed_in_the_middle_of_an_epoch_goes_on_there(
     assert "step" not in row.checkpoint
 
 
+@in_a_folder
+def test_a_gang_rehearses_the_largest_trial_before_it_asks_for_one(
+    store: ResultStore, work: Callable[..., None]
+) -> None:
+    calls: list[str] = []
+    desk = Desk(config(), store)
+
+    def heard(name: str, *given: Any) -> bool:
+        calls.append(name)
+        return False
+
+    desk.fatal = heard
+    work(desk, canary=flatten(config(seed=9)))
+    assert calls[:4] == ["rehearses", "rehearsed", "join", "next"]
+    assert desk.row().state == "TERMINATED"
+    again = Desk(config(), store)
+    again.fatal = lambda name, *given: name == "rehearsed"
+    for _ in range(2):
+        with pytest.raises(Killed):
+            work(again, canary=flatten(config(seed=9)))
+    work(again, canary=flatten(config(seed=9)))
+    assert [(update.kind, update.text) for update in asyncio.run(again.desk.updates(0, 0.0))] == [
+        ("refused", "the workers of gang-0 died of it 2 times")
+    ]
+
+
 def test_a_finished_trial_has_the_logits_of_its_last_epoch(store: ResultStore, work: Callable[..., None]) -> None:
     desk = Desk(config(), store)
     work(desk)

@@ -42,6 +42,12 @@ def plan(
     trials: Annotated[
         bool, typer.Option("--trials", help="Also print every trial, its index and what would become of it.")
     ] = False,
+    gangs: Annotated[
+        int | None,
+        typer.Option(
+            "--gangs", metavar="N", min=1, help="Tell when it ends with N trials at once. [default: the file's]"
+        ),
+    ] = None,
     quick: Quick = False,
     overrides: Overrides = None,
     results: Results = "results",
@@ -49,7 +55,8 @@ def plan(
 ) -> None:
     """What a run would do and what it costs. Changes nothing.
 
-    Trials whose results are there already, in this sweep or another, are not run again.
+    Trials whose results are there already, in this sweep or another, are not run again. Hours, money and time to the
+    end are told from what `mixmo calibrate` and the trials of the results took, for each kind of device among them.
     """
     light()
     from orchestrator import pages
@@ -59,7 +66,7 @@ def plan(
 
     sweep = _load(file, overrides, quick)
     planned = planning.against(ResultStore.open(results), sweep)
-    summary = planned.summary()
+    summary = planned.summary(gangs)
     summary["notes"] += not_runnable(sweep)
     if as_json:
         streams.print_json("plan", summary | {"by_trial": _by_trial(planned)})
@@ -80,6 +87,9 @@ def run(
     overrides: Overrides = None,
     data: Data = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed trials again, too.")] = False,
+    no_canary: Annotated[
+        bool, typer.Option("--no-canary", help="Begin without two steps of the largest trial, which try the memory.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before starting.")] = False,
     results: Results = "results",
 ) -> ExitCode:
@@ -112,12 +122,77 @@ def run(
     store = ResultStore.open(results, create=True)
     with Screen(talk) as screen:
         code: ExitCode = driver.run(
-            sweep, store, data_dir=data, retry_failed=retry_failed, observer=screen.show, talk=screen.say
-        )
+            sweep, store, data_dir=data, retry_failed=retry_failed, rehearse=not no_canary, observer=screen.show,
+            talk=screen.say,
+        )  # fmt: skip
         screen.ended()
     then = with_results(f"mixmo table {sweep.name}", results)
     talk.print(f"results in {store.uri} · next: {then}", style="dim", highlight=False, soft_wrap=True)
     return code
+
+
+@app.command(cls=Command, rich_help_panel=RUNNING)
+def calibrate(
+    file: File,
+    *,
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="S", min=1, help="To spend on training steps, in all.")
+    ] = 60.0,
+    all_shapes: Annotated[
+        bool, typer.Option("--all", help="Time every network of the sweep, not the smallest, middle and largest alone.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...; auto is a GPU where there is one.")
+    ] = "auto",
+    quick: Quick = False,
+    overrides: Overrides = None,
+    data: Data = None,
+    results: Results = "results",
+    as_json: Json = False,
+) -> None:
+    """Time a sweep's training steps on this machine, so that plans tell hours.
+
+    What is found is kept in the results, for all sweeps, by the name of the device. A GPU or processor that others
+    use meanwhile is timed as slow as it is then.
+    """
+    from mixmo_core.data import needed
+    from orchestrator import datasets, stopwatch
+    from orchestrator.store import ResultStore
+
+    sweep = _load(file, overrides, quick)
+    store = ResultStore.open(results, create=True)
+    place = _device("cpu" if device == "auto" and sweep.resources.gpus_per_worker == 0 else _chosen(device))
+    there = stopwatch.shapes(sweep)
+    trials = there if all_shapes else stopwatch.chosen(there)
+    names = sorted({name for trial in trials for name in needed(trial.config)})
+    folder = datasets.on_this_host(names, data)
+    datasets.check(names, data)
+    streams.say(f"{sweep.name}: {len(trials)} of {len(there)} shapes, {seconds / len(trials):.0f} s each, on {place}")
+    done = []
+    cpus = sweep.resources.cpus_per_worker
+    for timed in stopwatch.calibrate(trials, device=place, cpus=cpus, data_dir=folder, seconds=seconds):
+        store.add_timings(timed.timings)
+        done.append(timed)
+        if not as_json:
+            print(_timed_line(timed), flush=True)
+    if as_json:
+        timings = [streams.plain(timing) for timed in done for timing in timed.timings]
+        streams.print_json("calibrate", {"sweep": sweep.name, "shapes": len(there), "timings": timings})
+    streams.say(f"kept in {store.uri}; next: {with_results(f'mixmo plan {file}', results)}")
+
+
+def _timed_line(timed: Any) -> str:
+    paces, model = [each.pace for each in timed.timings], timed.trial.config.model
+    spread = f"{100 * (max(paces) / min(paces) - 1):.0f} % apart" if len(paces) > 1 else "timed once"
+    what = f"{model.arch} w={model.width} M={model.subnetworks} B={timed.trial.config.data.batch_size}"
+    rate = f"{1000 * timed.step_s:,.1f} ms a step, {timed.flops_per_s / 1e12:.3g} TFLOP/s"
+    return f"{timed.trial.trial_id[:7]}  {what}  {rate} ({len(paces)} stretches, {spread})"
+
+
+def _chosen(device: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 @app.command(cls=Command, rich_help_panel=RUNNING)
@@ -209,7 +284,7 @@ def _train(config: TrialConfig, device: str, threads: int, place: str | None) ->
     from orchestrator import datasets
 
     torch.set_num_threads(threads)
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    chosen = _chosen(device)
     chip = _device(chosen)
     try:
         folder = datasets.on_this_host(data.needed(config), place)

@@ -12,6 +12,7 @@ A store is a folder, or a prefix of a bucket (`s3://bucket/prefix`); either has 
     sweeps/<name>/commands/<number>-<token>.json      what people ask of the driver, and its answers
     claims/<trial_id>.json                 which of several running sweeps trains a trial that they share
     trials/<trial_id>/<fence>-<attempt>-<token>/      checkpoints, logits, logs of one attempt, shared by all sweeps
+    calibration.parquet                    how fast networks were trained on each kind of device
 
 The driver is the only writer of `sweeps/<name>/`, new commands apart; a gang writes only in the folder of its attempt.
 Rows go into a part before the trials name it, and leave the live file after; a read goes live, then trials, then the
@@ -32,6 +33,7 @@ from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 
+from orchestrator.calibration import Timing
 from orchestrator.errors import NotFoundError, UnreachableError, UsageError
 from orchestrator.rows import (
     EPOCHS_SCHEMA,
@@ -73,6 +75,7 @@ from orchestrator.store.tables import (
     sweep_names,
     totals,
 )
+from orchestrator.store.timings import add_timings, read_timings
 from orchestrator.store.verify import Fault, faults_of
 from orchestrator.store.writer import Compaction, SweepWriter
 
@@ -295,6 +298,16 @@ class ResultStore:
 
     def _attempts(self, trial_id: str) -> list[str]:
         return [name for name in self.folder.names(f"trials/{trial_id}", folders=True) if ATTEMPT.fullmatch(name)]
+
+    # ---- calibration
+
+    def timings(self) -> list[Timing]:
+        """The calibration table: what `mixmo calibrate` has measured."""
+        return read_timings(self.folder)
+
+    def add_timings(self, timings: Iterable[Timing]) -> None:
+        """Put timings in the place of older ones of the same shapes, device and versions."""
+        add_timings(self.folder, timings)
 
     # ---- room
 

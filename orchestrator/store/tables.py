@@ -61,6 +61,8 @@ class Header:
     """Who had the running driver pause; None while it goes on."""
     stopping: bool = False
     """Whether the running driver lets trials finish and starts no more."""
+    predicted: Mapping[str, Any] | None = None
+    """What the sweep was to take, as its driver reckoned when the first trial began: a `calibration.Prediction`."""
 
     def encode(self) -> bytes:
         record = {**asdict(self), "written_at": self.written_at.isoformat() if self.written_at else None}

@@ -236,6 +236,16 @@ class SweepWriter:
             self._header = replace(self._header, stopping=True)
             self._changes["trials"] += 1
 
+    @property
+    def predicted(self) -> Mapping[str, Any] | None:
+        return self._header.predicted
+
+    def predict(self, predicted: Mapping[str, Any]) -> None:
+        """Say in the header what the sweep is to take."""
+        with self._lock:
+            self._header = replace(self._header, predicted=predicted)
+            self._changes["trials"] += 1
+
     def snapshot(self) -> Snapshot:
         """As `ResultStore.snapshot`, from memory: with what is not written yet."""
         with self._lock:

@@ -58,7 +58,11 @@ class Checkpoints:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    gpu_hours: float | None = _key(None, "No trial begins past this many GPU-hours.", above=0)
+    gpu_hours: float | None = _key(None, "No trial begins past this many GPU-hours, over all runs.", above=0)
+    hours: float | None = _key(
+        None, "No trial begins past this many hours of training, summed over the trials; also on processors.", above=0
+    )
+    money: float | None = _key(None, "No trial begins past this sum, reckoned by `price`.", above=0)
     trials: int | None = _key(None, "A sweep of more trials is refused.", at_least=1)
 
 
