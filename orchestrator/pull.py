@@ -111,9 +111,7 @@ def _check(store: ResultStore, dest: Path, files: Iterable[Path], *, force: bool
             )
     taken = [path.name for path in files if os.path.lexists(path)]
     if taken and not force:
-        raise UsageError(
-            f"{dest} has {', '.join(taken)} already: --force replaces what is there, or name another folder"
-        )
+        raise UsageError(f"{dest} has {', '.join(taken)} already: --yes replaces what is there, or name another folder")
 
 
 def _tables(store: ResultStore, sweep: str) -> tuple[pa.Table, pa.Table]:

@@ -211,7 +211,9 @@ def test_of_many_curves_the_best_are_named_and_the_others_are_grey(metric: str, 
     figure = draw(material(rows, epochs=lambda: curves), metric=metric, only=["curves"]).figures["curves"]
     assert len(figure.axes) == 2
     for axis in figure.axes:
-        names = [text.get_text() for text in axis.get_legend().get_texts()]
+        legend = axis.get_legend()
+        assert legend is not None
+        names = [text.get_text() for text in legend.get_texts()]
         assert names[-1] == "5 others"
         assert len(names) == PANEL_LINES
         assert len(axis.lines) == 10

@@ -48,13 +48,15 @@ def ray_here() -> Iterator[None]:
 
 def test_a_ray_that_does_not_come_up_is_no_bug_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine with 24 at work on 2 cores its node was not up within Ray's 30 s, which raises a bare Exception."""
+    import ray
+
     from orchestrator import fleet
 
     def late(*_: object, **__: object) -> None:
         raise Exception("The current node timed out during startup.")
 
-    monkeypatch.setattr(fleet.ray, "init", late)
-    monkeypatch.setattr(fleet.ray, "shutdown", lambda: None)  # another Ray may be up in this process
+    monkeypatch.setattr(ray, "init", late)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)  # another Ray may be up in this process
     with (
         pytest.raises(UnreachableError, match=r"timed out during startup\. Nothing was trained"),
         fleet.cluster(cpus=1),

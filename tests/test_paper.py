@@ -210,13 +210,32 @@ def measured(name: str) -> str:
         file = RESULTS / f"{sweep}.json"
         if file.exists():
             found = json.loads(file.read_text())
-            words = "quick form, not comparable: " if sweep != name else ""
-            values = ", ".join(f"{label} {_spread(each['top1'])}" for label, each in found["cells"].items())
-            lines.append(
-                f"{words}{found['finished']} of {found['planned']} trials, commit {found['git_commit'][0][:7]}, "
-                f"[{file.name}](../{file.relative_to(ROOT)}): top1 {values}"
+            told = (
+                f"{found['finished']} of {found['planned']} trials{_took(found)}, commit {found['git_commit'][0][:7]}"
             )
+            values = ", ".join(f"{cell} {_spread(each['top1'])}" for cell, each in found["cells"].items())
+            form = "the quick form, whose table is below, " if "tables" in found else "top1 " + values + ", "
+            lines.append(f"{form}{told} ([{file.name}](../{file.relative_to(ROOT)}))")
     return "; ".join(lines) or "not run yet"
+
+
+def _took(found: Mapping[str, Any]) -> str:
+    """By the clock and by the processor, where `benchmarks/quick_forms.py` ran it."""
+    run = found.get("run")
+    if run is None:
+        return ""
+    worked = f", {run['cpu_s'] / 60:.1f} of processor" if run["cpu_s"] is not None else ""
+    return f" in {run['wall_s'] / 60:.1f} minutes{worked}"
+
+
+def tables(name: str) -> list[str]:
+    """The first table of a quick form as `mixmo table` printed it, with its heading and without its notes."""
+    file = RESULTS / f"{name}-quick.json"
+    if not file.exists():
+        return []
+    printed = json.loads(file.read_text())["tables"][0]["markdown"].splitlines()
+    assert printed[0] == "**quick form, not comparable**"
+    return [*printed[:2], *(line for line in printed if line.startswith("|")), ""]
 
 
 def _spread(top1: Mapping[str, Any]) -> str:
@@ -235,7 +254,7 @@ def section(name: str) -> str:
         f"{full.trials[0].config.precision}, {flops:.2g} FLOPs, {_hours(gpu_hours(full))} GPU-hours",
         f"- Quick form: {len(made.trials)} trials, about {minutes(made):.0f} minutes",
         *([f"- Published numbers: {len(full.published) or 'none known'}"] if path.parent.name == "paper" else []),
-        f"- Measured so far: {measured(name)}", "",
+        f"- Measured so far: {measured(name)}", "", *tables(name),
     ])  # fmt: skip
 
 

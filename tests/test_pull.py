@@ -131,7 +131,7 @@ def test_what_is_there_is_replaced_only_when_that_is_wanted(store: ResultStore, 
     finished(store)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "epochs.csv").write_text("mine")
-    with pytest.raises(UsageError, match=r"has epochs.csv already: --force replaces"):
+    with pytest.raises(UsageError, match=r"has epochs.csv already: --yes replaces"):
         pull.pull(store, ["made"], tmp_path, format="csv")
     assert not (tmp_path / "trials.csv").exists()
     assert (tmp_path / "epochs.csv").read_text() == "mine"
@@ -254,7 +254,7 @@ def test_the_command_says_what_it_wrote(store: ResultStore, tmp_path: Path, mixm
     ]  # fmt: skip
     code, out, err = mixmo("pull", "made", tmp_path / "out", "--results", store.uri)
     assert (code, out) == (2, "")
-    assert "--force" in err
+    assert "--yes" in err
     code, out, _ = mixmo("pull", "made", tmp_path / "out", "--results", store.uri, "--yes", "--json")
     told = json.loads(out)
     assert (code, told["schema"]) == (0, "mixmo.pull/1")
