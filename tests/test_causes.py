@@ -28,7 +28,7 @@ def failed(seed: int, error: str, cause: str, kind: str | None = "exception") ->
     return trial(seed).replace(state="ERROR", error=error, error_cause=cause, error_kind=kind)
 
 
-def trace(line: int = 3, root: str = "/home/ada/mixmo", kind: str = "mixmo_core.train.DivergedError") -> str:
+def trace(line: int = 3, root: str = "/srv/ada/mixmo", kind: str = "mixmo_core.train.DivergedError") -> str:
     return TRACE.format(line=line, root=root, kind=kind)
 
 
@@ -38,7 +38,7 @@ def test_a_fingerprint_names_the_exception_and_our_innermost_frames() -> None:
     assert fingerprint("") is None
 
 
-@given(st.integers(1, 10**6), st.sampled_from(["/home/ada/mixmo", "/tmp/ray/session_1/py_9/x", "C:\\src", "."]))
+@given(st.integers(1, 10**6), st.sampled_from(["/srv/ada/mixmo", "/tmp/ray/session_1/py_9/x", "C:\\src", "."]))
 def test_a_fingerprint_knows_no_lines_and_no_places(line: int, root: str) -> None:
     assert fingerprint(trace(line, root)) == fingerprint(trace())
 
