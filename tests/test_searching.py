@@ -163,23 +163,28 @@ def test_a_missing_optuna_is_told_with_what_to_type(monkeypatch: pytest.MonkeyPa
 
 
 class Killing(Pace):
-    """The process ends as by SIGKILL before the epoch with this number, counted over all trials."""
+    """The process ends as by SIGKILL before the epoch with this number, counted over all trials, once its driver has
+    written something that goes on.
+    """
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, store: ResultStore) -> None:
         super().__init__()
-        self.left = at
+        self.left, self.store = at, store
 
     def epoch(self, order: Order, epoch: int) -> None:
         self.left -= 1
         if self.left < 0:
-            time.sleep(0.1)  # the driver may write what it knows
+            store = self.store
+            while not len(store.trial_rows("made")) > 10:
+                time.sleep(0.05)
             os._exit(9)
 
 
 def live(uri: str, epochs: int) -> None:
     flush = SweepWriter.flush
     SweepWriter.flush = lambda self, *, force=False: flush(self, force=True)  # type: ignore[method-assign]
-    driver.run(whole(), ResultStore.open(uri, create=True), engine=Threads(Killing(epochs), gangs=1).engine)
+    store = ResultStore.open(uri, create=True)
+    driver.run(whole(), store, engine=Threads(Killing(epochs, store), gangs=1).engine)
 
 
 def whole() -> sweeps.Sweep:
