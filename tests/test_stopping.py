@@ -211,16 +211,20 @@ def sweep_of(scheduler: str = ASHA) -> sweeps.Sweep:
 
 
 class Killing(Pace):
-    """The process ends as by SIGKILL before the epoch with this number, counted over all trials."""
+    """The process ends as by SIGKILL before the epoch with this number, counted over all trials, once its driver has
+    written something that goes on.
+    """
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, store: ResultStore) -> None:
         super().__init__()
-        self.left = at
+        self.left, self.store = at, store
 
     def epoch(self, order: Order, epoch: int) -> None:
         self.left -= 1
         if self.left < 0:
-            time.sleep(0.1)  # the driver may write what it knows
+            store = self.store
+            while not sum(row.epoch for row in store.trial_rows("made")) > 0:
+                time.sleep(0.05)
             os._exit(9)
 
 
@@ -235,7 +239,8 @@ def killed(store: ResultStore, scheduler: str, epochs: int) -> None:
 def live(uri: str, scheduler: str, epochs: int) -> None:
     flush = SweepWriter.flush
     SweepWriter.flush = lambda self, *, force=False: flush(self, force=True)  # type: ignore[method-assign]
-    driver.run(sweep_of(scheduler), ResultStore.open(uri, create=True), engine=Threads(Killing(epochs), gangs=1).engine)
+    store = ResultStore.open(uri, create=True)
+    driver.run(sweep_of(scheduler), store, engine=Threads(Killing(epochs, store), gangs=1).engine)
 
 
 def outcome(store: ResultStore) -> list[tuple[str, str, int, bool, str | None]]:
