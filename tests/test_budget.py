@@ -181,6 +181,7 @@ def test_a_trial_that_fits_passes_and_one_with_another_fault_is_not_refused(tmp_
     assert canary.rehearse(missing, torch.device("cpu"), tmp_path) is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="no limit on memory here")
 def test_a_trial_that_does_not_fit_on_processors_says_so() -> None:
     code = """
