@@ -251,7 +251,8 @@ class Account:
 
 
 def _bucket_in(policy: Mapping[str, Any]) -> str | None:
-    return next((str(each["Resource"]) for each in policy["Statement"] if each.get("Sid") == "ListResults"), None)
+    found = [str(each["Resource"]) for each in policy["Statement"] if each.get("Sid") == "ListResults"]
+    return found[0] if found else None
 
 
 def _code(error: botocore.exceptions.ClientError) -> str:
