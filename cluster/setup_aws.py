@@ -180,7 +180,7 @@ class Account:
                     f"bucket {bucket} is somebody else's, or not yours to look at: choose another name"
                 ) from error
             raise
-        return {None: "us-east-1", "EU": "eu-west-1"}.get(where, where)
+        return "us-east-1" if where is None else {"EU": "eu-west-1"}.get(where, str(where))
 
     def _is_empty(self, bucket: str) -> bool:
         return not self._s3.list_objects_v2(Bucket=bucket, MaxKeys=1).get("KeyCount")
@@ -251,7 +251,7 @@ class Account:
 
 
 def _bucket_in(policy: Mapping[str, Any]) -> str | None:
-    found = [str(each["Resource"]) for each in policy["Statement"] if each.get("Sid") == "ListResults"]
+    found: list[str] = [str(each["Resource"]) for each in policy["Statement"] if each.get("Sid") == "ListResults"]
     return found[0] if found else None
 
 

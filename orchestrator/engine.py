@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from orchestrator import sweep as sweeps
 from orchestrator.dispatcher import NAMESPACE, Order, Update
+from orchestrator.store import ResultStore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,12 +67,14 @@ Engine = Callable[[Job], contextlib.AbstractContextManager[tuple[Crew, Queue]]]
 def on_ray(job: Job) -> Iterator[tuple[Crew, Queue]]:
     """Gangs on the Ray cluster of RAY_ADDRESS, or on one of our own; Ray Tune says what comes next.
 
-    Raises UsageError where no gang fits, UnreachableError where the cluster does not answer.
+    Raises UsageError where no gang fits, UnreachableError where the cluster does not answer, RefusedError where not
+    every host of it reaches the store.
     """
-    from orchestrator import fleet, tune
+    from orchestrator import fleet, reach, tune
 
     resources = job.sweep.resources
     with fleet.cluster(cpus=max(1, round(resources.workers * resources.cpus_per_worker))) as cluster:
+        reach.prove(ResultStore.open(job.store_uri))
         plan = _gang_plan(job, cluster)
         limit = None if resources.max_gangs == "auto" else resources.max_gangs
         gangs = fleet.gangs_for(cluster, plan, trials=len(job.orders), limit=limit)
