@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-STARTS_S = 120.0
+STARTS_S = 60.0
 WORKER_RESOURCES = ("--num-cpus=1", "--object-store-memory=100000000")
 
 
@@ -52,7 +52,7 @@ def started(workers: Sequence[Sequence[str]], environment: Mapping[str, str]) ->
         _until_answered(f"http://127.0.0.1:{dashboard}", running[0])
         for prefix in workers:
             running.append(_ray_start(prefix, [f"--address=127.0.0.1:{port}", *WORKER_RESOURCES], folder, env))
-        _until_alive(f"127.0.0.1:{port}", 1 + len(workers), env)
+            _until_alive(f"127.0.0.1:{port}", len(running), env, folder)  # two at once want the same sockets
         yield MadeCluster(f"http://127.0.0.1:{dashboard}", token)
     finally:
         for process in reversed(running):
@@ -94,7 +94,7 @@ def _until_answered(url: str, process: "subprocess.Popen[bytes]") -> None:
     raise AssertionError("Ray's dashboard did not answer")
 
 
-def _until_alive(address: str, nodes: int, env: Mapping[str, str]) -> None:
+def _until_alive(address: str, nodes: int, env: Mapping[str, str], folder: Path) -> None:
     ask = (
         f"import ray; ray.init({address!r}, log_to_driver=False, logging_level='ERROR');"
         "print(sum(node['Alive'] for node in ray.nodes()))"
@@ -105,7 +105,8 @@ def _until_alive(address: str, nodes: int, env: Mapping[str, str]) -> None:
         if done.stdout.strip() == str(nodes):
             return
         time.sleep(1.0)
-    raise AssertionError(f"the cluster did not come to {nodes} nodes: {done.stdout} {done.stderr[-2000:]}")
+    logs = "\n".join(each.read_text(errors="replace")[-1500:] for each in folder.glob("start-*.log"))
+    raise AssertionError(f"the cluster did not come to {nodes} nodes: {done.stdout} {done.stderr[-2000:]}\n{logs}")
 
 
 def _free(count: int) -> list[int]:
