@@ -43,7 +43,7 @@ chaos: .venv/tests ## kill, freeze and cut off sweeps by the thousand, in pieces
 # Three workers and a head as namespaces of this machine, over SSH.
 test-cluster: export MIXMO_TEST_INSTALL := 1
 test-cluster: .venv/tests wheel ## ray up, a sweep on two hosts, one killed, ray down; as root, about ten minutes
-	$(BIN)/python tests/cluster
+	$(BIN)/python tests/cluster/up_and_down.py
 
 # From a copy, which says what commit it is of: cluster/*.yaml ship all that lies in dist.
 wheel: .venv/runs ## dist/: the wheel, and the versions that it was tested with

@@ -5,24 +5,31 @@ that nobody finds again. A bucket may be out of reach for the credentials of one
 """
 
 import secrets
+from collections.abc import Mapping
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.errors import MixmoError, RefusedError
-from orchestrator.store import ResultStore
+from orchestrator.store import Folder, ResultStore
 
 PATIENCE_S = 180.0
 """How long hosts have to answer: each boots a process for it."""
+
+
+_NOBODY = {"workers": "none is there yet that could say what it sees of a folder"}
 
 
 def prove(store: ResultStore) -> None:
     """Have every host of the Ray that we are connected to read what is written here. Raises RefusedError, with the
     hosts that cannot and the line to type; UnreachableError where the store takes no token.
     """
-    hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-    if len(hosts) < 2:
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    if len(alive) < 2:
+        if isinstance(store.folder, Folder) and not trains(alive[0]["Resources"]):
+            raise RefusedError(_refusal(store.uri, _NOBODY, "those that will train"))
         return
+    hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in alive}
     key, token = f".reach-{secrets.token_hex(6)}", secrets.token_hex(16)
     store.folder.put(key, token.encode())
     try:
@@ -31,7 +38,12 @@ def prove(store: ResultStore) -> None:
         store.folder.delete(key)
     failed = {host: said for host, said in answers if said != token}
     if failed:
-        raise RefusedError(_refusal(store.uri, failed, len(hosts)))
+        raise RefusedError(_refusal(store.uri, failed, f"{len(failed)} of the cluster's {len(hosts)} hosts"))
+
+
+def trains(resources: Mapping[str, float]) -> bool:
+    """Whether a host of these may train: the head of a cluster whose workers come and go does not."""
+    return bool(resources.get("CPU") or resources.get("GPU"))
 
 
 def _ask(hosts: dict[str, str], uri: str, key: str) -> list[tuple[str, str]]:
@@ -60,11 +72,11 @@ def read_back(uri: str, key: str) -> str:
     return "it sees another folder of that name" if stored is None else stored.data.decode(errors="replace")
 
 
-def _refusal(uri: str, failed: dict[str, str], hosts: int) -> str:
+def _refusal(uri: str, failed: Mapping[str, str], whose: str) -> str:
     told = "\n".join(f"  {host}: {said}" for host, said in sorted(failed.items())[:5])
     others = f"\n  and {len(failed) - 5} more" if len(failed) > 5 else ""
     return (
-        f"results in {uri} are not in reach of {len(failed)} of the cluster's {hosts} hosts:\n{told}{others}\n"
+        f"results in {uri} are not in reach of {whose}:\n{told}{others}\n"
         "Name a bucket that all of them may use, or a folder that all of them mount, and give the command again:\n"
         "  --results s3://BUCKET/results"
     )

@@ -112,27 +112,31 @@ class Cluster:
     def submit(self, request: Request, say: Callable[[str], None]) -> Job:
         """The job that runs this: one that is at work already, or a new one.
 
-        Raises RefusedError where another one runs a sweep of this name.
+        Raises RefusedError where another one runs a sweep of this name, or the hosts do not share the results.
         """
         with self._in_our_words():
             jobs = self.jobs()
-        same = [job for job in jobs if (job.sweep, job.digest) == (request.sweep.name, request.digest)]
-        going = [job for job in jobs if not job.ended and (job.sweep, job.results) == _sweep_of(request)]
-        came_from = origin()
-        for job in going:
-            if job.digest != request.digest:
-                raise RefusedError(
-                    f"{request.sweep.name}: another file of this name is being run, as job {job.id}. Stop that first "
-                    f"(mixmo stop {request.sweep.name} --results {shlex.quote(request.results)}), or give the sweep "
-                    "another name"
-                )
-            if job.code != str(came_from):
-                say(f"it runs with the code {job.code}, not with this one, {came_from}")
-            say(f"{request.sweep.name} is at work already, as job {job.id}")
-            return job
-        return self._send(request, f"mixmo-{request.sweep.name}-{request.digest}-{len(same) + 1}", came_from, say)
+        came_from, (sweep, results) = origin(), _sweep_of(request)
+        for job in jobs:
+            if not job.ended and (job.sweep, job.results) == (sweep, results):
+                return self._found(job, request, came_from, say)
+        if is_folder(results):
+            self._prove_shared(results, say)
+        before = sum((job.sweep, job.digest) == (sweep, request.digest) for job in jobs)
+        return self._send(request, f"mixmo-{sweep}-{request.digest}-{before + 1}", came_from, say)
 
-    def prove_shared(self, results: str, say: Callable[[str], None]) -> None:
+    def _found(self, job: Job, request: Request, came_from: Origin, say: Callable[[str], None]) -> Job:
+        if job.digest != request.digest:
+            raise RefusedError(
+                f"{job.sweep}: another file of this name is being run, as job {job.id}. Stop that first (mixmo stop "
+                f"{job.sweep} --results {shlex.quote(job.results)}), or give the sweep another name"
+            )
+        if job.code != str(came_from):
+            say(f"it runs with the code {job.code}, not with this one, {came_from}")
+        say(f"{job.sweep} is at work already, as job {job.id}")
+        return job
+
+    def _prove_shared(self, results: str, say: Callable[[str], None]) -> None:
         """Have a short job find out whether all hosts see this folder. Raises RefusedError with what it says."""
         say(f"asking every host whether it sees {results}")
         words = shlex.join(["python", "-m", "orchestrator.cli", "reach", results])

@@ -19,7 +19,11 @@ from test_driver import SWEEP
 from orchestrator.origin import FILE, Origin, origin
 from orchestrator.store import ResultStore
 
-SMALL = SWEEP.replace("seeds: 2", "seeds: 1").replace("epochs: 6", "epochs: 3")
+SMALL = (
+    SWEEP.replace("seeds: 2", "seeds: 1")
+    .replace("epochs: 6", "epochs: 3")
+    .replace("worker: 0}", "worker: 0, max_gangs: 1}")
+)
 ANSWERS = {
     "/api/version": {"version": "4", "ray_version": "2.60.0", "ray_commit": "", "session_name": ""},
     "/api/v0/cluster_metadata": {"result": True, "data": {"rayVersion": "2.60.0", "pythonVersion": "3.12.3"}},

@@ -68,11 +68,7 @@ def submit(
 
 
 def _submit(cluster: Cluster, request: Request, *, wait: bool, timeout: float | None) -> ExitCode:
-    from orchestrator.submit import is_folder
-
     name, where = request.sweep.name, f"--results {shlex.quote(request.results)}"
-    if is_folder(request.results):
-        cluster.prove_shared(request.results, streams.say)
     job = cluster.submit(request, streams.say)
     streams.say(f"watch it: mixmo watch {name} {where} · end it: mixmo stop {name} {where}")
     if not wait:

@@ -105,7 +105,8 @@ class Host:
             keeps = f"mkdir -p {inside} && mount --bind {base} {inside} && "
         (self.root / ".bashrc").write_text(
             f"export PATH={base}/bin:$PATH\n"
-            "export RAY_health_check_period_ms=2000 RAY_health_check_failure_threshold=5\n"  # a test waits for it
+            "export RAY_health_check_period_ms=2000 RAY_health_check_failure_threshold=10\n"  # a test waits for it
+            "export RAY_raylet_start_wait_time_s=300\n"  # and others may use the machine
         )
         init = (
             f"hostname {self.name} && {keeps}mount --rbind {self.root} /root && "
@@ -123,7 +124,7 @@ class Host:
     def run(self, command: str) -> str:
         """Over SSH, as everybody talks to it."""
         words = [*ssh(), "-o", "ConnectTimeout=10", f"root@{self.address}", command]
-        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=300).stdout
 
     def answers(self) -> bool:
         with contextlib.suppress(subprocess.SubprocessError):

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import hosts
@@ -135,8 +136,12 @@ def whole(folder: Path) -> None:
     laptop.ray("down", "-y", str(laptop.file))
     for host in cluster:
         if host is not lost:
-            until(lambda host=host: not host.run("pgrep raylet || true").strip(), f"no Ray is left on {host.name}", 120)
+            until(partial(without_ray, host), f"no Ray is left on {host.name}", 120)
     say("ray down: no Ray is left")
+
+
+def without_ray(host: Host) -> bool:
+    return not host.run("pgrep raylet || true").strip()
 
 
 def prepare(host: Host) -> None:
@@ -165,6 +170,7 @@ class Laptop:
             "head_ip: 192.0.2.1 ": f"head_ip: {cluster[0].address} ",
             "worker_ips: [192.0.2.2, 192.0.2.3] ": f"worker_ips: [{', '.join(host.address for host in cluster[1:])}] ",
             "ssh_user: ubuntu ": "ssh_user: root ",
+            "ssh_private_key: ~/": f"ssh_private_key: {os.environ['HOME']}/",  # ssh asks not HOME but the user's record
         }
         for before, after in edits.items():
             assert text.count(before) == 1, before
@@ -204,6 +210,12 @@ class Laptop:
             [sys.executable, "-m", "orchestrator.cli", *words], env=self.env, cwd=self.folder, capture_output=True,
             text=True, stdin=subprocess.DEVNULL, timeout=600, check=False,
         )  # fmt: skip
+        if done.returncode != code and "MIXMO_DIAG" in os.environ:
+            print(
+                self.head.run(
+                    "cat /proc/$(pgrep -o raylet)/environ | tr '\\0' '\\n' | grep -a PATH; cat /tmp/ray/session_latest/logs/job-driver*; ls -la ~/mixmo/venv/bin; . ~/mixmo/cluster/environment.sh; which -a python; python -c 'import sys; print(sys.path); import typer'; cat ~/mixmo/venv/lib/python*/site-packages/*.pth; true"
+                )
+            )
         assert done.returncode == code, f"mixmo {words} gave {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
 
