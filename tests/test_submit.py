@@ -16,6 +16,8 @@ from command_line import Mixmo
 from made_cluster import MadeCluster
 from test_driver import SWEEP
 
+from orchestrator import reach
+from orchestrator.errors import RefusedError
 from orchestrator.origin import FILE, Origin, origin
 from orchestrator.store import ResultStore
 
@@ -179,6 +181,29 @@ def test_a_token_that_is_wanted_and_missing_is_6(mixmo: Submitter) -> None:
 )
 def test_bad_usage_is_2(mixmo: Submitter, words: list[str], said: str) -> None:
     assert said in mixmo("submit", "sweep.yaml", *words, code=2).stderr
+
+
+HEAD = {"Alive": True, "NodeID": "a", "NodeManagerHostname": "head", "Resources": {"CPU": 0.0, "mixmo_slot": 1.0}}
+
+
+def test_a_folder_is_refused_where_the_hosts_that_train_are_still_to_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: str
+) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: [HEAD])
+    with pytest.raises(RefusedError, match=r"none is there yet(.|\n)*--results s3://BUCKET/results"):
+        reach.prove(ResultStore.open(tmp_path))
+    reach.prove(ResultStore.open(bucket))  # it is the same one for everybody
+    monkeypatch.setattr("ray.nodes", lambda: [HEAD | {"Resources": {"CPU": 2.0}}])
+    reach.prove(ResultStore.open(tmp_path))
+
+
+def test_what_a_host_reads_is_the_token_or_why_there_is_none(tmp_path: Path) -> None:
+    store = ResultStore.open(tmp_path / "here", create=True)
+    store.folder.put(".reach-1", b"token")
+    assert reach.read_back(store.uri, ".reach-1") == "token"
+    assert reach.read_back(str(tmp_path / "there"), ".reach-1") == "it sees another folder of that name"
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in reach.read_back(str(tmp_path / "file"), ".reach-1")
 
 
 def test_packaged_code_says_where_it_comes_from(tmp_path: Path) -> None:

@@ -210,12 +210,6 @@ class Laptop:
             [sys.executable, "-m", "orchestrator.cli", *words], env=self.env, cwd=self.folder, capture_output=True,
             text=True, stdin=subprocess.DEVNULL, timeout=600, check=False,
         )  # fmt: skip
-        if done.returncode != code and "MIXMO_DIAG" in os.environ:
-            print(
-                self.head.run(
-                    "cat /proc/$(pgrep -o raylet)/environ | tr '\\0' '\\n' | grep -a PATH; cat /tmp/ray/session_latest/logs/job-driver*; ls -la ~/mixmo/venv/bin; . ~/mixmo/cluster/environment.sh; which -a python; python -c 'import sys; print(sys.path); import typer'; cat ~/mixmo/venv/lib/python*/site-packages/*.pth; true"
-                )
-            )
         assert done.returncode == code, f"mixmo {words} gave {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
 
