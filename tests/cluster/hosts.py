@@ -7,6 +7,7 @@ is gone when the process is.
 import contextlib
 import ctypes
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,8 @@ WANTED = {
     "rsync": "rsync",
     "unshare": "util-linux",
 }
+HOME = pwd.getpwuid(0).pw_dir
+"""Of root, on every host. ssh goes by the user's record, not by the environment."""
 _INSIDE = "MIXMO_CLUSTER_INSIDE"
 
 
@@ -62,7 +65,7 @@ def make_network(folder: Path) -> None:
 class Host:
     number: int
     folder: Path
-    """What is this host's alone: its /root, its Ray's files."""
+    """What is this host's alone: root's home, its Ray's files."""
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     @property
@@ -87,7 +90,7 @@ class Host:
         (self.folder / "sshd_config").write_text(
             f"ListenAddress 0.0.0.0\nHostKey {self.folder}/host_key\nPidFile none\nUsePAM no\nStrictModes no\n"
             "PermitRootLogin prohibit-password\nPasswordAuthentication no\n"
-            "AuthorizedKeysFile /root/.ssh/authorized_keys\n"
+            "AuthorizedKeysFile %h/.ssh/authorized_keys\n"
         )
         sh(f"ip netns add {self.name}")
         sh(f"ip link add {self.name} type veth peer name eth0 netns {self.name}")
@@ -99,9 +102,9 @@ class Host:
 
     def _boot(self) -> None:
         base = Path(sys.base_prefix)
-        keeps = f"mkdir -p {self.root}{base} && " if base.is_relative_to("/root") else ""
-        if keeps:  # /root is the host's own, but its Python is this machine's
-            inside = self.root / base.relative_to("/root")
+        keeps = f"mkdir -p {self.root}{base} && " if base.is_relative_to(HOME) else ""
+        if keeps:  # root's home is the host's own, but its Python is this machine's
+            inside = self.root / base.relative_to(HOME)
             keeps = f"mkdir -p {inside} && mount --bind {base} {inside} && "
         (self.root / ".bashrc").write_text(
             f"export PATH={base}/bin:$PATH\n"
@@ -109,13 +112,13 @@ class Host:
             "export RAY_raylet_start_wait_time_s=300\n"  # and others may use the machine
         )
         init = (
-            f"hostname {self.name} && {keeps}mount --rbind {self.root} /root && "
+            f"hostname {self.name} && {keeps}mount --rbind {self.root} {HOME} && "
             f"mkdir -p /tmp/ray && mount --bind {self.folder}/ray /tmp/ray && mount -t tmpfs none /dev/shm && "
             f"mkdir -p /run/sshd && cd / && exec /usr/sbin/sshd -D -e -f {self.folder}/sshd_config"
         )
         log = (self.folder / "sshd.log").open("ab")
         own = ["unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc"]
-        env = {"PATH": f"{base}/bin:{os.environ['PATH']}", "HOME": "/root", "LANG": "C.UTF-8"}
+        env = {"PATH": f"{base}/bin:{os.environ['PATH']}", "HOME": HOME, "LANG": "C.UTF-8"}
         self.process = subprocess.Popen(
             ["ip", "netns", "exec", self.name, *own, "bash", "-c", init], stdin=subprocess.DEVNULL, stdout=log,
             stderr=log, env=env,

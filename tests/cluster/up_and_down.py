@@ -83,14 +83,14 @@ def whole(folder: Path) -> None:
 
     laptop = Laptop(folder, cluster)
     laptop.up()
-    until(lambda: laptop.alive() == len(cluster), "all hosts are in the cluster", 300, 5)
+    until(lambda: laptop.alive() == len(cluster), "all hosts are in the cluster", 900, 15)
     say(f"ray up: {len(cluster)} hosts in the cluster")
     for host in cluster:  # what is installed there is told from what is submitted
         (installed(host) / "origin.json").write_text(json.dumps({"git_commit": AS_INSTALLED, "git_dirty": False}))
 
     with laptop.tunnel():
         submit = ["submit", "two_hosts.yaml", "--yes"]
-        refused = laptop.mixmo(*submit, "--results", "/root/results", code=6)
+        refused = laptop.mixmo(*submit, "--results", f"{hosts.HOME}/results", code=6)
         assert f"not in reach of {WORKERS} of the cluster's {len(cluster)} hosts" in refused, refused
         say("a folder that hosts do not share is refused")
 
@@ -150,7 +150,7 @@ def prepare(host: Host) -> None:
     host.run("mkdir -p ~/mixmo && python3 -m venv --without-pip ~/mixmo/venv")
     (installed(host).parent / "packages.pth").write_text(f"{packages}\n")
     ray = host.root / "mixmo/venv/bin/ray"
-    ray.write_text("#!/root/mixmo/venv/bin/python\nfrom ray.scripts.scripts import main\nmain()\n")
+    ray.write_text(f"#!{hosts.HOME}/mixmo/venv/bin/python\nfrom ray.scripts.scripts import main\nmain()\n")
     ray.chmod(0o755)
 
 
