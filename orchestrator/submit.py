@@ -6,6 +6,7 @@ that one has ended, the same command submits the next: it runs what is missing, 
 """
 
 import hashlib
+import logging
 import os
 import shlex
 import shutil
@@ -33,7 +34,9 @@ from orchestrator.errors import ExitCode, RefusedError, UnreachableError, UsageE
 from orchestrator.origin import Origin, origin
 from orchestrator.sweep import Sweep
 
-POLL_S = 1.0
+POLL_S = 2.0
+_TALKATIVE = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")
+"""Parts of Ray that tell of each package on stderr, which is for our own lines."""
 PACKAGES = (Path(mixmo_core.config.__file__).parent, Path(__file__).parent)
 RAY = ".".join(ray.__version__.split(".")[:2])
 """Code here is written for this Ray: pyproject.toml allows no other."""
@@ -103,10 +106,13 @@ class Cluster:
                 "cluster/gpu.yaml` brings it there, and so does ssh -L 8265:127.0.0.1:8265 HEAD"
             )
         self.address = address
+        for part in _TALKATIVE:
+            logging.getLogger(f"ray.{part}").setLevel(logging.ERROR)
         with self._in_our_words():
             self._client = JobSubmissionClient(address)
-            told = self._client._do_request("GET", "/api/v0/cluster_metadata").json()["data"]
-            self.ray, self.python = str(told["rayVersion"]), str(told["pythonVersion"])
+            # Which Python it runs is told by nothing public. A dashboard that has just started may not know it yet.
+            told = self._client._do_request("GET", "/api/v0/cluster_metadata").json().get("data") or {}
+        self.ray, self.python = str(told.get("rayVersion", ray.__version__)), told.get("pythonVersion")
         self._check_versions()
 
     def submit(self, request: Request, say: Callable[[str], None]) -> Job:
@@ -212,7 +218,7 @@ class Cluster:
         """Nothing is pickled between this machine and the cluster, but the code has to run there."""
         for name, theirs, fits, ours in (
             ("Ray", self.ray, self.ray.split(".")[:2] == RAY.split("."), RAY),
-            ("Python", self.python, numbers(self.python) >= PYTHON, ".".join(map(str, PYTHON)) + " or newer"),
+            ("Python", self.python, numbers(self.python or "99") >= PYTHON, f"{'.'.join(map(str, PYTHON))} or newer"),
         ):
             if not fits:
                 raise RefusedError(

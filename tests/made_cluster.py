@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-STARTS_S = 60.0
+STARTS_S = 180.0
 WORKER_RESOURCES = ("--num-cpus=1", "--object-store-memory=100000000")
 
 
