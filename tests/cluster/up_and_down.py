@@ -184,7 +184,13 @@ class Laptop:
 
     def up(self) -> None:
         self.ray("get-auth-token", "--generate")
-        self.ray("up", "-y", "--no-config-cache", str(self.file), timeout=900)
+        for tries_left in (2, 1, 0):  # on a machine that others use, too, Ray's own patience may be over
+            try:
+                self.ray("up", "-y", "--no-config-cache", str(self.file), timeout=900)
+                return
+            except AssertionError:
+                if not tries_left:
+                    raise
 
     def alive(self) -> int:
         """Hosts in the cluster, as its head says."""
