@@ -38,7 +38,7 @@ def started(workers: Sequence[Sequence[str]], environment: Mapping[str, str]) ->
     token, (port, dashboard) = secrets.token_hex(16), _free(2)
     env = {
         **os.environ, **environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "RAY_raylet_start_wait_time_s": "300",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
     env.pop("RAY_ADDRESS", None)
