@@ -7,6 +7,9 @@ export PATH="$HOME/mixmo/venv/bin:$PATH"
 export RAY_AUTH_MODE=token
 export RAY_USAGE_STATS_ENABLED=0
 
+# Each process of Ray holds a connection to many others; where so many files are not allowed, as many as are.
+ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
+
 # A cut of the network that is shorter than two minutes costs no trial: 12 checks, 10 s apart. Ray's own is 15 s.
 export RAY_health_check_period_ms=${RAY_health_check_period_ms:-10000}
 export RAY_health_check_failure_threshold=${RAY_health_check_failure_threshold:-12}
