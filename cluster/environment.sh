@@ -1,6 +1,7 @@
 # What Ray and mixmo find on every host of a cluster. Sourced before `ray start`, so that all that Ray starts has it.
 
 export PATH="$HOME/mixmo/venv/bin:$PATH"
+export MIXMO_PYTHON="$HOME/mixmo/venv/bin/python" # of jobs: ~/.bashrc may put another first in PATH, see submit.py
 
 # Whoever reaches Ray's ports runs code on every host: they ask for the token that cluster/*.yaml ships. It is said here
 # because `ray start` alone would take one that lies there, and `ray status` beside it would not (Ray 2.60).

@@ -37,6 +37,10 @@ from orchestrator.sweep import Sweep
 POLL_S = 2.0
 _TALKATIVE = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")
 """Parts of Ray that tell of each package on stderr, which is for our own lines."""
+_PYTHON = "${MIXMO_PYTHON:-python}"
+"""In the words of the shell that starts a job. PATH is not to be relied on: where Ray was started over SSH, bash reads
+~/.bashrc once more for each job, and what stands there may put another Python first.
+"""
 PACKAGES = (Path(mixmo_core.config.__file__).parent, Path(__file__).parent)
 RAY = ".".join(ray.__version__.split(".")[:2])
 """Code here is written for this Ray: pyproject.toml allows no other."""
@@ -59,11 +63,11 @@ class Request:
 
     @property
     def entrypoint(self) -> str:
-        words = ["python", "-m", "orchestrator.cli", "run", self.file, "--yes", "--results", self.results]
+        words = ["-m", "orchestrator.cli", "run", self.file, "--yes", "--results", self.results]
         words += ["--quick"] if self.sweep.quick else []
         words += [word for override in self.sweep.overrides for word in ("-S", override)]
         words += ["--data", self.data] if self.data else []
-        return shlex.join(words + (["--retry-failed"] if self.retry_failed else []))
+        return f"{_PYTHON} {shlex.join(words + (['--retry-failed'] if self.retry_failed else []))}"
 
     @property
     def digest(self) -> str:
@@ -145,9 +149,9 @@ class Cluster:
     def _prove_shared(self, results: str, say: Callable[[str], None]) -> None:
         """Have a short job find out whether all hosts see this folder. Raises RefusedError with what it says."""
         say(f"asking every host whether it sees {results}")
-        words = shlex.join(["python", "-m", "orchestrator.cli", "reach", results])
+        command = f"{_PYTHON} {shlex.join(['-m', 'orchestrator.cli', 'reach', results])}"
         with packaged(None) as folder, self._in_our_words():
-            job = self._client.submit_job(entrypoint=words, runtime_env={"working_dir": str(folder)})
+            job = self._client.submit_job(entrypoint=command, runtime_env={"working_dir": str(folder)})
         code = self.follow(job, None, None)
         if code != ExitCode.OK:
             with self._in_our_words():
