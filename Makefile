@@ -8,7 +8,7 @@ export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help quickstart test chaos check format clean
+.PHONY: help quickstart test test-cluster chaos wheel check format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/make \1|\2/' | column -t -s '|'
@@ -40,6 +40,20 @@ chaos: export MIXMO_TEST_INSTALL := 1
 chaos: .venv/tests ## kill, freeze and cut off sweeps by the thousand, in pieces; about 75 minutes, see tests/chaos
 	$(BIN)/python tests/chaos
 
+# Three workers and a head as namespaces of this machine, over SSH.
+test-cluster: export MIXMO_TEST_INSTALL := 1
+test-cluster: .venv/tests wheel ## ray up, a sweep on two hosts, one killed, ray down; as root, about ten minutes
+	$(BIN)/python tests/cluster/up_and_down.py
+
+# From a copy, which says what commit it is of: cluster/*.yaml ship all that lies in dist.
+wheel: .venv/runs ## dist/: the wheel, and the versions that it was tested with
+	rm -rf dist build && mkdir -p dist build/wheel
+	cp -r mixmo_core orchestrator sweeps pyproject.toml README.md LICENSE build/wheel/
+	$(BIN)/python -m orchestrator.origin > build/wheel/orchestrator/origin.json
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist ./build/wheel
+	cp constraints.txt dist/
+	@ls dist
+
 check: .venv/tests ## format, lint, types, import contracts, quick tests, under 3 minutes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -52,4 +66,4 @@ format: .venv/tests ## rewrite the code as the formatter wants it
 	$(BIN)/ruff check --fix .
 
 clean: ## remove the environment and the caches, never results
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -407,16 +407,6 @@ class Dispatcher:
             await standing.changed.wait()
         return standing.reports.get(epoch)
 
-    def stop(self, index: int) -> None:
-        """Tune wants this trial no more: it ends at its next report, as stopped early."""
-        standing = self._standings[index]
-        if standing.held is not None:
-            standing.stopped = standing.stopped or "stopped by Ray Tune"
-        elif not standing.ended and index in self._queue:
-            self._queue.remove(index)
-            standing.stopped = "stopped by Ray Tune"
-            self._end(standing, "TERMINATED")
-
     # For the driver
 
     async def updates(self, after: int, wait_s: float) -> list[Update]:

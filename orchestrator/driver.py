@@ -6,12 +6,11 @@ The main thread does this and owns the signals; Tune's loop and the gangs live i
 
 import contextlib
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from orchestrator.dispatcher import Order, Update
 from orchestrator.engine import Crew, Engine, Job, Queue, datasets_of, on_ray
 from orchestrator.errors import ExitCode, NotFoundError, RefusedError, UnreachableError
 from orchestrator.ledger import Ledger
+from orchestrator.origin import origin
 from orchestrator.rows import FINAL, NO_ERROR, TrialRow
 from orchestrator.searching import Guide, check_installed
 from orchestrator.sharing import Sharing
@@ -149,22 +149,8 @@ def _open_books(sweep: sweeps.Sweep, planned: planning.Plan, store: ResultStore,
     writer.put(held.values())
     writer.flush(force=True)
     configs = {trial.position: trial.config for trial in sweep.trials}
-    return Ledger(held, configs, writer.fence, first_seq, _origin(), keep_checkpoint=sweep.checkpoints.keep == "last")
-
-
-def _origin() -> dict[str, Any]:
-    """Where this code comes from. A commit is recorded, never part of a trial's identity."""
-    here = Path(__file__).resolve().parent
-
-    def git(*words: str) -> str | None:
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True)
-            return done.stdout.strip()
-        return None
-
-    commit = git("rev-parse", "HEAD")
-    dirty = bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None
-    return {"git_commit": commit, "git_dirty": dirty, "ray_version": version("ray")}
+    came_from = asdict(origin()) | {"ray_version": version("ray")}
+    return Ledger(held, configs, writer.fence, first_seq, came_from, keep_checkpoint=sweep.checkpoints.keep == "last")
 
 
 class Signals:

@@ -15,6 +15,7 @@ from orchestrator import sweep as sweeps
 from orchestrator.dispatcher import NAMESPACE, Order, Retries, Update
 from orchestrator.roster import Offer
 from orchestrator.stopping import Judge
+from orchestrator.store import ResultStore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,12 +75,14 @@ Engine = Callable[[Job], contextlib.AbstractContextManager[tuple[Crew, Queue]]]
 def on_ray(job: Job) -> Iterator[tuple[Crew, Queue]]:
     """Gangs on the Ray cluster of RAY_ADDRESS, or on one of our own; Ray Tune says what comes next.
 
-    Raises UsageError where no gang fits, UnreachableError where the cluster does not answer.
+    Raises UsageError where no gang fits, UnreachableError where the cluster does not answer, RefusedError where not
+    every host of it reaches the store.
     """
-    from orchestrator import fleet, tune
+    from orchestrator import fleet, reach, tune
 
     resources = job.sweep.resources
     with fleet.cluster(cpus=max(1, round(resources.workers * resources.cpus_per_worker))) as cluster:
+        reach.prove(ResultStore.open(job.store_uri))
         plan = _gang_plan(job, cluster.offer)
         cluster.offer.refuse_if_never(plan)
         crew = fleet.Fleet(job.orders, plan, fence=job.fence, retries=retries_of(job.sweep), judge=job.judge)

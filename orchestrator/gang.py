@@ -30,6 +30,7 @@ from orchestrator import canary, datasets, devices, notice
 from orchestrator.casualties import dead_nodes, drain
 from orchestrator.dispatcher import Answer, Assignment, EpochReport, Order, Worker
 from orchestrator.errors import MixmoError, NotFoundError, UnreachableError
+from orchestrator.origin import origin
 from orchestrator.roster import Needs
 from orchestrator.saver import Saver
 from orchestrator.store import DamagedError, Logits, ResultStore
@@ -193,7 +194,8 @@ class Gang:
     def _train(self, assignment: Assignment, folder: AttemptFolder, log: "LogTail") -> None:
         """The trial's epochs, from its newest checkpoint on, be it in the middle of one."""
         config = unflatten(assignment.order.settings)
-        log.line(f"trial {assignment.order.trial_id}, attempt {assignment.attempt}, on {self.name} ({self.host})")
+        place = f"on {self.name} ({self.host}), code {origin()}"
+        log.line(f"trial {assignment.order.trial_id}, attempt {assignment.attempt}, {place}")
         ray.get(self.dispatcher.accept.remote(assignment.token))
         with Saver(self._store, folder, self.plan.checkpoint_every_s) as saver:
             hand = Hand(assignment, config, folder, saver, log)

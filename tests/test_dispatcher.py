@@ -103,9 +103,8 @@ def test_a_checkpoint_in_the_middle_of_an_epoch_is_told_without_an_epoch() -> No
         assert not waiting.done()  # Tune's proxy waits for the epoch
         assert desk.report(given.token, [report(1)], None) == "go on"
         assert (await waiting) == report(1)
-        desk.stop(0)
-        assert desk.report(given.token, [], "later") == "save"  # nor does a stop wait for the epoch's end
-        assert desk.give_back(given.token, None)
+        assert desk.report(given.token, [], "later") == "go on"
+        desk.cancel([0], "by somebody")
         assert await desk.result(0, 2) is None
         return await desk.updates(0, 0.0)
 
@@ -273,18 +272,6 @@ def test_a_trial_whose_end_an_earlier_driver_could_not_write_ends_without_a_gang
     desk, _ = judged(orders=[replace(order(0), stopped=WHY), order(1)])
     assert kinds(news(desk)) == [("ended", 0, "TERMINATED")]
     assert take(desk).order.index == 1
-
-
-def test_a_trial_that_tune_gives_up_ends_at_its_next_report_unless_it_was_its_last() -> None:
-    desk = dispatcher(2)
-    tokens = [take(desk, f"gang-{i}").token for i in range(2)]
-    desk.stop(0)
-    desk.stop(1)
-    assert desk.report(tokens[0], [report(1)], None) == "save"
-    assert desk.give_back(tokens[0], None)
-    assert desk.finish(tokens[1])
-    ended = [update for update in news(desk) if update.kind == "ended"]
-    assert [(each.state, each.stopped_early) for each in ended] == [("TERMINATED", True), ("TERMINATED", False)]
 
 
 def test_a_proxy_sees_each_epoch_once_although_an_attempt_repeats_some() -> None:
@@ -553,12 +540,6 @@ def test_a_closed_dispatcher_takes_a_last_report_and_sends_the_gang_away() -> No
     desk.close()
     assert desk.report(token, [report(1)], None) == "drop"
     assert [update.kind for update in news(desk)] == ["started", "epochs"]
-
-
-def test_a_trial_stopped_while_it_waits_has_ended() -> None:
-    desk = dispatcher(2)
-    desk.stop(1)
-    assert kinds(news(desk)) == [("ended", 1, "TERMINATED")]
 
 
 def test_updates_are_told_until_they_are_acknowledged() -> None:

@@ -17,6 +17,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from orchestrator.cli import (  # noqa: I001  (in the order of the help)
     planning,  # noqa: F401
+    submitting,  # noqa: F401
     steering,  # noqa: F401
     reading,  # noqa: F401
     drawing,  # noqa: F401

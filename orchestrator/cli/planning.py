@@ -64,7 +64,7 @@ def plan(
     from orchestrator.store import ResultStore
     from orchestrator.sweep import not_runnable
 
-    sweep = _load(file, overrides, quick)
+    sweep = load(file, overrides, quick)
     planned = planning.against(ResultStore.open(results), sweep)
     summary = planned.summary(gangs)
     summary["notes"] += not_runnable(sweep)
@@ -99,18 +99,16 @@ def run(
     from its
     checkpoints. The first Ctrl-C lets running trials finish, the second ends at once.
     """
-    from orchestrator import driver, pages
-    from orchestrator import plan as planning
+    from orchestrator import driver
     from orchestrator.dashboard import Screen
     from orchestrator.store import ResultStore
     from orchestrator.sweep import check_runnable
 
-    sweep = _load(file, overrides, quick)
-    planned = planning.against(ResultStore.open(results), sweep, retry_failed=retry_failed)
+    sweep = load(file, overrides, quick)
+    planned = planned_for(sweep, results, retry_failed=retry_failed)
     talk = streams.console(stderr=True)
     if planned.to_run or planned.sweep.to_draw:
         check_runnable(sweep)
-        talk.print(pages.plan(planned.summary(), _cell_names(planned), talk.width))
         if (
             not yes
             and sys.stdin.isatty()
@@ -159,7 +157,7 @@ def calibrate(
     from orchestrator import datasets, stopwatch
     from orchestrator.store import ResultStore
 
-    sweep = _load(file, overrides, quick)
+    sweep = load(file, overrides, quick)
     store = ResultStore.open(results, create=True)
     place = _device("cpu" if device == "auto" and sweep.resources.gpus_per_worker == 0 else _chosen(device))
     there = stopwatch.shapes(sweep)
@@ -228,16 +226,27 @@ def train(
             "-S, --quick and --index go with a sweep FILE; --trial is trained as it is stored. To train it with other "
             "settings, give the FILE it is of, its --index (`mixmo plan FILE --trials` tells) and -S"
         )
-    config = (
-        _config_of_trial(trial, results) if trial else _config_at(_load(_given(file), overrides, quick), index or 0)
-    )
+    config = _config_of_trial(trial, results) if trial else _config_at(load(_given(file), overrides, quick), index or 0)
     _train(config, device, threads, data)
 
 
-def _load(file: Path, overrides: Sequence[str] | None, quick: bool) -> Sweep:
+def load(file: Path, overrides: Sequence[str] | None, quick: bool) -> Sweep:
     from orchestrator.sweep import load
 
     return load(file, overrides=overrides or (), quick=quick)
+
+
+def planned_for(sweep: Sweep, results: str, *, retry_failed: bool) -> Plan:
+    """What is to be run, shown where that is anything."""
+    from orchestrator import pages
+    from orchestrator import plan as planning
+    from orchestrator.store import ResultStore
+
+    planned = planning.against(ResultStore.open(results), sweep, retry_failed=retry_failed)
+    if planned.to_run:
+        talk = streams.console(stderr=True)
+        talk.print(pages.plan(planned.summary(), _cell_names(planned), talk.width))
+    return planned
 
 
 def _given(file: Path | None) -> Path:
