@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Literal
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from mixmo_core import cost
 from mixmo_core.config import leaves
 from orchestrator import analysis
-from orchestrator.rows import FINAL, TrialRow, config_of
+from orchestrator.rows import FINAL, State, TrialRow, config_of
 
 if TYPE_CHECKING:
     from orchestrator.store import ResultStore, Snapshot
@@ -38,6 +40,9 @@ class Progress:
     fraction: float
     trials_per_hour: float | None
     eta_s: float | None
+    eta_low_s: float | None
+    eta_high_s: float | None
+    """Between these, as far as trials of a cell take equally long: see `_eta`."""
     elapsed_s: float | None
     """From the first start to the last news."""
     gpu_seconds: float
@@ -45,15 +50,32 @@ class Progress:
     """Slots trained on, over all trials that run now."""
 
 
-def measure(snapshot: Snapshot, now: datetime, *, driven: bool | None = True) -> Progress:
-    """`driven`: whether a driver holds the sweep; None where that cannot be told."""
+class Flops:
+    """What a trial costs to train, by its cell: worked out once for each."""
+
+    def __init__(self) -> None:
+        self._by_cell: dict[str, float] = {}
+
+    def __call__(self, row: TrialRow) -> float:
+        known = self._by_cell.get(row.cell_id)
+        if known is None:
+            known = self._by_cell[row.cell_id] = cost.trial_flops(config_of(row))
+        return known
+
+
+def measure(
+    snapshot: Snapshot, now: datetime, *, driven: bool | None = True, flops: Callable[[TrialRow], float] | None = None
+) -> Progress:
+    """`driven`: whether a driver holds the sweep; None where that cannot be told. `flops` remembers between calls."""
     rows = snapshot.rows
-    states = Counter(row.state for row in rows)
+    states = Counter([row.state for row in rows])
     ended = sum(states[state] for state in FINAL)
-    partial = sum(1 - _left(row) for row in rows if row.state not in FINAL)
+    waiting = [row for row in rows if row.state not in FINAL]
     own = [row for row in rows if row.cached_from is None]
+    rests = driven is False or snapshot.header.paused_by
+    eta = None if rests or not waiting else _eta(waiting, own, flops or Flops())
     return Progress(
-        status=_status(snapshot, driven),
+        status=_status(snapshot, driven, states),
         total=len(rows),
         done=states["TERMINATED"],
         cached=sum(row.state == "TERMINATED" and row.cached_from is not None for row in rows),
@@ -62,12 +84,14 @@ def measure(snapshot: Snapshot, now: datetime, *, driven: bool | None = True) ->
         paused=states["PAUSED"],
         failed=states["ERROR"],
         cancelled=states["CANCELLED"],
-        fraction=(ended + partial) / len(rows) if rows else 0.0,
-        trials_per_hour=_trials_per_hour(snapshot, own, now),
-        eta_s=None if driven is False or snapshot.header.paused_by else _eta_s(rows),
+        fraction=(ended + sum(1 - _left(row) for row in waiting)) / len(rows) if rows else 0.0,
+        trials_per_hour=_trials_per_hour(snapshot, own, now, over=not waiting),
+        eta_s=eta.likely if eta else None,
+        eta_low_s=eta.low if eta else None,
+        eta_high_s=eta.high if eta else None,
         elapsed_s=_elapsed_s(own),
-        gpu_seconds=sum(row.gpu_seconds for row in own),
-        images_per_s=sum(row.images_per_s or 0.0 for row in rows if row.state == "RUNNING" and driven is not False),
+        gpu_seconds=sum([row.gpu_seconds for row in own]),
+        images_per_s=sum(row.images_per_s or 0.0 for row in waiting if row.state == "RUNNING" and driven is not False),
     )
 
 
@@ -77,20 +101,24 @@ def driven(store: ResultStore, sweep: str) -> bool:
     return lease is not None and not lease.expired
 
 
+def over(snapshot: Snapshot) -> bool:
+    """Whether every trial has ended."""
+    return all(row.state in FINAL for row in snapshot.rows)
+
+
 def _left(row: TrialRow) -> float:
     """The share of a trial's epochs that are still to be trained."""
     return 1 - min(1.0, row.epoch / max(1, row.epochs))
 
 
-def _status(snapshot: Snapshot, driven: bool | None) -> Status:
-    rows = snapshot.rows
-    if all(row.state in FINAL for row in rows):
+def _status(snapshot: Snapshot, driven: bool | None, states: Mapping[State, int]) -> Status:
+    if sum(states[state] for state in FINAL) == len(snapshot.rows):
         return "finished"
     if not driven:
         return "quiet" if driven is None else "stopped"
     if snapshot.header.paused_by:
         return "paused"
-    return "running" if any(row.state == "RUNNING" for row in rows) else "starting"
+    return "running" if states["RUNNING"] else "starting"
 
 
 def _elapsed_s(own: Sequence[TrialRow]) -> float | None:
@@ -99,48 +127,72 @@ def _elapsed_s(own: Sequence[TrialRow]) -> float | None:
     return (max(updated) - min(started)).total_seconds() if started and updated else None
 
 
-def _trials_per_hour(snapshot: Snapshot, own: Sequence[TrialRow], now: datetime) -> float | None:
+def _trials_per_hour(snapshot: Snapshot, own: Sequence[TrialRow], now: datetime, *, over: bool) -> float | None:
     """Trials that ended well in the last hour, or since this driver began if that is less; null before the first."""
     mine = [row for row in own if row.fence == snapshot.header.fence]
     starts = [row.started_at for row in mine if row.started_at]
     ends = [row.updated_at for row in mine if row.state == "TERMINATED" and row.updated_at]
     if not ends or not starts:
         return None
-    until = now if any(row.state not in FINAL for row in snapshot.rows) else max(ends)
+    until = max(ends) if over else now
     since = max(min(starts), until - timedelta(hours=1))
     recent = sum(end >= since for end in ends)
     hours = (until - since).total_seconds() / 3600
     return recent / hours if recent and hours > 0 else None
 
 
-def _eta_s(rows: Sequence[TrialRow]) -> float | None:
+@dataclass(frozen=True, slots=True)
+class _Band:
+    low: float
+    likely: float
+    high: float
+
+
+_UNMEASURED = 0.25
+"""How far off a cell's time may be, as a share of it, where none of its trials has ended."""
+
+
+def _eta(waiting: Sequence[TrialRow], own: Sequence[TrialRow], flops: Callable[[TrialRow], float]) -> _Band | None:
     """Seconds until the last trial ends: what is left, spread over as many trials as run now.
 
-    A trial takes as long as those of its cell took; where none has ended, as its FLOPs say at the speed so far.
+    A trial takes as long as those of its cell took; where none has ended, as its FLOPs say at the speed so far. The
+    band begins where no place is ever idle and reaches to the longest that any order of hand-outs can take (Graham,
+    1966: total / m + (1 - 1 / m) * the longest), and is wider by the error of the times themselves: the spread of a
+    cell's trials over the root of their number.
     """
-    waiting = [row for row in rows if row.state not in FINAL]
-    if not waiting:
-        return None
     took: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        if row.state == "TERMINATED" and row.cached_from is None and row.wall_s > 0 and not row.stopped_early:
+    for row in own:
+        if row.state == "TERMINATED" and row.wall_s > 0 and not row.stopped_early:
             took[row.cell_id].append(row.wall_s)
     typical = {cell: math.fsum(times) / len(times) for cell, times in took.items()}
-    speed = _flops_per_s(rows)
+    spread, speed = _spread(took, typical), _flops_per_s(own)
+    seconds, doubt = [], []
     for row in waiting:
-        if row.cell_id not in typical:
-            if not speed:
-                return None
-            typical[row.cell_id] = cost.trial_flops(config_of(row)) / speed
-    seconds = [typical[row.cell_id] * _left(row) for row in waiting]
-    if not math.isfinite(sum(seconds)):  # a speed that is next to nothing says nothing
+        known = typical.get(row.cell_id) or (flops(row) / speed if speed else None)
+        if known is None:
+            return None
+        seconds.append(known * _left(row))
+        doubt.append(
+            seconds[-1] * (spread / math.sqrt(len(took[row.cell_id])) if row.cell_id in typical else _UNMEASURED)
+        )
+    total, longest = sum(seconds), max(seconds)
+    if not math.isfinite(total):  # a speed that is next to nothing says nothing
         return None
-    at_once = max(1, sum(row.state == "RUNNING" for row in rows))
-    return max(sum(seconds) / at_once, *seconds, 0.0)
+    at_once = max(1, sum(row.state == "RUNNING" for row in waiting))
+    likely = max(total / at_once, longest, 0.0)
+    off = min(1.0, sum(doubt) / total) if total > 0 else 0.0
+    return _Band(likely * (1 - off), likely, max(likely, total / at_once + (1 - 1 / at_once) * longest) * (1 + off))
 
 
-def _flops_per_s(rows: Sequence[TrialRow]) -> float | None:
-    worked = [row for row in rows if row.train_flops and row.wall_s > 0 and row.cached_from is None]
+def _spread(took: Mapping[str, Sequence[float]], typical: Mapping[str, float]) -> float:
+    """How far trials of one cell are apart in their time, as a share of it: the deviation, pooled over the cells."""
+    squares = sum(((each / typical[cell]) - 1) ** 2 for cell, times in took.items() for each in times)
+    freedom = sum(len(times) - 1 for times in took.values())
+    return math.sqrt(squares / freedom) if freedom else _UNMEASURED
+
+
+def _flops_per_s(own: Sequence[TrialRow]) -> float | None:
+    worked = [row for row in own if row.train_flops and row.wall_s > 0]
     return sum(row.train_flops or 0.0 for row in worked) / sum(row.wall_s for row in worked) if worked else None
 
 
@@ -155,6 +207,10 @@ class Cell:
     name: str
     planned: int
     top1: tuple[float, ...]
+    running: int = 0
+    failed: int = 0
+    epochs_left: float = 0.0
+    """Of those planned, as a share."""
 
     @property
     def mean(self) -> float:
@@ -167,25 +223,64 @@ class Cell:
         return math.sqrt(math.fsum((value - mean) ** 2 for value in self.top1) / (count - 1)) if count > 1 else None
 
 
-def results(rows: Sequence[TrialRow], names: Mapping[str, str]) -> list[Cell]:
-    """The cells with a finished trial, best first. Trials that a scheduler stopped early do not count."""
-    planned = Counter(row.cell_id for row in rows)
-    found: dict[str, list[float]] = defaultdict(list)
+def cells(rows: Sequence[TrialRow], names: Mapping[str, str]) -> list[Cell]:
+    """All cells in the order of their first trials. Trials that a scheduler stopped early are no result."""
+    groups: dict[str, list[TrialRow]] = defaultdict(list)
     for row in rows:
-        top1 = row.metrics.get("top1")
-        if row.state == "TERMINATED" and not row.stopped_early and top1 is not None:
-            found[row.cell_id].append(top1)
-    ended = [Cell(cell, names[cell], planned[cell], tuple(values)) for cell, values in found.items()]
-    return sorted(ended, key=lambda cell: (-cell.mean, cell.name))
+        groups[row.cell_id].append(row)
+    return [_cell(names[cell_id], members) for cell_id, members in groups.items()]
+
+
+def _cell(name: str, members: Sequence[TrialRow]) -> Cell:
+    top1, running, failed, left = [], 0, 0, 0.0
+    for row in members:
+        value = row.metrics.get("top1")
+        if row.state == "TERMINATED":
+            if value is not None and not row.stopped_early:
+                top1.append(value)
+        else:
+            running += row.state == "RUNNING"
+            failed += row.state == "ERROR"
+            left += 0.0 if row.state in FINAL else _left(row)
+    return Cell(members[0].cell_id, name, len(members), tuple(top1), running, failed, left / len(members))
+
+
+def results(rows: Sequence[TrialRow], names: Mapping[str, str]) -> list[Cell]:
+    """The cells with a finished trial, best first."""
+    return best_first(cells(rows, names))
+
+
+def best_first(found: Iterable[Cell]) -> list[Cell]:
+    return sorted((cell for cell in found if cell.top1), key=lambda cell: (-cell.mean, cell.name))
+
+
+_NUMBERS = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{7,}\b|[-+]?\d+(\.\d+)?(e[-+]?\d+)?", re.IGNORECASE)
+
+
+def fingerprint(row: TrialRow) -> str:
+    """What failures of one cause have in common: the last line of the error without its numbers.
+
+    A row that brings a fingerprint of its own has the say.
+    """
+    given = getattr(row, "error_fingerprint", None)
+    lines = [line for line in (row.error_cause or row.error or "").splitlines() if line.strip()]
+    return given or (_NUMBERS.sub("N", lines[-1].strip()) if lines else "no cause was recorded")
 
 
 def failures(rows: Sequence[TrialRow]) -> list[tuple[str, list[TrialRow]]]:
-    """Failed trials by what failed, the most frequent first."""
+    """Failed trials by what failed, the most frequent first. A cause is told with its numbers where all agree."""
     groups: dict[str, list[TrialRow]] = defaultdict(list)
     for row in rows:
         if row.state == "ERROR":
-            groups[row.error_cause or "no cause was recorded"].append(row)
-    return sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
+            groups[fingerprint(row)].append(row)
+    told = [(_told(common, members), members) for common, members in groups.items()]
+    return sorted(told, key=lambda group: (-len(group[1]), group[0]))
+
+
+def _told(common: str, members: Sequence[TrialRow]) -> str:
+    causes = {row.error_cause for row in members}
+    (cause,) = causes if len(causes) == 1 else (None,)
+    return cause or common
 
 
 # ------------------------------------------------------------------------------------------------------------- names
@@ -196,12 +291,11 @@ _FOLLOW = ("model_encoders", "model_classifiers")
 """Counts that say something only where they differ from the number of subnetworks."""
 
 
-def cell_names(rows: Sequence[TrialRow]) -> dict[str, str]:
+def cell_names(rows: Iterable[TrialRow], *, without: str | None = None) -> dict[str, str]:
     """A short name for every cell: its label, and the settings in which it differs from others of that label.
 
-    Settings are written as papers do: `cutmix w=10 M=2`.
+    Settings are written as papers do: `cutmix w=10 M=2`. One setting may be left out.
     """
-    symbols = {name.replace(".", "_"): spec.metadata["setting"].symbol for name, spec in leaves()}
     blocks: dict[str | None, dict[str, TrialRow]] = defaultdict(dict)
     for row in rows:
         blocks[row.label][row.cell_id] = row
@@ -212,16 +306,27 @@ def cell_names(rows: Sequence[TrialRow]) -> dict[str, str]:
             words = [label] if label else []
             for column in varied:
                 value = row.workers if column == "workers" else row.config.get(column)
-                if value is not None and not (column in _FOLLOW and value == row.config.get("model_subnetworks")):
-                    words.append(_word(column, value, symbols.get(column)))
+                follows = column in _FOLLOW and value == row.config.get("model_subnetworks")
+                if value is not None and column != without and not follows:
+                    words.append(_word(column, value))
             names[cell_id] = " ".join(words) or row.config.get("mixing_method") or f"cell {cell_id[:7]}"
     return names
+
+
+def symbol(column: str) -> str:
+    """A setting as papers write it: `w`, `M`; by its name where they have no letter for it."""
+    return _symbols().get(column) or analysis.short(column).rpartition(".")[2]
+
+
+@functools.cache
+def _symbols() -> dict[str, str | None]:
+    return {name.replace(".", "_"): spec.metadata["setting"].symbol for name, spec in leaves()}
 
 
 def _words_first(column: str) -> bool:
     return column not in _SPEAK_FOR_THEMSELVES
 
 
-def _word(column: str, value: object, symbol: str | None) -> str:
+def _word(column: str, value: object) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if column in _SPEAK_FOR_THEMSELVES else f"{symbol or analysis.short(column).rpartition('.')[2]}={text}"
+    return text if column in _SPEAK_FOR_THEMSELVES else f"{symbol(column)}={text}"

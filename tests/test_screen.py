@@ -5,7 +5,7 @@ import io
 import os
 import statistics
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from sample_sweep import NAME, NOW, Moment
 
 from mixmo_core.config import DataConfig, MixingConfig, ModelConfig, TrialConfig, cell_id, digest, identity
 from orchestrator import lines, progress
-from orchestrator.dashboard import Screen, changes, counts, render, summary, watch
 from orchestrator.errors import ExitCode, NotFoundError, UnreachableError
 from orchestrator.rows import FINAL, State, TrialRow, config_columns
+from orchestrator.screen import Scene, Screen, changes, counts, render, summary, watch
 from orchestrator.store import Header, ResultStore, Snapshot
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -51,13 +51,18 @@ def row(config: TrialConfig | None = None, **changes: Any) -> TrialRow:
     )  # fmt: skip
 
 
+def shown(snapshot: Snapshot, size: tuple[int, int], *, driven: bool | None = True, now: datetime = NOW) -> Text:
+    """A frame that nobody is at the keys of."""
+    return render(Scene(snapshot, now, driven=driven), now, size)
+
+
 # ---------------------------------------------------------------------------------------------------------- frames
 
 
 @pytest.mark.parametrize(("moment", "size", "driven"), FRAMES)
 def test_a_frame_is_the_recorded_one(moment: Moment, size: tuple[int, int], driven: bool | None) -> None:
     """Record anew with MIXMO_RECORD=1, then look at what changed."""
-    frame = render(sample_sweep.snapshot(moment), NOW + timedelta(seconds=200), size, driven=driven).plain + "\n"
+    frame = shown(sample_sweep.snapshot(moment), size, driven=driven, now=NOW + timedelta(seconds=200)).plain + "\n"
     file = GOLDEN / f"screen_{moment}_{size[0]}x{size[1]}.txt"
     if os.environ.get("MIXMO_RECORD"):
         file.write_text(frame)
@@ -91,7 +96,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
 @settings(deadline=None, max_examples=25)
 @given(snapshots(), st.integers(1, 12) | st.integers(1, 240), st.integers(1, 70), st.sampled_from([True, False, None]))
 def test_no_frame_exceeds_its_size(snapshot: Snapshot, width: int, height: int, driven: bool | None) -> None:
-    frame = render(snapshot, NOW, (width, height), driven=driven)
+    frame = shown(snapshot, (width, height), driven=driven)
     drawn = frame.split("\n")
     assert len(drawn) <= height
     assert max(line.cell_len for line in drawn) <= width
@@ -110,7 +115,7 @@ def test_what_is_counted_adds_up(snapshot: Snapshot) -> None:
 def test_a_paused_sweep_says_who_had_it_paused_and_what_waits() -> None:
     rows = [row(TrialConfig(seed=seed), state="PAUSED", epoch=4, wall_s=40.0) for seed in range(2)]
     paused = shot(rows, paused_by="ada@lab")
-    frame = render(paused, NOW, (100, 20)).plain
+    frame = shown(paused, (100, 20)).plain
     assert "‖ paused by ada@lab" in frame
     assert "2 paused" in frame
     assert "4/10" in frame
@@ -120,12 +125,12 @@ def test_a_paused_sweep_says_who_had_it_paused_and_what_waits() -> None:
     assert "Paused" in frame
     # Its driver has gone: nobody pauses it any more, it waits for the next run.
     assert progress.measure(paused, NOW, driven=False).status == "stopped"
-    assert "To resume" in render(paused, NOW, (100, 20), driven=False).plain
+    assert "To resume" in shown(paused, (100, 20), driven=False).plain
 
 
 def test_a_frame_says_all_without_colour() -> None:
     """Each state is a word, not only a colour."""
-    plain = render(sample_sweep.snapshot("middle"), NOW, (80, 24)).plain
+    plain = shown(sample_sweep.snapshot("middle"), (80, 24)).plain
     for word in ("● running", "16 done (3 cached)", "6 running", "14 queued", "3 failed", "CUDA out of memory"):
         assert word in plain
 
@@ -133,7 +138,7 @@ def test_a_frame_says_all_without_colour() -> None:
 def test_bytes_of_a_frame_respect_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
     def drawn() -> str:
         stream = io.StringIO()
-        Console(file=stream, force_terminal=True, width=80).print(render(sample_sweep.snapshot("end"), NOW, (80, 24)))
+        Console(file=stream, force_terminal=True, width=80).print(shown(sample_sweep.snapshot("end"), (80, 24)))
         return stream.getvalue()
 
     assert "\x1b[1;32m" in drawn()
@@ -358,7 +363,7 @@ def test_what_the_driver_says_is_on_the_screen_and_stays() -> None:
 
 
 def test_a_summary_is_as_long_as_it_has_to_be() -> None:
-    assert len(summary(sample_sweep.snapshot("end"), NOW, 80).plain.splitlines()) == 3 + 14 + 3
+    assert len(summary(sample_sweep.snapshot("end"), NOW, 80).plain.splitlines()) == 4 + 14 + 3
 
 
 # -------------------------------------------------------------------------------------------------------------- watch
@@ -387,19 +392,22 @@ def test_watching_what_is_not_there(tmp_path: Path) -> None:
 
 
 class Flaky:
-    """A store that is away at every second look, and whose sweep ends at the last."""
+    """A store that is away at some looks, and whose sweep ends at the last."""
 
     def __init__(self, away: Callable[[int], bool]) -> None:
         self.looks, self.away = 0, away
 
-    def snapshot(self, sweep: str) -> Snapshot:
+    def follow(self, sweep: str) -> "Flaky":
+        return self
+
+    def driven(self) -> bool:
+        return False
+
+    def look(self) -> Snapshot:
         self.looks += 1
         if self.away(self.looks):
             raise UnreachableError("the disk is away")
         return sample_sweep.snapshot("end" if self.looks > 4 else "middle")
-
-    def lease(self, sweep: str) -> None:
-        return None
 
 
 def test_watching_outlives_a_store_that_is_away_for_a_while() -> None:
