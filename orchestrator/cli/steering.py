@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli import streams
-from orchestrator.cli.program import RUNNING, Command, Json, Results, SweepName, app, with_results
+from orchestrator.cli.program import RUNNING, Command, Json, Results, SweepName, app, heavy, with_results
 from orchestrator.errors import ExitCode, NotFoundError, RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -226,6 +226,7 @@ def from_screen(store: stores.ResultStore, sweep: str, results: str) -> Act:
     """Gives the orders of a screen, as the commands here do."""
 
     def act(order: Order, enough: Callable[[], bool]) -> str:
+        heavy()  # what is done without a driver writes tables
         asking = _Asking(store, sweep, order.verb, results)
         ask = asking.of_driver if order.trials is None else asking.of_anybody
         return ask(order.trials, wait=True, enough=enough).text

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 from rich.text import Text
 
 from orchestrator import progress
-from orchestrator.lines import BAD, BUSY, DONE, FAINT, STRONG, Column, Section
+from orchestrator.lines import BAD, BUSY, DONE, FAINT, STRONG, Column, Lazy, Section
 from orchestrator.progress import Cell
 from orchestrator.screen.panes import titled
 from orchestrator.screen.scene import Plot, Scene
@@ -18,29 +18,44 @@ ground. The numbers say the same without colour.
 """
 LONGEST_NAME = 24
 GAP = 2
-_FORMS: list[Callable[[Cell], str]] = [
-    lambda cell: f"{100 * cell.mean:.2f}{_spread(cell, 2):>6} {_seeds(cell)}",
-    lambda cell: f"{100 * cell.mean:.1f}{_spread(cell, 1):>4} {_seeds(cell)}",
-    lambda cell: f"{100 * cell.mean:.1f} {_seeds(cell)}",
-    lambda cell: f"{100 * cell.mean:.1f}",
-]
-"""What a cell says, the most first: all cells say as much as there is room for."""
 
 
-def _spread(cell: Cell, digits: int) -> str:
-    return "" if cell.std is None else f"±{100 * cell.std:.{digits}f}"
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How much a cell says."""
+
+    digits: int
+    spread: bool = True
+    seeds: bool = True
+
+    def width(self, longest_seeds: int) -> int:
+        whole = 3 + self.digits
+        return whole + (self.digits + 4 if self.spread else 0) + (1 + longest_seeds if self.seeds else 0)
+
+    def told(self, cell: Cell, longest_seeds: int) -> str:
+        text = f"{100 * cell.mean:.{self.digits}f}"
+        if self.spread:
+            text += f" ±{100 * cell.std:.{self.digits}f}" if cell.std is not None else " " * (self.digits + 4)
+        return text + (f" {_seeds(cell):>{longest_seeds}}" if self.seeds else "")
+
+
+_FORMS = [_Form(2), _Form(1), _Form(1, spread=False), _Form(1, spread=False, seeds=False)]
+"""The most first: all cells say as much as there is room for."""
 
 
 def _seeds(cell: Cell) -> str:
     return f"{len(cell.top1)}/{cell.planned}"
 
 
+def _longest_seeds(scene: Scene) -> int:
+    return 1 + 2 * len(str(max((cell.planned for cell in scene.cells.values()), default=1)))
+
+
 def wide_enough(scene: Scene) -> int:
     """From this width on every cell has its deviation and its number of seeds; 0 where there is no grid."""
     if not scene.plot:
         return 0
-    needed = max((len(_FORMS[1](cell)) for cell in scene.cells.values() if cell.top1), default=8)
-    return _name_width(scene.plot) + len(scene.plot.columns) * (GAP + max(needed, 8)) + GAP
+    return _name_width(scene.plot) + len(scene.plot.columns) * (GAP + _FORMS[1].width(_longest_seeds(scene))) + GAP
 
 
 def heat_map(scene: Scene, width: int, focused: bool = False, marked: str | None = None) -> Section | None:
@@ -48,35 +63,37 @@ def heat_map(scene: Scene, width: int, focused: bool = False, marked: str | None
     grid = scene.plot
     if grid is None:
         return None
-    each = (width - _name_width(grid) - GAP) // len(grid.columns) - GAP
-    ended = [cell for cell in scene.cells.values() if cell.top1]
-    form = next((form for form in _FORMS if all(len(form(cell)) <= each for cell in ended)), None)
-    if form is None or each < 4:
+    each, seeds = (width - _name_width(grid) - GAP) // len(grid.columns) - GAP, _longest_seeds(scene)
+    form = next((form for form in _FORMS if form.width(seeds) <= each), None)
+    if form is None:
         return None
-    each = min(each, 18)
-    low, high = min((cell.mean for cell in ended), default=0.0), max((cell.mean for cell in ended), default=0.0)
+    each = min(each, form.width(seeds) + 2)
+    best_first = scene.results
+    ends = (best_first[-1].mean, best_first[0].mean) if best_first else (0.0, 0.0)
     at = grid.place(marked) if marked else (-1, -1)
-    lines: list[list[str | Text]] = []
-    for i, name in enumerate(grid.lines):
-        line: list[str | Text] = [Text(name, style=STRONG if i == at[0] else "")]
+
+    def line(i: int) -> list[str | Text]:
+        drawn: list[str | Text] = [Text(grid.lines[i], style=STRONG if i == at[0] else "")]
         for j in range(len(grid.columns)):
             cell_id = grid.cells.get((i, j))
-            text = _drawn(scene.cells[cell_id], form, each, low, high) if cell_id else Text(" " * each)
+            text = _drawn(scene.cells[cell_id], form, each, seeds, ends) if cell_id else Text(" " * each)
             if (i, j) == at:
                 text.stylize("reverse bold")
-            line.append(text)
-        lines.append([*line, ""])
+            drawn.append(text)
+        return [*drawn, ""]
+
     columns = [
         Column("", _name_width(grid)),
         *(Column(_title(grid, j), each, "right") for j in range(len(grid.columns))),
     ]
-    done = sum(len(cell.top1) == cell.planned for cell in ended)
+    done = sum(len(cell.top1) == cell.planned for cell in scene.results)
     title = titled("Top-1 %", focused)
     whole = f"{title} · {done:,} of {len(scene.cells):,} cells"
-    title = whole if len(whole) < _name_width(grid) + GAP + each - len(_title(grid, 0)) else title
-    line_at = at[0] if marked else None
-    return Section(title, f"{STRONG} {DONE}", (*columns, Column("", 0)), lines, least=5, marked=line_at,
-                   lists=False)  # fmt: skip
+    return Section(
+        whole if len(whole) < _name_width(grid) + GAP + each - len(_title(grid, 0)) else title,
+        f"{STRONG} {DONE}", (*columns, Column("", 0)), Lazy(len(grid.lines), line), least=5,
+        marked=at[0] if marked else None, lists=False,
+    )  # fmt: skip
 
 
 def _name_width(grid: Plot) -> int:
@@ -87,11 +104,14 @@ def _title(grid: Plot, column: int) -> str:
     return f"{progress.symbol(grid.across)}={grid.columns[column]:g}"
 
 
-def _drawn(cell: Cell, form: Callable[[Cell], str], width: int, low: float, high: float) -> Text:
+def _drawn(cell: Cell, form: _Form, width: int, seeds: int, ends: tuple[float, float]) -> Text:
     if cell.top1:
-        step = int((len(_SCALE) - 1) * (cell.mean - low) / (high - low) + 0.5) if high > low else len(_SCALE) // 2
+        low, high = ends
+        step = round((len(_SCALE) - 1) * (cell.mean - low) / (high - low)) if high > low else len(_SCALE) // 2
         ink, ground = _SCALE[step]
-        return Text(form(cell).center(width), style=f"color({ink}) on color({ground})")
+        told = form.told(cell, seeds)
+        told = told if len(told) <= width else _FORMS[-1].told(cell, seeds)  # a deviation above ten per cent
+        return Text(told.center(width), style=f"color({ink}) on color({ground})")
     if cell.running:
         share = f"{100 * (1 - cell.epochs_left):.0f} %"
         return Text(f"● {share}".center(width) if width >= 7 else share.replace(" ", "").center(width), style=BUSY)

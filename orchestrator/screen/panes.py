@@ -61,7 +61,7 @@ _STATUS: dict[progress.Status, tuple[str, str]] = {
 def header(scene: Scene, now: datetime, width: int, *, tall: bool = True) -> list[Text]:
     """Three lines: name and state; how far; counts, and what is left. `tall` has a fourth: the pace and the cost."""
     snapshot, state = scene.snapshot, scene.progress
-    news = max((row.updated_at for row in snapshot.rows if row.updated_at), default=snapshot.header.written_at or now)
+    news = scene.news or snapshot.header.written_at or now
     word, style = _STATUS[state.status]
     if state.status == "finished" and state.failed:
         word, style = f"✗ finished, {state.failed} failed", BAD
@@ -79,7 +79,7 @@ def header(scene: Scene, now: datetime, width: int, *, tall: bool = True) -> lis
     counts, band = counted(state), left(state)
     fits = counts.cell_len + 2 + len(band) <= width
     lines = [ends(name, status, width), drawn, ends(counts, _faint([band if fits else left(state, band=False)]), width)]
-    pace = _faint([*_pace(state), *([band] if band and not fits else [])])
+    pace = _faint([*_pace(state), *([band.partition("(")[2].rstrip(")")] if band and not fits else [])])
     spent = _faint(_spent(scene))
     return [*lines, ends(pace, spent, width)] if tall and (pace or spent) else lines
 
@@ -208,24 +208,24 @@ def short(trial_id: str) -> Text:
 
 def results(scene: Scene, width: int, focused: bool = False, marked: str | None = None) -> Section:
     """The cells with a finished trial, best first."""
-    ended = scene.results()
+    ended = scene.results
     longest = max((len(cell.name) for cell in ended), default=0)
     strip = min(40, width - longest - 29)
     if strip < 9:
         strip = 0
-    low = min((cell.mean - (cell.std or 0) for cell in ended), default=0.0)
-    high = max((cell.mean + (cell.std or 0) for cell in ended), default=0.0)
     columns = [Column("", 0)]
     columns += [Column("", strip)] if strip else []
     columns += [Column("top-1 %", 7, "right"), Column("", 6), Column("n", 6, "right")]
-    lines = []
-    for cell in ended:
-        line: list[str | Text] = [cell.name]
-        line += [_interval(cell, low, high, strip)] if strip else []
+
+    def line(i: int) -> list[str | Text]:
+        cell = ended[i]
         spread = f"± {100 * cell.std:.2f}" if cell.std is not None else ""
-        line += [Text(f"{100 * cell.mean:.2f}", style=STRONG), spread, f"{len(cell.top1)}/{cell.planned}"]
-        lines.append(line)
+        strips: list[str | Text] = [_interval(cell, *scene.scale, strip)] if strip else []
+        mean = Text(f"{100 * cell.mean:.2f}", style=STRONG)
+        return [cell.name, *strips, mean, spread, f"{len(cell.top1)}/{cell.planned}"]
+
     at = next((i for i, cell in enumerate(ended) if cell.cell_id == marked), None)
+    lines = Lazy(len(ended), line)
     return Section(titled("Results", focused), f"{STRONG} {DONE}", tuple(columns), lines, least=3, marked=at)
 
 

@@ -94,12 +94,18 @@ class _Counted:
 
     rows: dict[str, TrialRow]
     """By trial id."""
-    shapes: dict[str, TrialRow]
-    """One of each cell."""
+    members: Mapping[str, Sequence[str]]
+    """Ids of the trials of each cell."""
     names: Mapping[str, str]
     """Of the cells."""
     plot: Plot | None
     cells: Mapping[str, Cell]
+    results: Sequence[Cell]
+    """Those with a finished trial, best first."""
+    scale: tuple[float, float]
+    """From the lowest mean less its deviation to the highest with it."""
+    news: datetime | None
+    """When a trial last told something."""
     failures: Sequence[tuple[str, Sequence[TrialRow]]]
     found: dict[tuple[str, Sort], list[str]]
     """Lists that were asked for."""
@@ -108,14 +114,37 @@ class _Counted:
 
 
 def _count(rows: Sequence[TrialRow], before: _Counted | None) -> _Counted:
-    shapes = {row.cell_id: row for row in rows}
-    if before and _alike(before.shapes, shapes):
-        names, plotted, said = before.names, before.plot, before.said
+    """Of a sweep whose trials are the same, only what has moved is counted anew."""
+    moved = [row for row in rows if before.rows.get(row.trial_id) is not row] if before else rows
+    if before and len(rows) == len(before.rows) and all(_held(row, before) for row in moved):
+        touched = {row.cell_id for row in moved}
+        now = {**before.rows, **{row.trial_id: row for row in moved}}
+        fresh = progress.cells([now[each] for cell in touched for each in before.members[cell]], before.names)
+        cells = {**before.cells, **{cell.cell_id: cell for cell in fresh}}
+        members, names, plotted, said = before.members, before.names, before.plot, before.said
+        failed = any("ERROR" in (row.state, before.rows[row.trial_id].state) for row in moved)
+        failures = progress.failures(rows) if failed else before.failures
     else:
-        names, plotted, said = progress.cell_names(shapes.values()), plot(list(shapes.values())), {}
-    cells = {cell.cell_id: cell for cell in progress.cells(rows, names)}
-    by_id = {row.trial_id: row for row in rows}
-    return _Counted(by_id, shapes, names, plotted, cells, progress.failures(rows), {}, said)
+        shapes = {row.cell_id: row for row in rows}
+        groups: dict[str, list[str]] = defaultdict(list)
+        for row in rows:
+            groups[row.cell_id].append(row.trial_id)
+        now, members, said = {row.trial_id: row for row in rows}, groups, {}
+        names, plotted = progress.cell_names(shapes.values()), plot(list(shapes.values()))
+        cells = {cell.cell_id: cell for cell in progress.cells(rows, names)}
+        failures = progress.failures(rows)
+    results = progress.best_first(cells.values())
+    spreads = [(cell.mean, cell.std or 0.0) for cell in results]
+    low, high = (min((m - s for m, s in spreads), default=0.0), max((m + s for m, s in spreads), default=0.0))
+    told = [row.updated_at for row in moved if row.updated_at]
+    news = max([*told, *([before.news] if before and before.news else [])], default=None)
+    return _Counted(now, members, names, plotted, cells, results, (low, high), news, failures, {}, said)
+
+
+def _held(row: TrialRow, before: _Counted) -> bool:
+    """Whether this is a trial that was there, in the same cell."""
+    held = before.rows.get(row.trial_id)
+    return held is not None and (held.cell_id, held.label) == (row.cell_id, row.label)
 
 
 class Scene:
@@ -137,7 +166,8 @@ class Scene:
         same = held is not None and before is not None and _same(before.snapshot.rows, snapshot.rows)
         self._counted: _Counted = held if held and same else _count(snapshot.rows, held)
         self.rows, self.names, self.plot = self._counted.rows, self._counted.names, self._counted.plot
-        self.cells, self.failures = self._counted.cells, self._counted.failures
+        self.cells, self.results = self._counted.cells, self._counted.results
+        self.failures, self.news, self.scale = self._counted.failures, self._counted.news, self._counted.scale
         lives = before is not None and _same(before.snapshot.live, snapshot.live)
         self._curves: dict[str, list[float]] = before._curves if before and lives else _curves(snapshot)
 
@@ -156,9 +186,6 @@ class Scene:
             )
             found[key] = [row.trial_id for row in sorted(rows, key=_ORDERS[sort])]
         return found[key]
-
-    def results(self) -> list[Cell]:
-        return progress.best_first(self.cells.values())
 
     @property
     def resting(self) -> bool:
@@ -181,7 +208,7 @@ class Scene:
         if pane == "results":
             if self.plot:
                 return [cell_id for _, cell_id in sorted(self.plot.cells.items())]
-            return [cell.cell_id for cell in self.results()]
+            return [cell.cell_id for cell in self.results]
         if pane == "failures":
             return [cause for cause, _ in self.failures]
         return [f"{event.time.isoformat()} {event.kind} {event.trial_id or ''}" for event in self.events()]
@@ -191,7 +218,7 @@ class Scene:
         if pane == "trials":
             return [key] if key in self.rows else []
         if pane == "results":
-            return [row.trial_id for row in self.rows.values() if row.cell_id == key]
+            return list(self._counted.members.get(key, ()))
         if pane == "failures":
             return [row.trial_id for cause, rows in self.failures if cause == key for row in rows]
         return [each for each in [key.rpartition(" ")[2]] if each in self.rows]
@@ -230,11 +257,6 @@ _ORDERS: dict[Sort, Callable[[TrialRow], tuple[float, ...]]] = {
 def _same(before: Sequence[object], now: Sequence[object]) -> bool:
     """Whether the rows are the very same: a row that has changed is another."""
     return before is now or (len(before) == len(now) and all(map(is_, before, now)))
-
-
-def _alike(before: Mapping[str, TrialRow], now: Mapping[str, TrialRow]) -> bool:
-    """Whether these are the same cells, by the same labels."""
-    return before.keys() == now.keys() and all(before[cell].label == row.label for cell, row in now.items())
 
 
 def _curves(snapshot: Snapshot) -> dict[str, list[float]]:

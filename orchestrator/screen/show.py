@@ -162,7 +162,7 @@ class Screen:
     def _live(self) -> None:
         assert self._terminal is not None
         try:
-            while not self.left.is_set():
+            while not self.left.is_set() and not self._broken:
                 self._step(self._terminal.wait(TICK_S))
         except Exception as error:
             self._broken = error
@@ -170,12 +170,14 @@ class Screen:
     def _step(self, keys: list[str]) -> None:
         """Take keys and news, and draw what they have changed."""
         began = time.monotonic()
-        if not self._news.empty() and (began >= self._rest_until or self._scene is None):
+        if not self._news.empty() and began >= self._rest_until:
+            first = self._scene is None  # which takes longer than any later one
             while not self._news.empty():
                 snapshot, driven = self._news.get()
             self._scene = Scene(snapshot, self._now(), driven=driven, terms=self._terms, before=self._scene)
             self._draw(self._scene)
-            self._rest_until = time.monotonic() + SHARE * (time.monotonic() - began)
+            ended = time.monotonic()
+            self._rest_until = ended if first else ended + SHARE * (ended - began)
         while not self._arrived.empty():
             self._arrived.get()()
         if self._scene is not None:
@@ -217,7 +219,13 @@ class Screen:
             self._aside(lambda: self._fetch_into(effect))
 
     def _aside(self, work: Callable[[], None]) -> threading.Thread:
-        thread = threading.Thread(target=work, name="screen-aside", daemon=True)
+        def guarded() -> None:
+            try:
+                work()
+            except Exception as error:  # our bug: whoever calls `show` has it, and the terminal is put back first
+                self._broken = error
+
+        thread = threading.Thread(target=guarded, name="screen-aside", daemon=True)
         thread.start()
         return thread
 

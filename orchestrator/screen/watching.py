@@ -41,14 +41,13 @@ def watch(
     was_over = progress.over(snapshot)
     with Screen(console, terms=terms, act=act, fetch=fetching(store, sweep)) as screen:
         while True:
-            began = time.monotonic()
-            held: bool | None = None
+            began, held = time.monotonic(), None
             with contextlib.suppress(UnreachableError):
                 snapshot = following.look()
                 held = following.driven()
+            pause_s = max(every_s, SHARE * (time.monotonic() - began))
             screen.show(snapshot, driven=held)
             stays = screen.has_keys and (was_over or screen.attended)
-            pause_s = max(every_s, SHARE * (time.monotonic() - began))
             if (progress.over(snapshot) and not stays) or screen.left.wait(pause_s):
                 return _verdict(snapshot)
 
