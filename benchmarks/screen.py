@@ -101,7 +101,8 @@ class Driven:
         return TrialRow(
             sweep=SWEEP, position=number, trial_id=digest[:12], digest=digest, cell_id=cell, epoch=epoch, epochs=EPOCHS,
             fence=self.writer.fence, attempt=1, attempts=int(epoch > 0), state=state, seq=next(self._seq),
-            wall_s=9.0 * epoch, gpu_seconds=9.0 * epoch, images_per_s=1e4, train_flops=1e15 * epoch / EPOCHS, hosts=f"node-{number % 16}",
+            wall_s=9.0 * epoch, gpu_seconds=9.0 * epoch, images_per_s=1e4, train_flops=1e15 * epoch / EPOCHS,
+            hosts=f"node-{number % 16}",
             device_name="NVIDIA H200", started_at=NOW - timedelta(hours=2) if epoch else None, updated_at=NOW,
             error_cause=f"CUDA out of memory: {number} MiB" if state == "ERROR" else None,
             config={**config, "seed": number // len(self._cells)},

@@ -120,7 +120,7 @@ def _foot(scene: Scene, state: State, width: int, *, hints: bool) -> Text | None
     """What is asked, typed or told; else what can be pressed."""
     if state.asking:
         return ends(Text(f"{state.asking.question} y/n", style=f"{STRONG} {WARN}"), Text(), width)
-    if state.typing or state.wanted:
+    if (state.typing or state.wanted) and not state.opened:
         found = len(scene.trials(state.wanted, state.sort))
         line = Text(f"/{state.wanted}", style=STRONG).append("▏" if state.typing else "", style=BUSY)
         return ends(line.append(f"  {found:,} found", style=FAINT), Text(state.note, style=WARN), width)
@@ -130,24 +130,26 @@ def _foot(scene: Scene, state: State, width: int, *, hints: bool) -> Text | None
     return Text(hint[:width], style=FAINT) if hints else None
 
 
-_HINT = "↑↓ enter open · tab panes · / filter · s sort · K R P cancel … · ? help · q quit"
-_PAGE_HINT = "tab pages · ↑↓ scroll · esc back · K R P cancel … · ? help · q quit"
+_HINT = "↑↓ enter open · tab panes · / filter · s sort · K R P act · ? help · q quit"
+_PAGE_HINT = "tab pages · ↑↓ scroll · esc back · K R P act · ? help · q quit"
 HELP = [
     "",
-    "↑ ↓  home end  page up, down   choose in the pane that has the keys (▸)",
-    "← →                            choose in the grid, too",
-    "enter                          open a trial; list the trials of a cell or of a cause",
-    "tab                            the next pane: trials, results, failures, events; in a trial: its pages",
-    "/                              list trials with these words: cutmix w=10 failed node-3",
-    "s                              sort trials by state, top-1, epoch, images/s, last news",
-    "esc                            one step back",
+    "↑ ↓ home end page  choose in the pane that has the keys (▸)",
+    "← →                choose in the grid, too",
+    "enter              open a trial; list those of a cell, or of a cause",
+    "tab                next pane: trials, results, failures, events",
+    "                   in a trial the next page: curves, settings, log",
+    "/                  list trials with some words: cutmix w=10 failed node-3",
+    "s                  sort them by state, top-1, epoch, images/s, last news",
+    "esc                one step back",
     "",
-    "K                              cancel what is chosen: a trial, or all of a cell or a cause",
-    "R                              queue it again, if it has failed or is cancelled",
-    "P                              have the sweep pause, or go on",
-    "                               each asks first, and is what mixmo cancel, retry, pause and resume do",
+    "K                  cancel what is chosen: a trial, or all of a cell or cause",
+    "R                  queue it again, if it has failed or is cancelled",
+    "P                  have the sweep pause, or go on",
+    "                   Each asks first. They are mixmo cancel, retry, pause and",
+    "                   resume.",
     "",
-    "q                              leave the screen; the sweep goes on",
+    "q                  leave the screen; the sweep goes on",
     "",
     "Any key goes back.",
 ]

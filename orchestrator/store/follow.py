@@ -1,6 +1,7 @@
 """A sweep as it goes on, for a screen that stays open all day: three requests a look, and only what changed is read."""
 
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,8 +31,9 @@ SHOWN = ("sweep", "trial_id", "epoch", "attempt", "fence", "seq", "updated_at", 
 class Following:
     """Looks at a sweep again and again. Rows that are as they were are the same objects from look to look.
 
-    A look makes three requests, each on condition that the object has changed: trials, live epochs, and events or, in
-    turn, the lease. What a place without compare-and-swap needs beyond that is asked only when its trials changed.
+    A look makes three requests, each on condition that the object has changed: trials, live epochs, and events; where
+    the trials are as they were, events and the lease take turns. What a place without compare-and-swap needs beyond
+    that is asked only when its trials changed.
     """
 
     def __init__(self, folder: Objects, sweep: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -46,7 +48,7 @@ class Following:
         self._lease: Lease | None = None
         self._lease_at: float | None = None
         """When it was last seen to be another one."""
-        self._turn = 0
+        self._lease_is_next = False
         self._shot: Snapshot | None = None
 
     def look(self) -> Snapshot:
@@ -56,11 +58,11 @@ class Following:
         """
         moved = self._look_at_trials()
         fresh = self._look_at_live() or moved
-        self._turn += 1
-        if moved or self._turn % 2:
+        if moved or not self._lease_is_next:
             fresh = self._look_at_events() or fresh
         else:
             self._look_at_lease()
+        self._lease_is_next = moved or not self._lease_is_next
         if fresh or self._shot is None:
             self._shot = Snapshot(self._header, self._rows, self._live_rows, self._events)
         return self._shot
@@ -100,7 +102,7 @@ class Following:
         table, header = self._files.trials_of(change.stored)
         if header.copied:  # an older driver may have overwritten them
             table, header, _ = self._files.trials()
-        if not _same(table, self._trials):
+        if not table.equals(self._trials):
             self._rows = _rows(fit(table, TRIALS_SCHEMA), self._trials, self._rows)
             self._trials = fit(table, TRIALS_SCHEMA)
         self._header = header
@@ -111,10 +113,8 @@ class Following:
     def _take_live(self, change: Change) -> None:
         if change.stored is None:
             return
-        wanted = Wanted(columns=SHOWN)
-        table = decode(
-            change.stored.data, self._files.live_key(self._header.fence), EPOCHS_SCHEMA, EPOCHS_REQUIRED, wanted
-        )
+        name = f"{self._folder}/{self._files.live_key(self._header.fence)}"
+        table = decode(change.stored.data, name, EPOCHS_SCHEMA, EPOCHS_REQUIRED, Wanted(columns=SHOWN))
         columns = [table.column(name).to_pylist() for name in ("trial_id", "epoch", "fence", "attempt", "seq")]
         keys = list(zip(*columns, strict=True))
         unknown = [i for i, key in enumerate(keys) if key not in self._live]
@@ -170,11 +170,5 @@ def _moved(table: pa.Table, before: pa.Table) -> list[int]:
     return [i for i, each in enumerate(moved.to_pylist()) if each]
 
 
-def _same(table: pa.Table, before: pa.Table) -> bool:
-    return bool(table.equals(before))
-
-
 def _taken(table: pa.Table, wanted: Sequence[int]) -> pa.Table:
-    from array import array
-
     return table.take(numbers(array("q", wanted)))
