@@ -168,21 +168,23 @@ def frames(store: ResultStore, driven: Driven, rounds: int) -> dict[str, Any]:
 
 def share(store: ResultStore, driven: Driven, seconds: float) -> dict[str, Any]:
     """What `mixmo watch` uses while a driver goes on, and while nothing happens."""
-    with watching(store.uri) as pid:
-        busy = _spent(pid, seconds, driven)
-        quiet = _spent(pid, seconds / 2, None)
-    return {"seconds": seconds, "busy_share": round(busy, 4), "quiet_share": round(quiet, 4)}
+    with watching(store.uri) as (pid, sent):
+        busy, drawn_busy = _spent(pid, seconds, driven, sent)
+        quiet, drawn_quiet = _spent(pid, seconds / 2, None, sent)
+    return {"seconds": seconds, "busy_share": round(busy, 4), "busy_frames": drawn_busy, "quiet_share": round(quiet, 4),
+            "quiet_frames": drawn_quiet}  # fmt: skip
 
 
-def _spent(pid: int, seconds: float, driven: Driven | None) -> float:
-    began, before = time.monotonic(), _cpu_s(pid)
+def _spent(pid: int, seconds: float, driven: Driven | None, sent: list[int]) -> tuple[float, int]:
+    """The share of a core, and how often something was drawn."""
+    began, before, drawn_before = time.monotonic(), _cpu_s(pid), len(sent)
     while time.monotonic() - began < seconds:
         if driven:
             driven.step()
             driven.writer.flush()
-        driven and driven.writer.renew()
+            driven.writer.renew()
         time.sleep(1.0)
-    return (_cpu_s(pid) - before) / (time.monotonic() - began)
+    return (_cpu_s(pid) - before) / (time.monotonic() - began), len(sent) - drawn_before
 
 
 def _cpu_s(pid: int) -> float:
@@ -192,8 +194,8 @@ def _cpu_s(pid: int) -> float:
 
 
 @contextlib.contextmanager
-def watching(results: str) -> Iterator[int]:
-    """A `mixmo watch` on a terminal of its own whose first frame is there, by its process id."""
+def watching(results: str) -> Iterator[tuple[int, list[int]]]:
+    """A `mixmo watch` on a terminal of its own whose first frame is there: its process id, and the bytes it sends."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", SIZE[1], SIZE[0], 0, 0))
     command = [sys.executable, "-m", "orchestrator.cli", "watch", SWEEP, "--results", results]
@@ -202,11 +204,12 @@ def watching(results: str) -> Iterator[int]:
         command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, cwd=machine.ROOT, start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # its keyboard is its own
     )  # fmt: skip
-    shown = threading.Event()
+    shown, sent = threading.Event(), list[int]()
 
     def swallow() -> None:
         with contextlib.suppress(OSError):
             while data := os.read(ours, 1 << 16):
+                sent.append(len(data))
                 if b"Running" in data:
                     shown.set()
 
@@ -215,7 +218,7 @@ def watching(results: str) -> Iterator[int]:
         if not shown.wait(120):
             raise SystemExit("mixmo watch has shown nothing in two minutes")
         time.sleep(2.0)
-        yield process.pid
+        yield process.pid, sent
     finally:
         process.terminate()
         process.wait(30)

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import made_picture
 import pytest
 import sample_sweep
 from hypothesis import given, settings
@@ -24,7 +25,8 @@ from orchestrator.rows import FINAL, State, TrialRow, config_columns
 from orchestrator.screen import Scene, Screen, changes, counts, render, summary, watch
 from orchestrator.store import Header, ResultStore, Snapshot
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
 FRAMES: list[tuple[Moment, tuple[int, int], bool | None]] = [
     ("middle", (60, 15), True),
     ("middle", (80, 24), True),
@@ -425,3 +427,16 @@ def test_a_section_that_is_cut_says_so() -> None:
     many = lines.Section("Things", "bold", (lines.Column("", 0),), [[Text(str(i))] for i in range(9)])
     drawn = [line.plain.rstrip() for line in many.draw(20, 4)]
     assert drawn == ["Things 3 of 9 ──────", "0", "1", "2"]
+
+
+# ------------------------------------------------------------------------------------------------------ its picture
+
+
+def test_the_picture_of_the_readme_is_what_the_screen_shows(tmp_path: Path) -> None:
+    """Record anew with MIXMO_RECORD=1, then look at it."""
+    file = ROOT / "docs" / "screen.svg"
+    picture = made_picture.svg(made_picture.lines(tmp_path))
+    assert "http" not in picture.replace("http://www.w3.org/2000/svg", "")
+    if os.environ.get("MIXMO_RECORD"):
+        file.write_text(picture)
+    assert picture == file.read_text()

@@ -25,21 +25,26 @@ class _Form:
     """How much a cell says."""
 
     digits: int
+    gap: str = " "
     spread: bool = True
     seeds: bool = True
 
     def width(self, longest_seeds: int) -> int:
         whole = 3 + self.digits
-        return whole + (self.digits + 4 if self.spread else 0) + (1 + longest_seeds if self.seeds else 0)
+        return whole + (self._room if self.spread else 0) + (1 + longest_seeds if self.seeds else 0)
+
+    @property
+    def _room(self) -> int:
+        return len(self.gap) + 3 + self.digits
 
     def told(self, cell: Cell, longest_seeds: int) -> str:
         text = f"{100 * cell.mean:.{self.digits}f}"
         if self.spread:
-            text += f" ±{100 * cell.std:.{self.digits}f}" if cell.std is not None else " " * (self.digits + 4)
+            text += f"{self.gap}±{100 * cell.std:.{self.digits}f}" if cell.std is not None else " " * self._room
         return text + (f" {_seeds(cell):>{longest_seeds}}" if self.seeds else "")
 
 
-_FORMS = [_Form(2), _Form(1), _Form(1, spread=False), _Form(1, spread=False, seeds=False)]
+_FORMS = [_Form(2), _Form(1), _Form(1, ""), _Form(1, spread=False), _Form(1, spread=False, seeds=False)]
 """The most first: all cells say as much as there is room for."""
 
 
@@ -55,7 +60,7 @@ def wide_enough(scene: Scene) -> int:
     """From this width on every cell has its deviation and its number of seeds; 0 where there is no grid."""
     if not scene.plot:
         return 0
-    return _name_width(scene.plot) + len(scene.plot.columns) * (GAP + _FORMS[1].width(_longest_seeds(scene))) + GAP
+    return _name_width(scene.plot) + len(scene.plot.columns) * (GAP + _FORMS[2].width(_longest_seeds(scene))) + GAP
 
 
 def heat_map(scene: Scene, width: int, focused: bool = False, marked: str | None = None) -> Section | None:

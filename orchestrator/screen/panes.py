@@ -165,9 +165,9 @@ _COLUMNS: list[tuple[str, Column]] = [
     ("state", Column("", 1)), ("id", Column("", 7)), ("name", Column("", 0)), ("seed", Column("seed", 4, "right")),
     ("bar", Column("", 10)), ("epoch", Column("epoch", 7, "right")), ("top1", Column("top-1", 7, "right")),
     ("curve", Column("", 12)), ("long curve", Column("", 24)), ("speed", Column("images/s", 8, "right")),
-    ("node", Column("node", 12)), ("device", Column("device", 16)), ("attempts", Column("attempt", 7, "right")),
+    ("node", Column("node", 10)), ("device", Column("device", 12)), ("attempts", Column("attempt", 7, "right")),
 ]  # fmt: skip
-_FROM = {"bar": 76, "curve": 70, "speed": 100, "node": 116, "attempts": 146, "device": 160, "long curve": 190}
+_FROM = {"bar": 76, "curve": 70, "speed": 100, "node": 104, "device": 134, "attempts": 160, "long curve": 190}
 """Columns that need a width."""
 
 
@@ -193,7 +193,7 @@ def _line(scene: Scene, row: TrialRow, shown: set[str]) -> dict[str, str | Text]
         "long curve": Text(sparkline(top1, 24), style=BUSY) if "long curve" in shown else "",
         "speed": f"{row.images_per_s:,.0f}" if row.images_per_s else "",
         "node": (row.hosts or "").replace(" ", ","),
-        "device": row.device_name or "",
+        "device": (row.device_name or "").removeprefix("NVIDIA "),
         "attempts": str(row.attempts) if row.attempts else "",
     }
 

@@ -38,8 +38,10 @@ AGAIN_S = 10.0
 """So often the page of a trial that runs is read again."""
 PATIENCE_S = 10.0
 """So long an order that was given may take after the screen is left."""
-SHARE = 20
-"""After a frame of news the screen rests so many times as long as that took."""
+SHARE = 40
+"""After a frame of news the screen rests so many times as long as the processor took for it, and so does whoever reads
+the news: together they stay under a twentieth of a core.
+"""
 
 
 class Screen:
@@ -169,15 +171,15 @@ class Screen:
 
     def _step(self, keys: list[str]) -> None:
         """Take keys and news, and draw what they have changed."""
-        began = time.monotonic()
-        if not self._news.empty() and began >= self._rest_until:
+        began = time.thread_time()
+        if not self._news.empty() and time.monotonic() >= self._rest_until:
             first = self._scene is None  # which takes longer than any later one
             while not self._news.empty():
                 snapshot, driven = self._news.get()
             self._scene = Scene(snapshot, self._now(), driven=driven, terms=self._terms, before=self._scene)
             self._draw(self._scene)
-            ended = time.monotonic()
-            self._rest_until = ended if first else ended + SHARE * (ended - began)
+            rest_s = 0.0 if first else SHARE * (time.thread_time() - began)
+            self._rest_until = time.monotonic() + rest_s
         while not self._arrived.empty():
             self._arrived.get()()
         if self._scene is not None:

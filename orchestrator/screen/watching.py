@@ -41,11 +41,11 @@ def watch(
     was_over = progress.over(snapshot)
     with Screen(console, terms=terms, act=act, fetch=fetching(store, sweep)) as screen:
         while True:
-            began, held = time.monotonic(), None
+            began, held = time.thread_time(), None
             with contextlib.suppress(UnreachableError):
                 snapshot = following.look()
                 held = following.driven()
-            pause_s = max(every_s, SHARE * (time.monotonic() - began))
+            pause_s = max(every_s, SHARE * (time.thread_time() - began))
             screen.show(snapshot, driven=held)
             stays = screen.has_keys and (was_over or screen.attended)
             if (progress.over(snapshot) and not stays) or screen.left.wait(pause_s):
