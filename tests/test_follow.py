@@ -80,7 +80,8 @@ def test_a_value_that_comes_or_goes_is_a_change(store: ResultStore) -> None:
         writer.flush(force=True)
         following = store.follow("made")
         following.look()
-        for seq, change in enumerate([{"error_cause": "no"}, {"hosts": "a"}, {"hosts": None}, {"wall_s": 2.0}], 1):
+        changes: list[dict[str, Any]] = [{"error_cause": "no"}, {"hosts": "a"}, {"hosts": None}, {"wall_s": 2.0}]
+        for seq, change in enumerate(changes, 1):
             row = row.replace(seq=seq, **change)
             writer.put([row])
             writer.flush(force=True)

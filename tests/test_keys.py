@@ -14,7 +14,7 @@ from orchestrator.screen.keys import decode
 from orchestrator.screen.scene import PANES, SORTS
 from orchestrator.screen.state import Effect, Quit, Read, choice
 
-SCENES = {moment: Scene(sample_sweep.snapshot(moment), NOW) for moment in ("beginning", "middle", "end")}  # type: ignore[arg-type]
+SCENES = {moment: Scene(sample_sweep.snapshot(moment), NOW) for moment in ("beginning", "middle", "end")}
 MIDDLE = SCENES["middle"]
 NAMED = [
     "up",
@@ -176,8 +176,8 @@ def test_a_trial_is_cancelled_after_a_question() -> None:
     first = MIDDLE.trials()[0]
     assert state.asking == Order("cancel", (first,), f"Cancel {first[:7]} (linear w=5 M=2, seed 1), for good?")
     assert effects == []
-    declined, effects = press(state, "n", MIDDLE)
-    assert (declined.asking, declined.note, effects) == (None, "nothing was done", None)
+    declined, refused = press(state, "n", MIDDLE)
+    assert (declined.asking, declined.note, refused) == (None, "nothing was done", None)
     _, effect = press(state, "y", MIDDLE)
     assert effect == state.asking
 
