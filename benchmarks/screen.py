@@ -12,6 +12,7 @@ are told, since a shared machine stretches those of the clock.
 import argparse
 import contextlib
 import fcntl
+import gc
 import hashlib
 import io
 import itertools
@@ -156,6 +157,8 @@ def frames(store: ResultStore, driven: Driven, rounds: int) -> dict[str, Any]:
         lines = timed("frame", lambda: drawn(scene, NOW, SIZE, keys))  # noqa: B023
         timed("sent", lambda: terminal.draw(lines))  # noqa: B023
         timed.ms.setdefault("news, from the snapshot to the terminal", []).append(1000 * (time.thread_time() - looked))
+        if not number:
+            gc.freeze()  # as `watch` does after its first look
         timed.ms.setdefault("news, with the look at the store", []).append(1000 * (time.thread_time() - began))
     assert scene is not None
     for key in ["down"] * 20 + ["/", *"w=7 m=3", "enter"] + ["s", "s", "down", "tab", "right"] * 4:

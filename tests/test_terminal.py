@@ -38,7 +38,7 @@ class Tmux:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "screen-256color", "SHELL": "/bin/sh"}
         self._run(
             "-f", os.devnull, "new-session", "-d", "-x", str(size[0]), "-y", str(size[1]),
-            f"stty -a > {folder}/before; {command}; echo ended $?; stty -a > {folder}/after; exec sleep 300",
+            f"trap : INT; stty -a > {folder}/before; {command}; echo ended $?; stty -a > {folder}/after; exec sleep 300",
             environment=environment,
         )  # fmt: skip
 
@@ -155,6 +155,41 @@ def test_when_it_is_killed_the_terminal_is_as_it_was_and_so_is_the_sweep(
     terminal.shows("ended 143")
     assert (tmp_path / "before").read_text() == (tmp_path / "after").read_text()
     assert [each.state for each in ResultStore.open(results).trial_rows(NAME)] == before
+
+
+SWEEP = """
+name: made
+trial:
+  data: {dataset: digits, train_images: 200, batch_size: 40, augmentation: none}
+  model: {depth: 10, width: 1, subnetworks: 1}
+  optim: {epochs: 500, lr: 0.1}
+seeds: 6
+resources: {gpus_per_worker: 0}
+"""
+
+
+@pytest.mark.slow
+def test_the_screen_of_a_run_steers_it(tmux: Open, tmp_path: Path) -> None:
+    """The real driver, which takes its commands from the store, as from any other machine."""
+    (tmp_path / "made.yaml").write_text(SWEEP)
+    program = ROOT / "tests" / "run_on_threads.py"
+    terminal = tmux(f"{sys.executable} {program} {tmp_path / 'made.yaml'} {tmp_path / 'results'}")
+    terminal.shows("● running")
+    terminal.press("P", "y")
+    terminal.shows("‖ paused by")
+    terminal.press("P", "y")
+    terminal.shows("● running")
+    terminal.press("Down", "K", "y")
+    terminal.shows("1 cancelled")
+    terminal.press("q")
+    terminal.shows("Ctrl-C stops the sweep")
+    terminal.press("C-c")
+    terminal.shows("2 running")  # they finish, as the first Ctrl-C has it
+    terminal.press("C-c")
+    assert "1 cancelled" in terminal.shows("ended 130")
+    assert (tmp_path / "before").read_text() == (tmp_path / "after").read_text()
+    states = [row.state for row in ResultStore.open(tmp_path / "results").trial_rows("made")]
+    assert states.count("CANCELLED") == 1
 
 
 # ----------------------------------------------------------------------------------------------- how much is done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from dataclasses import replace
 from datetime import datetime
@@ -39,6 +40,7 @@ def watch(
     following = store.follow(sweep)
     snapshot = following.look()
     was_over = progress.over(snapshot)
+    gc.freeze()  # most rows stay: to look through ten thousand again and again costs a tenth of a second each time
     with Screen(console, terms=terms, act=act, fetch=fetching(store, sweep)) as screen:
         while True:
             began, held = time.thread_time(), None
