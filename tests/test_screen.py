@@ -22,7 +22,7 @@ from mixmo_core.config import DataConfig, MixingConfig, ModelConfig, TrialConfig
 from orchestrator import lines, progress
 from orchestrator.errors import ExitCode, NotFoundError, UnreachableError
 from orchestrator.rows import FINAL, State, TrialRow, config_columns
-from orchestrator.screen import Scene, Screen, changes, counts, render, summary, watch
+from orchestrator.screen import Scene, Screen, Terms, changes, counts, render, summary, watch
 from orchestrator.store import Header, ResultStore, Snapshot
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -427,6 +427,74 @@ def test_a_section_that_is_cut_says_so() -> None:
     many = lines.Section("Things", "bold", (lines.Column("", 0),), [[Text(str(i))] for i in range(9)])
     drawn = [line.plain.rstrip() for line in many.draw(20, 4)]
     assert drawn == ["Things 3 of 9 ──────", "0", "1", "2"]
+
+
+# --------------------------------------------------------------------------------------------------------- the grid
+
+
+@settings(deadline=None, max_examples=25)
+@given(snapshots())
+def test_each_cell_has_one_place_in_the_grid(snapshot: Snapshot) -> None:
+    grid = Scene(snapshot, NOW).plot
+    if grid is not None:
+        assert sorted(grid.cells.values()) == sorted({each.cell_id for each in snapshot.rows})
+        shapes = {each.cell_id: each for each in snapshot.rows}
+        assert all(shapes[cell].config[grid.across] == grid.columns[j] for (_, j), cell in grid.cells.items())
+        assert len(grid.lines) > 1
+
+
+def test_a_grid_of_holes_is_a_list() -> None:
+    """Four methods by their labels, of which one has another number of subnetworks."""
+    models = [ModelConfig(subnetworks=1), *[ModelConfig(subnetworks=2)] * 3]
+    mixed = [MixingConfig(method=method) for method in ("sum", "sum", "linear", "cutmix")]  # type: ignore[arg-type]
+    rows = [
+        row(TrialConfig(model=m, mixing=x), label=f"{i}") for i, (m, x) in enumerate(zip(models, mixed, strict=True))
+    ]
+    assert Scene(shot(rows), NOW).plot is None
+
+
+def test_the_grid_fills_as_cells_finish() -> None:
+    drawn = [shown(sample_sweep.snapshot(moment), (100, 30)).plain for moment in ("beginning", "middle", "end")]
+    assert ["±" in each for each in drawn] == [False, True, True]
+    assert "● 0 %" in drawn[0]
+    assert "3/3" in drawn[2]
+
+
+# ------------------------------------------------------------------------------------------------- money and time left
+
+
+def test_cost_stands_against_what_there_is() -> None:
+    snapshot = sample_sweep.snapshot("middle")
+    scene = Scene(snapshot, NOW, terms=Terms(gpu_hour=2.5, gpu_hours=400, currency="EUR"))
+    cost = f"{scene.progress.gpu_seconds / 3600 * 2.5:.2f}"
+    assert f"6.3 of 400 GPU-hours · {cost} of 1,000.00 EUR" in render(scene, NOW, (100, 30)).plain
+    assert "EUR" not in shown(snapshot, (100, 30)).plain
+
+
+def test_the_band_of_the_time_left_is_that_of_the_longest_order_and_of_the_spread() -> None:
+    """Two at a time with 300 s left, of which one trial takes 100: between 150 and 150 + 50; all took the same."""
+    ended = [row(TrialConfig(seed=seed), state="TERMINATED", epoch=10, wall_s=100.0) for seed in range(2)]
+    running = [row(TrialConfig(seed=seed), state="RUNNING") for seed in (2, 3)]
+    state = progress.measure(shot([*ended, *running, row(TrialConfig(seed=4))]), NOW)
+    assert (state.eta_low_s, state.eta_s, state.eta_high_s) == pytest.approx((150.0, 150.0, 200.0))
+
+
+@settings(deadline=None, max_examples=30)
+@given(snapshots())
+def test_the_time_left_is_within_its_band(snapshot: Snapshot) -> None:
+    state = progress.measure(snapshot, NOW)
+    if state.eta_s is not None:
+        assert state.eta_low_s is not None
+        assert state.eta_high_s is not None
+        assert 0 <= state.eta_low_s <= state.eta_s <= state.eta_high_s
+
+
+def test_failures_that_differ_in_numbers_alone_are_one_cause() -> None:
+    causes = ["CUDA out of memory: 512 MiB", "CUDA out of memory: 1.5e3 MiB", "no such file"]
+    rows = [row(TrialConfig(seed=i), state="ERROR", error_cause=cause) for i, cause in enumerate(causes)]
+    assert [(cause, len(each)) for cause, each in progress.failures(rows)] == [
+        ("CUDA out of memory: N MiB", 2), ("no such file", 1)
+    ]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ its picture

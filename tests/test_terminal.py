@@ -38,7 +38,8 @@ class Tmux:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "screen-256color", "SHELL": "/bin/sh"}
         self._run(
             "-f", os.devnull, "new-session", "-d", "-x", str(size[0]), "-y", str(size[1]),
-            f"trap : INT; stty -a > {folder}/before; {command}; echo ended $?; stty -a > {folder}/after; exec sleep 300",
+            f"trap : INT; stty -a > {folder}/before; {command}; echo ended $?; stty -a > {folder}/after; "
+            "exec sleep 300",
             environment=environment,
         )  # fmt: skip
 

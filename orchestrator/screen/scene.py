@@ -269,7 +269,8 @@ def _curves(snapshot: Snapshot) -> dict[str, list[float]]:
 
 
 def plot(shapes: Sequence[TrialRow]) -> Plot | None:
-    """The cells, given by one row of each, as a table; None where they do not make one of two lines and two columns.
+    """The cells, given by one row of each, as a table; None where they do not make one of two lines and two columns
+    that is filled for the most part.
 
     Across goes a number that varies: the width where that is one, or else the setting with the most values.
     """
@@ -287,7 +288,8 @@ def plot(shapes: Sequence[TrialRow]) -> Plot | None:
         if place[1] < 0 or place in cells:
             return None
         cells[place] = row.cell_id
-    return Plot(across, columns, lines, cells) if len(lines) > 1 else None
+    filled = 2 * len(cells) > len(lines) * len(columns)  # a table of holes says less than a list
+    return Plot(across, columns, lines, cells) if len(lines) > 1 and filled else None
 
 
 def _across(shapes: Sequence[TrialRow]) -> str | None:
