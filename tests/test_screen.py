@@ -446,7 +446,7 @@ def test_each_cell_has_one_place_in_the_grid(snapshot: Snapshot) -> None:
 def test_a_grid_of_holes_is_a_list() -> None:
     """Four methods by their labels, of which one has another number of subnetworks."""
     models = [ModelConfig(subnetworks=1), *[ModelConfig(subnetworks=2)] * 3]
-    mixed = [MixingConfig(method=method) for method in ("sum", "sum", "linear", "cutmix")]  # type: ignore[arg-type]
+    mixed = [MixingConfig(method=method) for method in ("sum", "sum", "linear", "cutmix")]
     rows = [
         row(TrialConfig(model=m, mixing=x), label=f"{i}") for i, (m, x) in enumerate(zip(models, mixed, strict=True))
     ]
