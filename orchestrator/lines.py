@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Literal, overload
 
 from rich.text import Text
 
@@ -75,16 +75,55 @@ def sparkline(values: Sequence[float], width: int) -> str:
     values = [value for value in values if math.isfinite(value)]
     if not values:
         return ""
-    length = min(width, len(values))
-    edges = [i * len(values) // length for i in range(length + 1)]
-    means = [math.fsum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    means = _means(values, min(width, len(values)))
     low, high = min(means), max(means)
     if high == low:
-        return "▄" * length
+        return "▄" * len(means)
     return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * (mean - low) / (high - low)))] for mean in means)
 
 
+def chart(values: Sequence[float], width: int, height: int) -> list[str]:
+    """The course of some numbers as columns of blocks, `height` lines high, between their own lowest and highest."""
+    values = [value for value in values if math.isfinite(value)]
+    if not values or height < 1:
+        return []
+    means = _means(values, min(width, len(values)))
+    low, high = min(means), max(means)
+    eighths = [
+        1 + round((8 * height - 1) * (mean - low) / (high - low)) if high > low else 4 * height for mean in means
+    ]
+    rows = [[max(0, min(8, each - 8 * line)) for each in eighths] for line in reversed(range(height))]
+    return ["".join(" ▁▂▃▄▅▆▇█"[each] for each in row) for row in rows]
+
+
+def _means(values: Sequence[float], length: int) -> list[float]:
+    """Means of as many stretches of equal length."""
+    edges = [i * len(values) // length for i in range(length + 1)]
+    return [math.fsum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+
+
 # --------------------------------------------------------------------------------------------- lines and sections
+
+
+class Lazy(Sequence[Sequence["str | Text"]]):
+    """Lines that are made when they are shown: of ten thousand, fifty are."""
+
+    def __init__(self, count: int, make: Callable[[int], Sequence[str | Text]]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, at: int) -> Sequence[str | Text]: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Sequence[str | Text]]: ...
+
+    def __getitem__(self, at: int | slice) -> Sequence[str | Text] | Sequence[Sequence[str | Text]]:
+        if isinstance(at, slice):
+            return [self._make(i) for i in range(*at.indices(self._count))]
+        return self._make(range(self._count)[at])
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +146,33 @@ class Section:
     lines: Sequence[Sequence[str | Text]]
     least: int = 1
     """So many lines are worth showing before any other section grows."""
+    most: int | None = None
+    """More than so many are not asked for."""
+    marked: int | None = None
+    """The line that somebody has chosen: it is always among those shown."""
+    lists: bool = True
+    """Whether each line is a thing of its own: then the heading counts them, and the one that is marked is shown so."""
+
+    @property
+    def wants(self) -> int:
+        return len(self.lines) if self.most is None else min(self.most, len(self.lines))
 
     def draw(self, width: int, height: int) -> list[Text]:
         """At most `height` lines, heading included."""
-        shown = self.lines[: height - 1]
-        counted = f"{len(self.lines)}" if len(shown) == len(self.lines) else f"{len(shown)} of {len(self.lines)}"
+        room, count = height - 1, len(self.lines)
+        start = 0 if self.marked is None else max(0, min(self.marked - room // 2, count - room))
+        shown = self.lines[start : start + room]
+        if not shown:
+            return []
+        counted = f"{count:,}" if len(shown) == count else f"{len(shown)} of {count:,}"
         head = fields(width, self.columns, [column.title for column in self.columns])
-        rule = _rule(f"{self.title} {counted}", head.plain.ljust(width), self.style)
-        return [rule, *(fields(width, self.columns, line) for line in shown)] if shown else []
+        rule = _rule(f"{self.title} {counted}" if self.lists else self.title, head.plain.ljust(width), self.style)
+        drawn = [fields(width, self.columns, line) for line in shown]
+        if self.marked is not None and start <= self.marked < start + len(drawn):
+            line = drawn[self.marked - start]
+            line.truncate(width, pad=True)
+            line.stylize("reverse" if self.lists else "")
+        return [rule, *drawn]
 
 
 def fitted(width: int, columns: Sequence[Column], least: int) -> list[int]:
@@ -182,7 +240,7 @@ def stack(sections: Sequence[Section], width: int, height: int) -> list[Text]:
     left = height
     for cap in (lambda section: section.least, lambda section: 10**9):
         for i, section in enumerate(present):
-            more = min(1 + min(cap(section), len(section.lines)) - lent[i], left)
+            more = min(1 + min(cap(section), section.wants) - lent[i], left)
             if lent[i] + more >= 2:
                 lent[i] += more
                 left -= more
@@ -190,6 +248,7 @@ def stack(sections: Sequence[Section], width: int, height: int) -> list[Text]:
 
 
 def beside(left: Sequence[Text], right: Sequence[Text], half: int) -> list[Text]:
+    """Two stacks side by side, the left one `half` characters wide."""
     lines = []
     for i in range(max(len(left), len(right))):
         line = left[i].copy() if i < len(left) else Text()

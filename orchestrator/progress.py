@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Literal
@@ -13,7 +14,7 @@ from mixmo_core import cost
 from mixmo_core.config import leaves
 from orchestrator import analysis, causes
 from orchestrator.calibration import Prediction
-from orchestrator.rows import FINAL, TrialRow, config_of
+from orchestrator.rows import FINAL, State, TrialRow, config_of
 
 if TYPE_CHECKING:
     from orchestrator.store import ResultStore, Snapshot
@@ -42,6 +43,9 @@ class Progress:
     fraction: float
     trials_per_hour: float | None
     eta_s: float | None
+    eta_low_s: float | None
+    eta_high_s: float | None
+    """Between these, as far as trials of a cell take equally long: see `_eta`."""
     elapsed_s: float | None
     """From the first start to the last news."""
     gpu_seconds: float
@@ -57,16 +61,33 @@ class Progress:
         return 0 < self.cancelled == self.total
 
 
-def measure(snapshot: Snapshot, now: datetime, *, driven: bool | None = True) -> Progress:
-    """`driven`: whether a driver holds the sweep; None where that cannot be told."""
+class Flops:
+    """What a trial costs to train, by its cell: worked out once for each."""
+
+    def __init__(self) -> None:
+        self._by_cell: dict[str, float] = {}
+
+    def __call__(self, row: TrialRow) -> float:
+        known = self._by_cell.get(row.cell_id)
+        if known is None:
+            known = self._by_cell[row.cell_id] = cost.trial_flops(config_of(row))
+        return known
+
+
+def measure(
+    snapshot: Snapshot, now: datetime, *, driven: bool | None = True, flops: Callable[[TrialRow], float] | None = None
+) -> Progress:
+    """`driven`: whether a driver holds the sweep; None where that cannot be told. `flops` remembers between calls."""
     rows = snapshot.rows
-    states = Counter(row.state for row in rows)
+    states = Counter([row.state for row in rows])
     ended = sum(states[state] for state in FINAL)
-    partial = sum(1 - _left(row) for row in rows if row.state not in FINAL)
+    waiting = [row for row in rows if row.state not in FINAL]
     own = [row for row in rows if row.cached_from is None]
-    training_s, predicted = sum(row.wall_s for row in own), Prediction.of(snapshot.header.predicted)
+    predicted = Prediction.of(snapshot.header.predicted)
+    rests = driven is False or snapshot.header.paused_by or snapshot.header.stopping
+    eta = None if rests or not waiting else _eta(waiting, own, flops or Flops(), predicted)
     return Progress(
-        status=_status(snapshot, driven),
+        status=_status(snapshot, driven, states),
         total=len(rows),
         done=states["TERMINATED"],
         cached=sum(row.state == "TERMINATED" and row.cached_from is not None for row in rows),
@@ -76,15 +97,15 @@ def measure(snapshot: Snapshot, now: datetime, *, driven: bool | None = True) ->
         paused=states["PAUSED"],
         failed=states["ERROR"],
         cancelled=states["CANCELLED"],
-        fraction=(ended + partial) / len(rows) if rows else 0.0,
-        trials_per_hour=_trials_per_hour(snapshot, own, now),
-        eta_s=None
-        if driven is False or snapshot.header.paused_by or snapshot.header.stopping
-        else _eta_s(rows, predicted),
+        fraction=(ended + sum(1 - _left(row) for row in waiting)) / len(rows) if rows else 0.0,
+        trials_per_hour=_trials_per_hour(snapshot, own, now, over=not waiting),
+        eta_s=eta.likely if eta else None,
+        eta_low_s=eta.low if eta else None,
+        eta_high_s=eta.high if eta else None,
         elapsed_s=_elapsed_s(own),
-        gpu_seconds=sum(row.gpu_seconds for row in own),
-        images_per_s=sum(row.images_per_s or 0.0 for row in rows if row.state == "RUNNING" and driven is not False),
-        training_s=training_s,
+        gpu_seconds=sum([row.gpu_seconds for row in own]),
+        images_per_s=sum(row.images_per_s or 0.0 for row in waiting if row.state == "RUNNING" and driven is not False),
+        training_s=sum([row.wall_s for row in own]),
         predicted=predicted,
     )
 
@@ -95,24 +116,27 @@ def driven(store: ResultStore, sweep: str) -> bool:
     return lease is not None and not lease.expired
 
 
+def over(snapshot: Snapshot) -> bool:
+    """Whether every trial has ended."""
+    return all(row.state in FINAL for row in snapshot.rows)
+
+
 def _left(row: TrialRow) -> float:
     """The share of a trial's epochs that are still to be trained."""
     return 1 - min(1.0, row.epoch / max(1, row.epochs))
 
 
-def _status(snapshot: Snapshot, driven: bool | None) -> Status:
-    rows = snapshot.rows
-    if all(row.state in FINAL for row in rows):
+def _status(snapshot: Snapshot, driven: bool | None, states: Mapping[State, int]) -> Status:
+    if sum(states[state] for state in FINAL) == len(snapshot.rows):
         return "finished"
     if not driven:
         return "quiet" if driven is None else "stopped"
     if snapshot.header.stopping:
         return "stopping"
-    runs = any(row.state == "RUNNING" for row in rows)
     if snapshot.header.paused_by:
-        return "pausing" if runs else "paused"
-    began = any(row.state in FINAL and row.fence == snapshot.header.fence for row in rows)
-    return "running" if runs or began else "starting"
+        return "pausing" if states["RUNNING"] else "paused"
+    began = states["RUNNING"] or any(row.state in FINAL and row.fence == snapshot.header.fence for row in snapshot.rows)
+    return "running" if began else "starting"
 
 
 def _elapsed_s(own: Sequence[TrialRow]) -> float | None:
@@ -121,52 +145,83 @@ def _elapsed_s(own: Sequence[TrialRow]) -> float | None:
     return (max(updated) - min(started)).total_seconds() if started and updated else None
 
 
-def _trials_per_hour(snapshot: Snapshot, own: Sequence[TrialRow], now: datetime) -> float | None:
+def _trials_per_hour(snapshot: Snapshot, own: Sequence[TrialRow], now: datetime, *, over: bool) -> float | None:
     """Trials that ended well in the last hour, or since this driver began if that is less; null before the first."""
     mine = [row for row in own if row.fence == snapshot.header.fence]
     starts = [row.started_at for row in mine if row.started_at]
     ends = [row.updated_at for row in mine if row.state == "TERMINATED" and row.updated_at]
     if not ends or not starts:
         return None
-    until = now if any(row.state not in FINAL for row in snapshot.rows) else max(ends)
+    until = max(ends) if over else now
     since = max(min(starts), until - timedelta(hours=1))
     recent = sum(end >= since for end in ends)
     hours = (until - since).total_seconds() / 3600
     return recent / hours if recent and hours > 0 else None
 
 
-def _eta_s(rows: Sequence[TrialRow], predicted: Prediction | None = None) -> float | None:
+@dataclass(frozen=True, slots=True)
+class _Band:
+    low: float
+    likely: float
+    high: float
+
+
+_UNMEASURED = 0.25
+"""How far off a cell's time may be, as a share of it, where none of its trials has ended."""
+
+
+def _eta(
+    waiting: Sequence[TrialRow],
+    own: Sequence[TrialRow],
+    flops: Callable[[TrialRow], float],
+    predicted: Prediction | None,
+) -> _Band | None:
     """Seconds until the last trial ends: what is left, spread over as many trials as run now.
 
-    A trial takes as long as those of its cell took; where none has ended, as its FLOPs say at the speed so far. Before
-    the first epoch is done all that is known is what was predicted.
+    A trial takes as long as those of its cell took; where none has ended, as its FLOPs say at the speed so far. The
+    band begins where no place is ever idle and reaches to the longest that any order of hand-outs can take (Graham,
+    1966: total / m + (1 - 1 / m) * the longest), and is wider by the error of the times themselves: the spread of a
+    cell's trials over the root of their number. Before the first epoch is done all that is known is what was predicted.
     """
-    waiting = [row for row in rows if row.state not in FINAL]
-    if not waiting:
-        return None
     took: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        if row.state == "TERMINATED" and row.cached_from is None and row.wall_s > 0 and not row.stopped_early:
+    for row in own:
+        if row.state == "TERMINATED" and row.wall_s > 0 and not row.stopped_early:
             took[row.cell_id].append(row.wall_s)
     typical = {cell: math.fsum(times) / len(times) for cell, times in took.items()}
-    speed = _flops_per_s(rows)
+    spread, speed = _spread(took, typical), _flops_per_s(own)
+    at_once = max(1, sum(row.state == "RUNNING" for row in waiting))
+    seconds, doubt = [], []
     for row in waiting:
-        if row.cell_id not in typical:
-            if not speed:
-                return predicted.seconds.mean / _at_once(rows) if predicted else None
-            typical[row.cell_id] = cost.trial_flops(config_of(row)) / speed
-    seconds = [typical[row.cell_id] * _left(row) for row in waiting]
-    if not math.isfinite(sum(seconds)):  # a speed that is next to nothing says nothing
+        known = typical.get(row.cell_id) or (flops(row) / speed if speed else None)
+        if known is None:
+            return _foretold(predicted, at_once) if predicted else None
+        seconds.append(known * _left(row))
+        doubt.append(
+            seconds[-1] * (spread / math.sqrt(len(took[row.cell_id])) if row.cell_id in typical else _UNMEASURED)
+        )
+    total, longest = sum(seconds), max(seconds)
+    if not math.isfinite(total):  # a speed that is next to nothing says nothing
         return None
-    return max(sum(seconds) / _at_once(rows), *seconds, 0.0)
+    likely = max(total / at_once, longest, 0.0)
+    off = min(1.0, sum(doubt) / total) if total > 0 else 0.0
+    return _Band(likely * (1 - off), likely, max(likely, total / at_once + (1 - 1 / at_once) * longest) * (1 + off))
 
 
-def _at_once(rows: Sequence[TrialRow]) -> int:
-    return max(1, sum(row.state == "RUNNING" for row in rows))
+def _foretold(predicted: Prediction, at_once: int) -> _Band:
+    told = predicted.seconds
+    low, high = (told.mean if each is None else each for each in (told.low, told.high))
+    return _Band(low / at_once, told.mean / at_once, high / at_once)
 
 
-def _flops_per_s(rows: Sequence[TrialRow]) -> float | None:
-    worked = [row for row in rows if row.train_flops and row.wall_s > 0 and row.cached_from is None]
+def _spread(took: Mapping[str, Sequence[float]], typical: Mapping[str, float]) -> float:
+    """How far trials of one cell are apart in their time, as a share of it: the deviation, pooled over the cells."""
+    squares = sum(((each / typical[cell]) - 1) ** 2 for cell, times in took.items() for each in times)
+    freedom = sum(len(times) - 1 for times in took.values())
+    return math.sqrt(squares / freedom) if freedom else _UNMEASURED
+
+
+def _flops_per_s(own: Sequence[TrialRow]) -> float | None:
+    worked = [row for row in own if row.train_flops and row.wall_s > 0]
     return sum(row.train_flops or 0.0 for row in worked) / sum(row.wall_s for row in worked) if worked else None
 
 
@@ -181,6 +236,10 @@ class Cell:
     name: str
     planned: int
     top1: tuple[float, ...]
+    running: int = 0
+    failed: int = 0
+    epochs_left: float = 0.0
+    """Of those planned, as a share."""
 
     @property
     def mean(self) -> float:
@@ -193,16 +252,35 @@ class Cell:
         return math.sqrt(math.fsum((value - mean) ** 2 for value in self.top1) / (count - 1)) if count > 1 else None
 
 
-def results(rows: Sequence[TrialRow], names: Mapping[str, str]) -> list[Cell]:
-    """The cells with a finished trial, best first. Trials that a scheduler stopped early do not count."""
-    planned = Counter(row.cell_id for row in rows)
-    found: dict[str, list[float]] = defaultdict(list)
+def cells(rows: Sequence[TrialRow], names: Mapping[str, str]) -> list[Cell]:
+    """All cells in the order of their first trials. Trials that a scheduler stopped early are no result."""
+    groups: dict[str, list[TrialRow]] = defaultdict(list)
     for row in rows:
-        top1 = row.metrics.get("top1")
-        if row.state == "TERMINATED" and not row.stopped_early and top1 is not None:
-            found[row.cell_id].append(top1)
-    ended = [Cell(cell, names[cell], planned[cell], tuple(values)) for cell, values in found.items()]
-    return sorted(ended, key=lambda cell: (-cell.mean, cell.name))
+        groups[row.cell_id].append(row)
+    return [_cell(names[cell_id], members) for cell_id, members in groups.items()]
+
+
+def _cell(name: str, members: Sequence[TrialRow]) -> Cell:
+    top1, running, failed, left = [], 0, 0, 0.0
+    for row in members:
+        value = row.metrics.get("top1")
+        if row.state == "TERMINATED":
+            if value is not None and not row.stopped_early:
+                top1.append(value)
+        else:
+            running += row.state == "RUNNING"
+            failed += row.state == "ERROR"
+            left += 0.0 if row.state in FINAL else _left(row)
+    return Cell(members[0].cell_id, name, len(members), tuple(top1), running, failed, left / len(members))
+
+
+def results(rows: Sequence[TrialRow], names: Mapping[str, str]) -> list[Cell]:
+    """The cells with a finished trial, best first."""
+    return best_first(cells(rows, names))
+
+
+def best_first(found: Iterable[Cell]) -> list[Cell]:
+    return sorted((cell for cell in found if cell.top1), key=lambda cell: (-cell.mean, cell.name))
 
 
 def failures(rows: Sequence[TrialRow]) -> list[tuple[str, list[TrialRow]]]:
@@ -218,12 +296,11 @@ _FOLLOW = ("model_encoders", "model_classifiers")
 """Counts that say something only where they differ from the number of subnetworks."""
 
 
-def cell_names(rows: Sequence[TrialRow]) -> dict[str, str]:
+def cell_names(rows: Iterable[TrialRow], *, without: str | None = None) -> dict[str, str]:
     """A short name for every cell: its label, and the settings in which it differs from others of that label.
 
-    Settings are written as papers do: `cutmix w=10 M=2`.
+    Settings are written as papers do: `cutmix w=10 M=2`. One setting may be left out.
     """
-    symbols = {name.replace(".", "_"): spec.metadata["setting"].symbol for name, spec in leaves()}
     blocks: dict[str | None, dict[str, TrialRow]] = defaultdict(dict)
     for row in rows:
         blocks[row.label][row.cell_id] = row
@@ -234,16 +311,27 @@ def cell_names(rows: Sequence[TrialRow]) -> dict[str, str]:
             words = [label] if label else []
             for column in varied:
                 value = row.workers if column == "workers" else row.config.get(column)
-                if value is not None and not (column in _FOLLOW and value == row.config.get("model_subnetworks")):
-                    words.append(_word(column, value, symbols.get(column)))
+                follows = column in _FOLLOW and value == row.config.get("model_subnetworks")
+                if value is not None and column != without and not follows:
+                    words.append(_word(column, value))
             names[cell_id] = " ".join(words) or row.config.get("mixing_method") or f"cell {cell_id[:7]}"
     return names
+
+
+def symbol(column: str) -> str:
+    """A setting as papers write it: `w`, `M`; by its name where they have no letter for it."""
+    return _symbols().get(column) or analysis.short(column).rpartition(".")[2]
+
+
+@functools.cache
+def _symbols() -> dict[str, str | None]:
+    return {name.replace(".", "_"): spec.metadata["setting"].symbol for name, spec in leaves()}
 
 
 def _words_first(column: str) -> bool:
     return column not in _SPEAK_FOR_THEMSELVES
 
 
-def _word(column: str, value: object, symbol: str | None) -> str:
+def _word(column: str, value: object) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if column in _SPEAK_FOR_THEMSELVES else f"{symbol or analysis.short(column).rpartition('.')[2]}={text}"
+    return text if column in _SPEAK_FOR_THEMSELVES else f"{symbol(column)}={text}"

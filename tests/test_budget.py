@@ -251,7 +251,7 @@ def test_what_was_predicted_stands_against_what_it_took(tmp_path: Path) -> None:
     """A made trial takes four seconds; the calibration says five, give or take a tenth."""
     from made_rows import NOW
 
-    from orchestrator.dashboard import summary
+    from orchestrator.screen import summary
 
     sweep, store = load("budget: {hours: 0.004}"), ResultStore.open(tmp_path, create=True)
     store.add_timings(timed(sweep, lambda flops: 5.0 / flops))

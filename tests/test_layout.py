@@ -14,7 +14,7 @@ LIGHT = [
     "rows",
     "store",
     "dispatcher",
-    "dashboard",
+    "screen",
     "analysis",
     "studies",
     "pareto",

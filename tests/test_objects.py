@@ -71,6 +71,27 @@ class TestContract:
         assert objects.upload("b", tmp_path / "local")
         assert (held(objects, "a"), held(objects, "b")) == (b"one", b"two")
 
+    def test_what_has_not_changed_is_not_sent_again(self, objects: Objects) -> None:
+        missing = objects.changed("a", None)
+        assert missing is not None
+        assert missing.stored is None
+        assert objects.changed("a", missing.mark) is None
+        objects.put("a", b"one")
+        first = objects.changed("a", missing.mark)
+        assert first is not None
+        assert first.stored is not None
+        assert (first.stored.data, first.stored) == (b"one", objects.read("a"))
+        assert objects.changed("a", first.mark) is None
+        objects.put("a", b"two")
+        second = objects.changed("a", first.mark)
+        assert second is not None
+        assert second.stored is not None
+        assert second.stored.data == b"two"
+        objects.delete("a")
+        gone = objects.changed("a", second.mark)
+        assert gone is not None
+        assert (gone.stored, gone.mark) == (None, missing.mark)
+
     def test_only_who_knows_the_object_swaps_it(self, objects: Objects) -> None:
         assert objects.swap("a", b"x", "unknown") is None
         first = objects.swap("a", b"1", None)

@@ -22,7 +22,7 @@ NOT_RUN = {
     "run": "trains a sweep on Ray: tests/test_driver.py, and .ci/run runs `make quickstart`",
     "train": "trains a trial: tests/test_commands.py",
     "data": "downloads: tests/test_data.py",
-    "watch": "until the sweep ends: tests/test_dashboard.py",
+    "watch": "until the sweep ends: tests/test_screen.py",
     "pause": "asks a driver: tests/test_steering.py",
     "figures": "seconds of drawing: tests/test_figures.py",
     "report": "seconds of drawing: tests/test_report.py",

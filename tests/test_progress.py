@@ -8,8 +8,8 @@ from sample_sweep import NOW
 
 from mixmo_core.config import TrialConfig, cell_id, digest, identity
 from orchestrator import pages, progress
-from orchestrator.dashboard import render
 from orchestrator.rows import State, TrialRow, config_columns
+from orchestrator.screen import Scene, render
 from orchestrator.store import Header, Snapshot
 
 SIZE = (100, 20)
@@ -32,7 +32,7 @@ def shot(*rows: TrialRow, **header: Any) -> Snapshot:
 
 def test_a_sweep_on_its_way_to_rest_says_so_until_its_trials_have_stopped() -> None:
     """The header and the list tell the same."""
-    frame = render(shot(row(0, "RUNNING"), row(1, "PAUSED"), paused_by="ada@lab"), NOW, SIZE).plain
+    frame = render(Scene(shot(row(0, "RUNNING"), row(1, "PAUSED"), paused_by="ada@lab"), NOW), NOW, SIZE).plain
     assert "‖ pausing by ada@lab" in frame
     assert "1 running  1 paused" in frame
     assert "Pausing 2" in frame
@@ -43,7 +43,7 @@ def test_a_sweep_on_its_way_to_rest_says_so_until_its_trials_have_stopped() -> N
 def test_a_driver_that_lets_its_trials_finish_is_stopping_and_not_starting(left: State) -> None:
     stopping = shot(row(0, "TERMINATED"), row(1, left), stopping=True)
     assert progress.measure(stopping, NOW).status == "stopping"
-    frame = render(stopping, NOW, SIZE).plain
+    frame = render(Scene(stopping, NOW), NOW, SIZE).plain
     assert "◦ stopping" in frame
     assert " left" not in frame
     assert progress.measure(stopping, NOW, driven=False).status == "stopped"
@@ -58,6 +58,6 @@ def test_a_sweep_whose_trials_are_all_cancelled_is_not_called_a_success() -> Non
     cancelled = [row(seed, "CANCELLED") for seed in range(2)]
     state = progress.measure(shot(*cancelled), NOW)
     assert state.status == "finished"  # nothing is left to run: who waits for that goes on
-    assert "✗ all cancelled" in render(shot(*cancelled), NOW, SIZE).plain
+    assert "✗ all cancelled" in render(Scene(shot(*cancelled), NOW), NOW, SIZE).plain
     assert re.search(r"made +cancelled +0 of 2", pages.sweeps([("made", state, NOW)], NOW, 80).plain)
-    assert "✓ finished" in render(shot(*cancelled, row(2, "TERMINATED")), NOW, SIZE).plain
+    assert "✓ finished" in render(Scene(shot(*cancelled, row(2, "TERMINATED")), NOW), NOW, SIZE).plain

@@ -100,7 +100,8 @@ def run(
     checkpoints. The first Ctrl-C lets running trials finish, the second ends at once.
     """
     from orchestrator import driver
-    from orchestrator.dashboard import Screen
+    from orchestrator.cli.steering import from_screen
+    from orchestrator.screen import Screen, Terms, fetching
     from orchestrator.store import ResultStore
     from orchestrator.sweep import check_runnable
 
@@ -118,7 +119,11 @@ def run(
             return ExitCode.STOPPED
         driver.check(sweep, data)  # before the results are touched
     store = ResultStore.open(results, create=True)
-    with Screen(talk) as screen:
+    screen = Screen(
+        talk, terms=Terms.of(sweep.price, sweep.budget), act=from_screen(store, sweep.name, results),
+        fetch=fetching(store, sweep.name), on_quit="Ctrl-C stops the sweep: running trials finish, nothing new starts",
+    )  # fmt: skip
+    with screen:
         code: ExitCode = driver.run(
             sweep, store, data_dir=data, retry_failed=retry_failed, rehearse=not no_canary, observer=screen.show,
             talk=screen.say,

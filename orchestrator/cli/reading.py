@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from orchestrator import analysis
     from orchestrator.progress import Progress
     from orchestrator.rows import TrialRow
+    from orchestrator.screen import Terms
     from orchestrator.store import ResultStore
 
 
@@ -80,16 +81,17 @@ def list_sweeps(results: Results = "results", as_json: Json = False) -> ExitCode
 def status(sweep: SweepName, results: Results = "results", as_json: Json = False) -> None:
     """How far a sweep is: counts, time left, results, failures."""
     light()
-    from orchestrator.dashboard import summary
     from orchestrator.progress import driven
+    from orchestrator.screen import summary
     from orchestrator.store import ResultStore
 
     store = ResultStore.open(results)
     if as_json:
         streams.print_json("status", _status(store, sweep))
         return
-    console = streams.console()
-    console.print(summary(store.snapshot(sweep), streams.now(), console.width, driven=driven(store, sweep)))
+    console, terms = streams.console(), _terms(store, sweep)
+    snapshot, held = store.snapshot(sweep), driven(store, sweep)
+    console.print(summary(snapshot, streams.now(), console.width, driven=held, terms=terms))
 
 
 @app.command(cls=Command, rich_help_panel=READING)
@@ -101,19 +103,22 @@ def watch(
 ) -> ExitCode:
     """Follow a sweep on a live screen until it ends.
 
-    Ctrl-C leaves the screen; the sweep goes on. Reads the results only, so it works on any machine that sees
-    them. Without a terminal it prints one plain line
-    for each change. With --json it prints what `mixmo status --json` does, once.
+    q or Ctrl-C leaves the screen; the sweep goes on. `?` lists the keys: they open a trial, filter and sort, and
+    cancel, retry and pause as the commands of these names do. Reads the results only, so it works on any machine that
+    sees them. Without a terminal it prints one plain line for each change. With --json it prints what
+    `mixmo status --json` does, once.
     """
     light()
-    from orchestrator import dashboard
+    from orchestrator import screen
+    from orchestrator.cli.steering import from_screen
     from orchestrator.store import ResultStore
 
     store = ResultStore.open(results)
     if as_json:
         streams.print_json("status", _status(store, sweep))
         return ExitCode.OK
-    return dashboard.watch(store, sweep, streams.console(), once=once)
+    act = from_screen(store, sweep, results)
+    return screen.watch(store, sweep, streams.console(), once=once, terms=_terms(store, sweep), act=act)
 
 
 @app.command(cls=Command, rich_help_panel=READING)
@@ -254,6 +259,15 @@ def verify(sweep: SweepName, results: Results = "results", as_json: Json = False
         streams.console().print(pages.faults(found), soft_wrap=True)
     streams.say(f"{sweep}: {len(found) or 'no'} fault{'' if len(found) == 1 else 's'}")
     return ExitCode.FAULTS if found else ExitCode.OK
+
+
+def _terms(store: ResultStore, sweep: str) -> Terms:
+    """What the sweep may cost, as its file says."""
+    from orchestrator.screen import Terms
+    from orchestrator.sweep import shown
+
+    asked = shown(store.sweep_file(sweep), sweep)
+    return Terms.of(asked.price, asked.budget)
 
 
 def _when(text: str) -> analysis.At:

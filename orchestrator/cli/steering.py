@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from orchestrator.cli import streams
-from orchestrator.cli.program import RUNNING, Command, Json, Results, SweepName, app, with_results
+from orchestrator.cli.program import RUNNING, Command, Json, Results, SweepName, app, heavy, with_results
 from orchestrator.errors import ExitCode, NotFoundError, RefusedError, UsageError
 
 if TYPE_CHECKING:
     from orchestrator import store as stores
     from orchestrator.rows import TrialRow
+    from orchestrator.screen.show import Act
+    from orchestrator.screen.state import Order
 
 WAIT_S = 60.0
 """How long a command waits for the driver's answer."""
@@ -126,20 +129,31 @@ def retry(
     return asked.of_anybody(ended, wait=not no_wait)
 
 
-class _Asked:
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """What became of a command."""
+
+    text: str
+    command: str | None = None
+    """Its id, if it was given to a driver."""
+    done: bool = True
+
+
+class _Asking:
     """A command to a sweep, on its way to whoever carries it out."""
 
-    def __init__(self, sweep: str, verb: str, results: str, as_json: bool) -> None:
-        """Raises NotFoundError if there is no such sweep."""
-        from orchestrator.store import Process, ResultStore, who
+    def __init__(self, store: stores.ResultStore, sweep: str, verb: str, results: str) -> None:
+        from orchestrator.store import Process, who
 
-        self._store: stores.ResultStore = ResultStore.open(results)
-        self._sweep, self._verb, self._results, self._as_json = sweep, verb, results, as_json
+        self._store, self._sweep, self._verb, self._results = store, sweep, verb, results
         self._who = who(Process.current())
-        self.rows: list[TrialRow] = self._store.trial_rows(sweep)
 
-    def of_driver(self, trials: Sequence[str] | None, *, wait: bool) -> ExitCode:
-        """Ask the driver, and wait for its answer. Raises RefusedError if there is none, or if it refuses."""
+    def of_driver(
+        self, trials: Sequence[str] | None, *, wait: bool, enough: Callable[[], bool] = lambda: False
+    ) -> _Reply:
+        """Ask the driver, and wait for its answer until it is `enough`. Raises RefusedError if there is none, or if it
+        refuses.
+        """
         fence = self._fence()
         if fence is None:
             raise RefusedError(
@@ -149,46 +163,80 @@ class _Asked:
         commands = self._store.commands(self._sweep)
         given = commands.give(self._verb, fence=fence, given_by=self._who, trials=trials)
         if not wait:
-            return self.told("given to the driver", command=given.id)
+            return _Reply("given to the driver", given.id)
         deadline = time.monotonic() + WAIT_S
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and not enough():
             ended = self._fence() != fence  # asked before, so that no last answer is missed
             command = commands.get(given.id)
             if command is not None and command.answer is not None:
                 if not command.answer.done:
                     raise RefusedError(f"{self._sweep}: {command.answer.text}")
-                return self.told(command.answer.text, command=given.id)
+                return _Reply(command.answer.text, given.id)
             if ended:
                 raise RefusedError(f"{self._sweep}: its driver ended before it took the command: nothing was done")
             time.sleep(POLL_S)
-        self.told(
+        return _Reply(
             f"the driver has not answered in {WAIT_S:.0f} s; it may not reach its results. The command stays: it is "
-            f"carried out when that driver sees it, and by no other", command=given.id, done=False,
+            f"carried out when that driver sees it, and by no other", given.id, done=False,
         )  # fmt: skip
-        return ExitCode.STOPPED
 
-    def of_anybody(self, trials: Sequence[str] | None, *, wait: bool) -> ExitCode:
+    def of_anybody(
+        self, trials: Sequence[str] | None, *, wait: bool, enough: Callable[[], bool] = lambda: False
+    ) -> _Reply:
         """Ask the driver; where there is none, do it here, as the sweep's writer for a moment."""
         if self._fence() is not None:
-            return self.of_driver(trials, wait=wait)
+            return self.of_driver(trials, wait=wait, enough=enough)
         from orchestrator.steering import without_driver
 
         changed = without_driver(self._store, self._sweep, self._verb, trials, self._who)
         then = f". `{with_results('mixmo run FILE', self._results)}` trains them" if self._verb == "retry" else ""
-        return self.told(changed + then)
-
-    def told(self, text: str, *, command: str | None = None, done: bool = True) -> ExitCode:
-        if self._as_json:
-            streams.print_json(
-                self._verb.partition("_")[0], {"sweep": self._sweep, "command": command, "done": done, "text": text}
-            )
-        streams.say(f"{self._sweep}: {text}")
-        return ExitCode.OK
+        return _Reply(changed + then)
 
     def _fence(self) -> int | None:
         """Of the living driver."""
         lease = self._store.lease(self._sweep)
         return None if lease is None or lease.expired else lease.fence
+
+
+class _Asked:
+    """A command as the command line gives it: what becomes of it is printed, and is the exit code."""
+
+    def __init__(self, sweep: str, verb: str, results: str, as_json: bool) -> None:
+        """Raises NotFoundError if there is no such sweep."""
+        from orchestrator.store import ResultStore
+
+        store = ResultStore.open(results)
+        self._sweep, self._verb, self._as_json = sweep, verb, as_json
+        self._asking = _Asking(store, sweep, verb, results)
+        self.rows: list[TrialRow] = store.trial_rows(sweep)
+
+    def of_driver(self, trials: Sequence[str] | None, *, wait: bool) -> ExitCode:
+        return self._told(self._asking.of_driver(trials, wait=wait))
+
+    def of_anybody(self, trials: Sequence[str] | None, *, wait: bool) -> ExitCode:
+        return self._told(self._asking.of_anybody(trials, wait=wait))
+
+    def told(self, text: str) -> ExitCode:
+        return self._told(_Reply(text))
+
+    def _told(self, reply: _Reply) -> ExitCode:
+        if self._as_json:
+            told = {"sweep": self._sweep, "command": reply.command, "done": reply.done, "text": reply.text}
+            streams.print_json(self._verb.partition("_")[0], told)
+        streams.say(f"{self._sweep}: {reply.text}")
+        return ExitCode.OK if reply.done else ExitCode.STOPPED
+
+
+def from_screen(store: stores.ResultStore, sweep: str, results: str) -> Act:
+    """Gives the orders of a screen, as the commands here do."""
+
+    def act(order: Order, enough: Callable[[], bool]) -> str:
+        heavy()  # what is done without a driver writes tables
+        asking = _Asking(store, sweep, order.verb, results)
+        ask = asking.of_driver if order.trials is None else asking.of_anybody
+        return ask(order.trials, wait=True, enough=enough).text
+
+    return act
 
 
 def _named(rows: Sequence[TrialRow], sweep: str, prefixes: Sequence[str]) -> list[TrialRow]:

@@ -58,6 +58,7 @@ from orchestrator.store.attempts import (
 )
 from orchestrator.store.claims import Claim, Claims
 from orchestrator.store.commands import Answer, Command, Commands, Inbox
+from orchestrator.store.follow import Following
 from orchestrator.store.lease import Lease, LeaseLostError, Process, read_lease, who
 from orchestrator.store.objects import DamagedError, Folder, Objects
 from orchestrator.store.space import Belongings, Leftover, Leftovers, belongings, clean, leftovers, remove
@@ -84,9 +85,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LOG_BYTES", "Answer", "AttemptFolder", "Belongings", "Claim", "Claims", "Command", "Commands", "Compaction",
-    "DamagedError", "Event", "Fault", "Folder", "Header", "Inbox", "Lease", "LeaseLostError", "Leftover", "Leftovers",
-    "Logits", "Objects", "Process", "ResultStore", "Snapshot", "SweepWriter", "encode", "merge", "totals", "who",
-    "without_secrets",
+    "DamagedError", "Event", "Fault", "Folder", "Following", "Header", "Inbox", "Lease", "LeaseLostError", "Leftover",
+    "Leftovers", "Logits", "Objects", "Process", "ResultStore", "Snapshot", "SweepWriter", "encode", "merge", "totals",
+    "who", "without_secrets",
 ]  # fmt: skip
 
 
@@ -176,6 +177,10 @@ class ResultStore:
         """What a screen shows, from three objects whose size does not grow with the epochs done."""
         seen = SweepFiles(self.folder, sweep).look(None)
         return Snapshot(seen.header, trial_rows(seen.trials), newest(epoch_rows(seen.live)), self.events(sweep))
+
+    def follow(self, sweep: str) -> Following:
+        """For who looks at a sweep again and again: what has not changed is not read again."""
+        return Following(self.folder, sweep)
 
     def tables(self, sweep: str) -> tuple[pa.Table, pa.Table]:
         """The trials and the epochs of one moment, as `trials` and `epochs` give them."""

@@ -31,7 +31,7 @@ from botocore.config import Config
 
 from orchestrator.errors import UnreachableError, UsageError
 from orchestrator.store.attempts import without_secrets
-from orchestrator.store.objects import Objects, Stored
+from orchestrator.store.objects import Change, Objects, Stored
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -311,6 +311,15 @@ class Bucket(Objects):
         found = self._ask("read", key, lambda: self._copy(key, file))
         return Stored(file.getvalue(), found.tag) if found else None
 
+    def changed(self, key: str, mark: str | None) -> Change | None:
+        file = io.BytesIO()
+        condition = {"IfNoneMatch": f'"{mark}"'} if mark else {}
+        found = self._ask("read", key, lambda: self._copy(key, file, **condition))
+        now = found.tag if found else ""
+        if now == mark:  # not modified; or the server knows no condition, and sent it again
+            return None
+        return Change(Stored(file.getvalue(), now) if found else None, now)
+
     def put(self, key: str, data: bytes) -> None:
         body = _Body.of(data)
         self._ask("write", key, lambda: self._send(key, body))
@@ -428,13 +437,17 @@ class Bucket(Objects):
             answer = self._client.put_object(**self._named(key), Body=file, ContentMD5=body.md5, **marked)
         return _bare(answer["ETag"])
 
-    def _copy(self, key: str, file: BinaryIO | None) -> "_Copied | None":
-        """One request: the content, into a file from its start if there is one to fill."""
+    def _copy(self, key: str, file: BinaryIO | None, **condition: str) -> "_Copied | None":
+        """One request: the content, into a file from its start if there is one to fill. Nothing is copied of an object
+        that is as a condition says it is known.
+        """
         try:
-            answer = self._client.get_object(**self._named(key))
+            answer = self._client.get_object(**self._named(key), **condition)
         except faults.ClientError as error:
             if _code(error) in ("NoSuchKey", "404"):
                 return None
+            if _status(error) == 304:
+                return _Copied("", condition["IfNoneMatch"].strip('"'))
             raise
         sha256 = hashlib.sha256()
         if file is not None:

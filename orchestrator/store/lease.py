@@ -113,12 +113,15 @@ class Lease:
 def read_lease(folder: Objects, key: str, clock: Callable[[], float] = time.time) -> Lease | None:
     """The lease as it stands; None where there never was one. `clock` is the store's, or nearly so."""
     modified, stored = folder.modified(key), folder.read(key)
-    if stored is None:
-        return None
+    return None if stored is None else decoded(stored.data, max(0.0, clock() - modified), f"{folder}/{key}")
+
+
+def decoded(data: bytes, age_s: float, name: str) -> Lease:
+    """The lease that an object holds. Raises DamagedError if it is none."""
     try:
-        return Lease.decode(stored.data, age_s=max(0.0, clock() - modified))
+        return Lease.decode(data, age_s=age_s)
     except (ValueError, KeyError, TypeError) as error:
-        text = f"{folder}/{key} is no lease ({type(error).__name__}: {error})"
+        text = f"{name} is no lease ({type(error).__name__}: {error})"
         raise DamagedError(text, "If no driver runs the sweep, delete it") from error
 
 

@@ -48,6 +48,16 @@ class Stored:
         return hashlib.sha256(self.data).hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What an object has become."""
+
+    stored: Stored | None
+    """None: there is none."""
+    mark: str
+    """To ask again with. Tells contents apart as a tag does, but `swap` does not take it."""
+
+
 class Objects(abc.ABC):
     """Objects by key (`a/b/c`) in one place, which `str` names in messages.
 
@@ -76,6 +86,15 @@ class Objects(abc.ABC):
     @abc.abstractmethod
     def read(self, key: str) -> Stored | None:
         """The object, or None where there is none."""
+
+    def changed(self, key: str, mark: str | None) -> Change | None:
+        """The object if it is not that of this mark any more; None, after one request that transfers nothing, if it is.
+
+        The mark is of an earlier answer for the same key; None is of no object.
+        """
+        stored = self.read(key)
+        now = stored.tag if stored else ""
+        return None if now == mark else Change(stored, now)
 
     @abc.abstractmethod
     def put(self, key: str, data: bytes) -> None:
@@ -167,6 +186,17 @@ class Folder(Objects):
             except (FileNotFoundError, NotADirectoryError):
                 return None
         return Stored(data, _tag(data))
+
+    def changed(self, key: str, mark: str | None) -> Change | None:
+        with self._explained("read", key):
+            try:
+                with self.path(key).open("rb") as file:
+                    at = os.fstat(file.fileno())  # an object is replaced, never written again: a new file has another
+                    now = f"{at.st_ino} {at.st_mtime_ns} {at.st_size}"
+                    data = None if now == mark else file.read()
+            except (FileNotFoundError, NotADirectoryError):
+                return None if mark == "" else Change(None, "")
+        return None if data is None else Change(Stored(data, _tag(data)), now)
 
     def put(self, key: str, data: bytes) -> None:
         with self._explained("write", key), self._staged(key, data) as temporary:

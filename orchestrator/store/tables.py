@@ -349,11 +349,13 @@ class SweepFiles:
             raise DamagedError(f"{self.folder}/{self.key}/sweep.yaml is no text ({error.reason})", _RESTORE) from error
 
     def events(self) -> list[Event]:
-        key = f"{self.key}/events.parquet"
-        stored = self.folder.read(key)
+        return self.events_of(self.folder.read(f"{self.key}/events.parquet"))
+
+    def events_of(self, stored: Stored | None) -> list[Event]:
+        """The events of what lies where they should."""
         if stored is None:
             return []
-        table = decode(stored.data, f"{self.folder}/{key}", EVENTS_SCHEMA, ("time", "kind", "text"))
+        table = decode(stored.data, f"{self.folder}/{self.key}/events.parquet", EVENTS_SCHEMA, ("time", "kind", "text"))
         return [Event(**record) for record in records(fit(table, EVENTS_SCHEMA))]
 
     def trials(self) -> tuple[pa.Table, Header, str]:
@@ -379,10 +381,15 @@ class SweepFiles:
         stored = self.folder.read(key)
         if stored is None:
             raise self._missing()
+        return *self.trials_of(stored, key), stored.tag
+
+    def trials_of(self, stored: Stored, key: str | None = None) -> tuple[pa.Table, Header]:
+        """The trials, and what their footer says, of an object that holds them. Raises DamagedError."""
+        key = key or f"{self.key}/trials.parquet"
         self._check_layout(stored.data, key)
         table = decode(stored.data, f"{self.folder}/{key}", TRIALS_SCHEMA, TRIALS_REQUIRED)
         try:
-            return table, Header.of(table), stored.tag
+            return table, Header.of(table)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             text = f"{self.folder}/{key} was not written by mixmo: its footer is not ours"
             raise DamagedError(text, _RESTORE) from error

@@ -144,12 +144,13 @@ def is_quick(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What a sweep file asks of the tables of its results."""
+    """What a sweep file asks of the tables and the screen of its results."""
 
     baseline: str | None = None
     ensembles: tuple[Ensemble, ...] = ()
     published: tuple[Published, ...] = ()
     price: Price = Price()
+    budget: Budget = Budget()
 
 
 def shown(text: str, source: str) -> Shown:
@@ -162,9 +163,9 @@ def shown(text: str, source: str) -> Shown:
     reader = Reader(faults)
     ensembles = read_ensembles(root.value.get("ensembles"), None, reader)
     published = read_published(root.value.get("published"), reader)
-    price = read_section("price", root.value.get("price"), reader)
+    price, budget = (read_section(key, root.value.get(key), reader) for key in ("price", "budget"))
     named = str(baseline.value) if baseline and baseline.value is not None else None
-    return Shown(named) if faults.lines else Shown(named, ensembles, published, price)
+    return Shown(named) if faults.lines else Shown(named, ensembles, published, price, budget)
 
 
 @dataclass(slots=True)

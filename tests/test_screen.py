@@ -5,10 +5,11 @@ import io
 import os
 import statistics
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import made_picture
 import pytest
 import sample_sweep
 from hypothesis import given, settings
@@ -19,12 +20,13 @@ from sample_sweep import NAME, NOW, Moment
 
 from mixmo_core.config import DataConfig, MixingConfig, ModelConfig, TrialConfig, cell_id, digest, identity
 from orchestrator import lines, progress
-from orchestrator.dashboard import Screen, changes, counts, render, summary, watch
 from orchestrator.errors import ExitCode, NotFoundError, UnreachableError
 from orchestrator.rows import FINAL, State, TrialRow, config_columns
+from orchestrator.screen import Scene, Screen, Terms, changes, counts, render, summary, watch
 from orchestrator.store import Header, ResultStore, Snapshot
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
 FRAMES: list[tuple[Moment, tuple[int, int], bool | None]] = [
     ("middle", (60, 15), True),
     ("middle", (80, 24), True),
@@ -51,13 +53,18 @@ def row(config: TrialConfig | None = None, **changes: Any) -> TrialRow:
     )  # fmt: skip
 
 
+def shown(snapshot: Snapshot, size: tuple[int, int], *, driven: bool | None = True, now: datetime = NOW) -> Text:
+    """A frame that nobody is at the keys of."""
+    return render(Scene(snapshot, now, driven=driven), now, size)
+
+
 # ---------------------------------------------------------------------------------------------------------- frames
 
 
 @pytest.mark.parametrize(("moment", "size", "driven"), FRAMES)
 def test_a_frame_is_the_recorded_one(moment: Moment, size: tuple[int, int], driven: bool | None) -> None:
     """Record anew with MIXMO_RECORD=1, then look at what changed."""
-    frame = render(sample_sweep.snapshot(moment), NOW + timedelta(seconds=200), size, driven=driven).plain + "\n"
+    frame = shown(sample_sweep.snapshot(moment), size, driven=driven, now=NOW + timedelta(seconds=200)).plain + "\n"
     file = GOLDEN / f"screen_{moment}_{size[0]}x{size[1]}.txt"
     if os.environ.get("MIXMO_RECORD"):
         file.write_text(frame)
@@ -91,7 +98,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
 @settings(deadline=None, max_examples=25)
 @given(snapshots(), st.integers(1, 12) | st.integers(1, 240), st.integers(1, 70), st.sampled_from([True, False, None]))
 def test_no_frame_exceeds_its_size(snapshot: Snapshot, width: int, height: int, driven: bool | None) -> None:
-    frame = render(snapshot, NOW, (width, height), driven=driven)
+    frame = shown(snapshot, (width, height), driven=driven)
     drawn = frame.split("\n")
     assert len(drawn) <= height
     assert max(line.cell_len for line in drawn) <= width
@@ -110,7 +117,7 @@ def test_what_is_counted_adds_up(snapshot: Snapshot) -> None:
 def test_a_paused_sweep_says_who_had_it_paused_and_what_waits() -> None:
     rows = [row(TrialConfig(seed=seed), state="PAUSED", epoch=4, wall_s=40.0) for seed in range(2)]
     paused = shot(rows, paused_by="ada@lab")
-    frame = render(paused, NOW, (100, 20)).plain
+    frame = shown(paused, (100, 20)).plain
     assert "‖ paused by ada@lab" in frame
     assert "2 paused" in frame
     assert "4/10" in frame
@@ -120,12 +127,12 @@ def test_a_paused_sweep_says_who_had_it_paused_and_what_waits() -> None:
     assert "Paused" in frame
     # Its driver has gone: nobody pauses it any more, it waits for the next run.
     assert progress.measure(paused, NOW, driven=False).status == "stopped"
-    assert "To resume" in render(paused, NOW, (100, 20), driven=False).plain
+    assert "To resume" in shown(paused, (100, 20), driven=False).plain
 
 
 def test_a_frame_says_all_without_colour() -> None:
     """Each state is a word, not only a colour."""
-    plain = render(sample_sweep.snapshot("middle"), NOW, (80, 24)).plain
+    plain = shown(sample_sweep.snapshot("middle"), (80, 24)).plain
     for word in ("● running", "16 done (3 cached)", "6 running", "14 queued", "3 failed", "CUDA out of memory"):
         assert word in plain
 
@@ -133,7 +140,7 @@ def test_a_frame_says_all_without_colour() -> None:
 def test_bytes_of_a_frame_respect_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
     def drawn() -> str:
         stream = io.StringIO()
-        Console(file=stream, force_terminal=True, width=80).print(render(sample_sweep.snapshot("end"), NOW, (80, 24)))
+        Console(file=stream, force_terminal=True, width=80).print(shown(sample_sweep.snapshot("end"), (80, 24)))
         return stream.getvalue()
 
     assert "\x1b[1;32m" in drawn()
@@ -365,7 +372,7 @@ def test_what_the_driver_says_is_on_the_screen_and_stays() -> None:
 
 
 def test_a_summary_is_as_long_as_it_has_to_be() -> None:
-    assert len(summary(sample_sweep.snapshot("end"), NOW, 80).plain.splitlines()) == 3 + 14 + 3
+    assert len(summary(sample_sweep.snapshot("end"), NOW, 80).plain.splitlines()) == 4 + 14 + 3
 
 
 # -------------------------------------------------------------------------------------------------------------- watch
@@ -394,19 +401,22 @@ def test_watching_what_is_not_there(tmp_path: Path) -> None:
 
 
 class Flaky:
-    """A store that is away at every second look, and whose sweep ends at the last."""
+    """A store that is away at some looks, and whose sweep ends at the last."""
 
     def __init__(self, away: Callable[[int], bool]) -> None:
         self.looks, self.away = 0, away
 
-    def snapshot(self, sweep: str) -> Snapshot:
+    def follow(self, sweep: str) -> "Flaky":
+        return self
+
+    def driven(self) -> bool:
+        return False
+
+    def look(self) -> Snapshot:
         self.looks += 1
         if self.away(self.looks):
             raise UnreachableError("the disk is away")
         return sample_sweep.snapshot("end" if self.looks > 4 else "middle")
-
-    def lease(self, sweep: str) -> None:
-        return None
 
 
 def test_watching_outlives_a_store_that_is_away_for_a_while() -> None:
@@ -424,3 +434,84 @@ def test_a_section_that_is_cut_says_so() -> None:
     many = lines.Section("Things", "bold", (lines.Column("", 0),), [[Text(str(i))] for i in range(9)])
     drawn = [line.plain.rstrip() for line in many.draw(20, 4)]
     assert drawn == ["Things 3 of 9 ──────", "0", "1", "2"]
+
+
+# --------------------------------------------------------------------------------------------------------- the grid
+
+
+@settings(deadline=None, max_examples=25)
+@given(snapshots())
+def test_each_cell_has_one_place_in_the_grid(snapshot: Snapshot) -> None:
+    grid = Scene(snapshot, NOW).plot
+    if grid is not None:
+        assert sorted(grid.cells.values()) == sorted({each.cell_id for each in snapshot.rows})
+        shapes = {each.cell_id: each for each in snapshot.rows}
+        assert all(shapes[cell].config[grid.across] == grid.columns[j] for (_, j), cell in grid.cells.items())
+        assert len(grid.lines) > 1
+
+
+def test_a_grid_of_holes_is_a_list() -> None:
+    """Four methods by their labels, of which one has another number of subnetworks."""
+    models = [ModelConfig(subnetworks=1), *[ModelConfig(subnetworks=2)] * 3]
+    mixed = [MixingConfig(method=method) for method in ("sum", "sum", "linear", "cutmix")]
+    rows = [
+        row(TrialConfig(model=m, mixing=x), label=f"{i}") for i, (m, x) in enumerate(zip(models, mixed, strict=True))
+    ]
+    assert Scene(shot(rows), NOW).plot is None
+
+
+def test_the_grid_fills_as_cells_finish() -> None:
+    drawn = [shown(sample_sweep.snapshot(moment), (100, 30)).plain for moment in ("beginning", "middle", "end")]
+    assert ["±" in each for each in drawn] == [False, True, True]
+    assert "● 0 %" in drawn[0]
+    assert "3/3" in drawn[2]
+
+
+# ------------------------------------------------------------------------------------------------- money and time left
+
+
+def test_cost_stands_against_what_there_is() -> None:
+    snapshot = sample_sweep.snapshot("middle")
+    scene = Scene(snapshot, NOW, terms=Terms(gpu_hour=2.5, gpu_hours=400, currency="EUR"))
+    cost = f"{scene.progress.gpu_seconds / 3600 * 2.5:.2f}"
+    assert f"6.3 of 400 GPU-hours · {cost} of 1,000.00 EUR" in render(scene, NOW, (100, 30)).plain
+    assert "EUR" not in shown(snapshot, (100, 30)).plain
+
+
+def test_the_band_of_the_time_left_is_that_of_the_longest_order_and_of_the_spread() -> None:
+    """Two at a time with 300 s left, of which one trial takes 100: between 150 and 150 + 50; all took the same."""
+    ended = [row(TrialConfig(seed=seed), state="TERMINATED", epoch=10, wall_s=100.0) for seed in range(2)]
+    running = [row(TrialConfig(seed=seed), state="RUNNING") for seed in (2, 3)]
+    state = progress.measure(shot([*ended, *running, row(TrialConfig(seed=4))]), NOW)
+    assert (state.eta_low_s, state.eta_s, state.eta_high_s) == pytest.approx((150.0, 150.0, 200.0))
+
+
+@settings(deadline=None, max_examples=30)
+@given(snapshots())
+def test_the_time_left_is_within_its_band(snapshot: Snapshot) -> None:
+    state = progress.measure(snapshot, NOW)
+    if state.eta_s is not None:
+        assert state.eta_low_s is not None
+        assert state.eta_high_s is not None
+        assert 0 <= state.eta_low_s <= state.eta_s <= state.eta_high_s
+
+
+def test_failures_that_differ_in_numbers_alone_are_one_cause() -> None:
+    causes = ["CUDA out of memory: 512 MiB", "CUDA out of memory: 1.5e3 MiB", "no such file"]
+    rows = [row(TrialConfig(seed=i), state="ERROR", error_cause=cause) for i, cause in enumerate(causes)]
+    assert [(cause, len(each)) for cause, each in progress.failures(rows)] == [
+        ("CUDA out of memory: … MiB", 2), ("no such file", 1)
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ its picture
+
+
+def test_the_picture_of_the_readme_is_what_the_screen_shows(tmp_path: Path) -> None:
+    """Record anew with MIXMO_RECORD=1, then look at it."""
+    file = ROOT / "docs" / "screen.svg"
+    picture = made_picture.svg(made_picture.lines(tmp_path))
+    assert "http" not in picture.replace("http://www.w3.org/2000/svg", "")
+    if os.environ.get("MIXMO_RECORD"):
+        file.write_text(picture)
+    assert picture == file.read_text()
