@@ -103,7 +103,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("width.yaml").write_text(file)
 
 
-READS = [each for each in COMMANDS if each.words[0] not in NOT_RUN and each.page != "paper.md"]
+READS = [each for each in COMMANDS if each.words[0] not in NOT_RUN and each.page not in ("paper.md", "cluster.md")]
 
 
 @pytest.mark.usefixtures("results")

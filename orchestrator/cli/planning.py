@@ -95,21 +95,18 @@ def run(
 ) -> ExitCode:
     """Run what is missing of a sweep.
 
-    Here, or on the Ray cluster of RAY_ADDRESS. The same command continues a sweep that was stopped or killed,
-    from its
+    Here, or on the Ray cluster of RAY_ADDRESS. The same command continues a sweep that was stopped or killed, from its
     checkpoints. The first Ctrl-C lets running trials finish, the second ends at once.
     """
     from orchestrator import driver
     from orchestrator.cli.steering import from_screen
     from orchestrator.screen import Screen, Terms, fetching
     from orchestrator.store import ResultStore
-    from orchestrator.sweep import check_runnable
 
     sweep = load(file, overrides, quick)
     planned = planned_for(sweep, results, retry_failed=retry_failed)
     talk = streams.console(stderr=True)
     if planned.to_run or planned.sweep.to_draw:
-        check_runnable(sweep)
         if (
             not yes
             and sys.stdin.isatty()
@@ -242,13 +239,15 @@ def load(file: Path, overrides: Sequence[str] | None, quick: bool) -> Sweep:
 
 
 def planned_for(sweep: Sweep, results: str, *, retry_failed: bool) -> Plan:
-    """What is to be run, shown where that is anything."""
+    """What is to be run, shown where that is anything. Raises SweepError for what no run can honour yet."""
     from orchestrator import pages
     from orchestrator import plan as planning
     from orchestrator.store import ResultStore
+    from orchestrator.sweep import check_runnable
 
     planned = planning.against(ResultStore.open(results), sweep, retry_failed=retry_failed)
-    if planned.to_run:
+    if planned.to_run or planned.sweep.to_draw:
+        check_runnable(sweep)
         talk = streams.console(stderr=True)
         talk.print(pages.plan(planned.summary(), _cell_names(planned), talk.width))
     return planned

@@ -86,8 +86,11 @@ def _submit(cluster: Cluster, request: Request, *, wait: bool, timeout: float | 
 
 
 @app.command(hidden=True)
-def reach(results: Annotated[str, typer.Argument(metavar="PLACE")]) -> None:
-    """Whether every host of the Ray of RAY_ADDRESS reaches these results. `submit` has the cluster run it."""
+def reach(results: Annotated[str, typer.Argument(metavar="PLACE", help="Where the results lie.")]) -> None:
+    """Whether every host of a Ray cluster reaches these results.
+
+    The cluster is that of RAY_ADDRESS; `submit` has it run this.
+    """
     from orchestrator.reach import prove_on_cluster
 
     prove_on_cluster(results)

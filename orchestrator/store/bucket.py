@@ -1,6 +1,6 @@
-"""Objects in a bucket of S3 or of a server that speaks its protocol. Loads botocore: only a store in a bucket does.
-
-boto3 stands on it and is not loaded: its managers of transfers would be a sixth of the time of a command that reads.
+"""Objects in a bucket of S3 or of a server that speaks its protocol. Loads boto3's client, out of
+botocore: only a store in a bucket does. The rest of boto3, managers of transfers and resources, would be a sixth of the
+time of a command that reads.
 
 Every request is tried again here and not in botocore, because only who counts the tries knows that "it exists already"
 may be the answer to an earlier try of its own, whose answer was lost. Then the object itself tells.

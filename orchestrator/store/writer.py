@@ -62,7 +62,7 @@ LINGER_ROWS = 1 << 17
 """Where rows come in thousands a second, no more than these stay: the live file is written again with every flush."""
 PIECE = 256
 """Trials that are encoded together. Of the pieces of a large sweep, a flush makes only those anew that have changed."""
-FLUSH_PAUSE, MERGE_PAUSE = 40, 80
+FLUSH_PAUSE, MERGE_PAUSE = 50, 100
 """How many times as long as it took one waits before the next flush or merge: with what it takes to hand thousands of
 rows a second over, the store has less than a twentieth of the driver's time (benchmarks/store.py).
 """
