@@ -50,6 +50,7 @@ import ray.exceptions  # noqa: E402
 import ray.train  # noqa: E402
 import ray.train.torch  # noqa: E402
 import ray.tune  # noqa: E402 - here, before any thread starts: Ray's packages import each other in circles
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 from ruamel.yaml import YAML  # noqa: E402
 from ruamel.yaml.error import YAMLError  # noqa: E402
 
@@ -178,9 +179,10 @@ class Fleet:
     ) -> None:
         self.plan = plan
         actor = ray.remote(num_cpus=0, max_concurrency=100_000)(Dispatcher)
-        self.dispatcher: Any = actor.options(name=plan.dispatcher, namespace=plan.namespace).remote(
-            orders, fence=fence, retries=retries, judge=judge
-        )
+        # Beside the driver: Ray would put it on any machine, and one that goes must not take the sweep with it.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        placed = actor.options(name=plan.dispatcher, namespace=plan.namespace, scheduling_strategy=here)
+        self.dispatcher: Any = placed.remote(orders, fence=fence, retries=retries, judge=judge)
         self.limit: int | None = None
         """`max_gangs` of the sweep file."""
         self._tended_at, self._stood_at = float("-inf"), time.monotonic()

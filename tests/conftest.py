@@ -1,6 +1,7 @@
 """Fixtures that every test file may use, and the last word of a run: what was skipped, and why."""
 
 import os
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 # Before numpy or torch start their threads: two under load collapse twenty-fold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Ray reads it when it is imported, here by whichever module is collected first; `fleet` would set it too late for that.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 import hypothesis
 import made_bucket

@@ -105,7 +105,8 @@ def test_a_spot_notice_saves_at_once_and_another_gang_goes_on_elsewhere(machines
             given_back = crew.until(lambda update: update.kind == "lost")
             assert (given_back.error_kind, bool(given_back.checkpoint)) == ("preempted", True)
             crew.until(lambda update: update.kind == "gang")
-            assert marked.node_id in state.get_draining_nodes()
+            # Once nothing runs there any more it may be gone at once.
+            assert marked.node_id in {*state.get_draining_nodes(), *dead_nodes()}
             machines.remove_node(marked, allow_graceful=False)
             add(machines, resources={"accelerator_type:L4": 1})
             ended = crew.ended(0)

@@ -169,7 +169,11 @@ def test_where_no_ray_answers_it_says_how_to_bring_it_here(mixmo: Submitter) -> 
 
 
 def test_a_token_that_is_wanted_and_missing_is_6(mixmo: Submitter, tmp_path: Path) -> None:
-    mixmo.more = {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}  # whoever runs this may have one
+    mixmo.more = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "",
+        "HOME": str(tmp_path),
+    }  # whoever runs this may have one
     assert "~/.ray/auth_token" in mixmo("submit", "sweep.yaml", "--address", "http://127.0.0.1:1", code=6).stderr
 
 
