@@ -17,6 +17,7 @@ import pytest
 from test_setup_aws import setup_aws
 
 from orchestrator.dispatcher import SLOT
+from orchestrator.roster import MARKET
 
 ROOT = Path(__file__).resolve().parent.parent
 REGION = "us-west-2"
@@ -155,8 +156,9 @@ def test_workers_scale_from_zero_on_spot_and_gangs_of_machines_are_on_demand() -
         name: each["node_config"].get("InstanceMarketOptions", {}).get("MarketType") for name, each in types.items()
     }
     assert spot == {"head": None, "spot_gpu": "spot", "on_demand_gpu": None}
-    assert "mixmo_spot" in types["spot_gpu"]["resources"]
-    assert "mixmo_on_demand" in types["on_demand_gpu"]["resources"]
+    assert {name: each["labels"][MARKET] for name, each in workers.items()} == {
+        "spot_gpu": "spot", "on_demand_gpu": "on-demand"
+    }  # fmt: skip
 
 
 def test_every_machine_asks_for_version_2_of_the_metadata_service_and_encrypts_its_disk() -> None:
