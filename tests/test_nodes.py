@@ -41,7 +41,8 @@ def machines() -> Iterator[Any]:
         yield cluster
     finally:
         ray.shutdown()
-        cluster.shutdown()
+        for node in (*cluster.worker_nodes, cluster.head_node):  # Cluster.shutdown refuses, where a Ray was here before
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
         shutil.rmtree(folder, ignore_errors=True)
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
