@@ -122,6 +122,9 @@ def test_what_no_machine_has_is_refused_and_what_others_use_is_waited_for_and_th
 ) -> None:
     from orchestrator import fleet
 
+    while len(machines.worker_nodes) < 2:
+        add(machines)
+    machines.wait_for_nodes()
     crews = [
         Crew(tmp_path / name, [config(seed, **{"optim.epochs": 40})], workers=1, name=name, form_within_s=within)
         for seed, (name, within) in enumerate([("first", 600.0), ("second", 600.0)])
