@@ -7,6 +7,7 @@ compacted. Processor seconds stand beside those of the clock, since a shared mac
     python benchmarks/store.py                            in a folder that is made and removed
     python benchmarks/store.py --ceph                     in a bucket of a Ceph gateway that is started here
     python benchmarks/store.py --results s3://bucket/p    in an empty place of yours
+    python benchmarks/store.py --tune 60                  a sweep of so many small trials through Ray Tune, in a folder
 """
 
 import argparse
@@ -205,6 +206,51 @@ def measure(store: ResultStore, options: argparse.Namespace) -> Figures:
     return figures | {"read": read(store, made)}
 
 
+SWEEP = """
+name: through_tune
+trial:
+  data: {{dataset: digits, train_images: 200, batch_size: 40, augmentation: none}}
+  model: {{depth: 10, width: 1}}
+  optim: {{epochs: {epochs}, lr: 0.1}}
+blocks: [{{label: vanilla, set: {{model.subnetworks: 1}}}}]
+seeds: {trials}
+resources: {{gpus_per_worker: 0}}
+"""
+
+
+def through_tune(store: ResultStore, trials: int, epochs: int = 20) -> Figures:
+    """The whole path, from gangs that train over Tune and the dispatcher to the rows: how many rows a second come, and
+    what share of the driver's time, from its first row on, goes into handing them over and writing them.
+    """
+    from orchestrator import driver
+    from orchestrator import sweep as sweeps
+
+    spent, first = Clock(), list[float]()
+
+    def timed(name: str) -> None:
+        method = getattr(SweepWriter, name)
+
+        def call(self: SweepWriter, *words: Any, **named: Any) -> Any:
+            if name == "add" and not first:
+                first.append(time.perf_counter())
+            return spent(lambda: method(self, *words, **named)) if first else method(self, *words, **named)
+
+        setattr(SweepWriter, name, call)
+
+    for name in ("add", "put", "event", "flush"):
+        timed(name)
+    sweep = sweeps.parse(SWEEP.format(trials=trials, epochs=epochs), source="through_tune.yaml")
+    code = driver.run(sweep, store, rehearse=False)
+    lasted = time.perf_counter() - first[0]
+    rows = len(store.epochs("through_tune", ["epoch"]))
+    if code != 0 or rows != trials * epochs:
+        raise SystemExit(f"the sweep ended with {code} and {rows} of {trials * epochs} rows")
+    return {
+        "trials": trials, "rows": rows, "seconds": round(lasted, 1), "rows_per_s": round(rows / lasted, 1),
+        "store_share": round(spent.wall_s / lasted, 4), "store_cpu_share": round(spent.cpu_s / lasted, 4),
+    }  # fmt: skip
+
+
 def table(places: dict[str, Figures]) -> str:
     lines = [
         "| place | rows/s at the door (share of the driver's time) | as fast as it goes | trials read and grouped "
@@ -252,6 +298,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", metavar="PLACE", help="an empty folder or s3://bucket/prefix")
     parser.add_argument("--ceph", action="store_true", help="start a Ceph gateway, as the tests do")
+    parser.add_argument("--tune", type=int, metavar="TRIALS", help="only the whole path, with so many trials")
     parser.add_argument("--trials", type=int, default=30_000)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--rate", type=int, default=None, help="rows a second; 5,000 in a folder, 2,000 in a bucket")
@@ -260,12 +307,14 @@ def main() -> int:
     options = parser.parse_args()
     with place(options) as (kind, address):
         options.rate = options.rate or (5_000 if kind == "folder" else 2_000)
-        figures = measure(ResultStore.open(address, create=True), options)
+        store = ResultStore.open(address, create=True)
+        figures = through_tune(store, options.tune) if options.tune else measure(store, options)
     before = machine.ROOT / "benchmarks" / "results" / "store.json"
-    places = json.loads(before.read_text())["places"] if before.exists() else {}
-    places[kind] = {**machine.described(), **figures}
-    path = machine.write("store", {"places": places})
-    print(json.dumps(places, indent=1) if options.json else table(places))
+    held = json.loads(before.read_text()) if before.exists() else {}
+    places, tune = held.get("places", {}), held.get("through_tune", {})
+    (tune if options.tune else places)[kind] = {**machine.described(), **figures}
+    path = machine.write("store", {"places": places, "through_tune": tune})
+    print(json.dumps(tune if options.tune else places, indent=1) if options.json or options.tune else table(places))
     say(f"written to {path}")
     return 0
 

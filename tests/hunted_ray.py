@@ -194,7 +194,9 @@ class Hunt:
             self.look(sweep)
             killed = struck
             if struck:
-                self.tally.struck[str(waiting.pop(0))] += 1
+                blow = str(waiting.pop(0))
+                self.tally.struck[blow] += 1
+                del misses[blow]  # another of its kind has its own two chances
                 self.told(f"{self.tally.struck.total()} kills, {len(waiting)} to go, {self.tally.words}")
             else:  # it came to its end before
                 self.close(sweep)
