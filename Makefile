@@ -33,7 +33,7 @@ quickstart: .venv/runs ## install, run a sweep of 12 trials on real scans, print
 
 # Ceph, a real S3 server, where there is apt and the right to use it.
 test: export MIXMO_TEST_INSTALL := 1
-test: .venv/tests ## every test that this machine can run, under 40 minutes on 2 cores
+test: .venv/tests ## every test that this machine can run, about 45 minutes on 2 cores
 	$(BIN)/python -m pytest
 
 chaos: export MIXMO_TEST_INSTALL := 1
@@ -54,7 +54,7 @@ wheel: .venv/runs ## dist/: the wheel, and the versions that it was tested with
 	cp constraints.txt dist/
 	@ls dist
 
-check: .venv/tests ## format, lint, types, import contracts, quick tests, under 3 minutes
+check: .venv/tests ## format, lint, types, import contracts, quick tests, 3 to 4 minutes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
