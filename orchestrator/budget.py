@@ -25,8 +25,10 @@ def spent(sweep: Sweep, rows: Iterable[TrialRow]) -> str | None:
     Counted is the training behind the rows, whichever run did it; what a crash threw back and results that were taken
     from other sweeps are not.
     """
-    own = [row for row in rows if row.cached_from is None]
     budget, price = sweep.budget, sweep.price
+    if budget.hours is None and budget.gpu_hours is None and budget.money is None:
+        return None  # it is asked twice a second, and rows may be many
+    own = [row for row in rows if row.cached_from is None]
     gpu_hours = sum(row.gpu_seconds for row in own) / 3600
     limits = [
         ("hours", budget.hours, sum(row.wall_s for row in own) / 3600, "hours of training"),

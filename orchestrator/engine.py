@@ -109,10 +109,10 @@ def retries_of(sweep: sweeps.Sweep) -> Retries:
 
 
 def datasets_of(sweep: sweeps.Sweep) -> list[str]:
-    """The names of all that the trials read."""
+    """The names of all that the trials read, also those that a search is yet to draw."""
     from mixmo_core import data
 
-    return sorted({name for trial in sweep.trials for name in data.needed(trial.config)})
+    return sorted({name for trial in sweep.examples for name in data.needed(trial.config)})
 
 
 def _gang_plan(job: Job, offer: Offer) -> Any:

@@ -10,6 +10,7 @@ Only this module and `gang` import `ray.train`.
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import logging
 import os
 import secrets
@@ -100,8 +101,15 @@ def offered() -> Offer:
     coming: tuple[Node, ...] = ()
     if os.environ.get("RAY_ADDRESS"):
         with contextlib.suppress(OSError, YAMLError):
-            coming = coming_of(YAML(typ="safe").load(BOOTSTRAP.expanduser().read_text()) or {})
+            file = BOOTSTRAP.expanduser()
+            coming = _coming(file, file.stat().st_mtime_ns)
     return Offer(nodes, coming)
+
+
+@functools.lru_cache(maxsize=1)
+def _coming(file: Path, changed_ns: int) -> tuple[Node, ...]:
+    """Parsed again only when another `ray up` has changed it: the fleet asks every two seconds."""
+    return coming_of(YAML(typ="safe").load(file.read_text()) or {})
 
 
 def _node(resources: Mapping[str, float], labels: Mapping[str, str]) -> Node:

@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,6 +43,23 @@ class Pace:
     def epoch(self, order: Order, epoch: int) -> None:
         """Returns when the epoch is over; raises what the trial is to fail with."""
         time.sleep(self.epoch_s)
+
+
+class Killing(Pace):
+    """The process ends as by SIGKILL before the epoch with this number, counted over all trials, once what its driver
+    has written is such that a test can go on from it.
+    """
+
+    def __init__(self, at: int, written: Callable[[], bool]) -> None:
+        super().__init__()
+        self._left, self._written = at, written
+
+    def epoch(self, order: Order, epoch: int) -> None:
+        self._left -= 1
+        if self._left < 0:
+            while not self._written():
+                time.sleep(0.05)
+            os._exit(9)
 
 
 class Steps(Pace):

@@ -15,16 +15,7 @@ from test_fleet import Crew, config, long
 from orchestrator.dispatcher import NAMESPACE, Retries, Update
 from orchestrator.errors import UnreachableError, UsageError
 
-ASKED = "MIXMO_TEST_NODES"
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(
-        not os.environ.get(ASKED),
-        reason=f"NO MACHINE WAS LOST: {ASKED}=1 runs these; on busy cores one of three runs fails, cause not found",
-    ),
-]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +60,11 @@ def lost(told: list[Update]) -> list[str | None]:
     return [update.error_kind for update in told if update.kind == "lost"]
 
 
+@pytest.mark.skipif(
+    not os.environ.get("MIXMO_TEST_NODES"),
+    reason="A KNOWN FAULT (docs/reliability.md): the death of a machine that Ray has yet to notice is charged as a "
+    "crash, and here none is allowed; MIXMO_TEST_NODES=1 runs it",
+)
 def test_a_trial_on_two_machines_survives_the_death_of_one_and_uses_up_no_retry(machines: Any, tmp_path: Path) -> None:
     from orchestrator import fleet
 
@@ -85,11 +81,12 @@ def test_a_trial_on_two_machines_survives_the_death_of_one_and_uses_up_no_retry(
         assert len({worker.node for worker in ranks}) == 2
         gone = next(node for node in nodes if node.node_id == ranks[1].node)
         machines.remove_node(gone, allow_graceful=False)
-        add(machines)  # the autoscaler's answer
+        come = add(machines)  # the autoscaler's answer
         ended = crew.ended(0)
         assert (ended.state, ended.attempt) == ("TERMINATED", 2)
         assert lost(crew.told) == ["preempted"]
-        assert {worker.node for worker in crew.workers()} == {ranks[0].node, crew.workers()[1].node}
+        # Which of them is the first rank is Ray's to say.
+        assert sorted(worker.node for worker in crew.workers()) == sorted([ranks[0].node, come.node_id])
         assert sorted(crew.losses(0)) == list(range(1, 61))
     assert "resumed from trials/" in crew.store.log(crew.orders[0].trial_id)
 

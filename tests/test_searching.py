@@ -1,22 +1,20 @@
 """Optuna's TPE over sweeps that are killed and go on: without a driver, and whole sweeps of threads."""
 
 import math
-import os
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from made_engine import Pace, Threads
+from made_engine import Killing, Threads
 from test_ranges import ALPHA, LR, load
 
 from mixmo_core.config import flatten
 from orchestrator import driver, pages, plan, searching
 from orchestrator import sweep as sweeps
-from orchestrator.dispatcher import Order
+from orchestrator.engine import datasets_of
 from orchestrator.errors import SweepError, UsageError
 from orchestrator.rows import TrialRow, config_of
 from orchestrator.store import ResultStore, SweepWriter
@@ -159,32 +157,21 @@ def test_a_missing_optuna_is_told_with_what_to_type(monkeypatch: pytest.MonkeyPa
     searching.check_installed(load())
 
 
+def test_a_search_needs_the_datasets_of_what_it_has_yet_to_draw() -> None:
+    """They are checked before anything starts, and every host copies them."""
+    assert tpe().trials == ()
+    assert datasets_of(tpe()) == datasets_of(load()) != []
+
+
 # ------------------------------------------------------------------------------------------- whole sweeps, over threads
-
-
-class Killing(Pace):
-    """The process ends as by SIGKILL before the epoch with this number, counted over all trials, once its driver has
-    written something that goes on.
-    """
-
-    def __init__(self, at: int, store: ResultStore) -> None:
-        super().__init__()
-        self.left, self.store = at, store
-
-    def epoch(self, order: Order, epoch: int) -> None:
-        self.left -= 1
-        if self.left < 0:
-            store = self.store
-            while not len(store.trial_rows("made")) > 10:
-                time.sleep(0.05)
-            os._exit(9)
 
 
 def live(uri: str, epochs: int) -> None:
     flush = SweepWriter.flush
     SweepWriter.flush = lambda self, *, force=False: flush(self, force=True)  # type: ignore[method-assign]
     store = ResultStore.open(uri, create=True)
-    driver.run(whole(), store, engine=Threads(Killing(epochs, store), gangs=1).engine)
+    pace = Killing(epochs, lambda: len(store.trial_rows("made")) > 10)
+    driver.run(whole(), store, engine=Threads(pace, gangs=1).engine)
 
 
 def whole() -> sweeps.Sweep:

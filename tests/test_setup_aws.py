@@ -64,14 +64,15 @@ def policy(role: str) -> list[dict[str, Any]]:
 
 
 def state() -> str:
-    """All that is there, as text to compare."""
+    """All that is there, as text to compare; lists come in no order."""
     s3, iam = client("s3"), client("iam")
-    profiles = iam.list_instance_profiles()["InstanceProfiles"]
+    profiles = sorted(iam.list_instance_profiles()["InstanceProfiles"], key=lambda each: each["InstanceProfileName"])
+    roles = sorted(each["RoleName"] for each in iam.list_roles()["Roles"])
     return json.dumps(
         [
             [each["Name"] for each in s3.list_buckets()["Buckets"]],
             [[each["InstanceProfileName"], [role["RoleName"] for role in each["Roles"]]] for each in profiles],
-            [policy(each["RoleName"]) for each in iam.list_roles()["Roles"] if each["RoleName"].startswith("mixmo")],
+            [policy(each) for each in roles if each.startswith("mixmo")],
         ],
         sort_keys=True,
     )

@@ -1,11 +1,9 @@
 """Early stopping: the rules against Ray Tune's own, and a sweep under them that is killed and goes on."""
 
 import math
-import os
 import pickle
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,7 @@ import pytest
 from command_line import Mixmo
 from hypothesis import given
 from hypothesis import strategies as st
-from made_engine import Pace, Threads
+from made_engine import Killing, Pace, Threads
 
 from orchestrator import driver, plan
 from orchestrator import sweep as sweeps
@@ -210,24 +208,6 @@ def sweep_of(scheduler: str = ASHA) -> sweeps.Sweep:
     return sweeps.parse(SWEEP.format(scheduler=scheduler), source="x.yaml")
 
 
-class Killing(Pace):
-    """The process ends as by SIGKILL before the epoch with this number, counted over all trials, once its driver has
-    written something that goes on.
-    """
-
-    def __init__(self, at: int, store: ResultStore) -> None:
-        super().__init__()
-        self.left, self.store = at, store
-
-    def epoch(self, order: Order, epoch: int) -> None:
-        self.left -= 1
-        if self.left < 0:
-            store = self.store
-            while not sum(row.epoch for row in store.trial_rows("made")) > 0:
-                time.sleep(0.05)
-            os._exit(9)
-
-
 def killed(store: ResultStore, scheduler: str, epochs: int) -> None:
     """Run the sweep in a process of its own that is killed after so many epochs."""
     code = "import sys, test_stopping; test_stopping.live(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
@@ -240,7 +220,8 @@ def live(uri: str, scheduler: str, epochs: int) -> None:
     flush = SweepWriter.flush
     SweepWriter.flush = lambda self, *, force=False: flush(self, force=True)  # type: ignore[method-assign]
     store = ResultStore.open(uri, create=True)
-    driver.run(sweep_of(scheduler), store, engine=Threads(Killing(epochs, store), gangs=1).engine)
+    pace = Killing(epochs, lambda: any(row.epoch for row in store.trial_rows("made")))
+    driver.run(sweep_of(scheduler), store, engine=Threads(pace, gangs=1).engine)
 
 
 def outcome(store: ResultStore) -> list[tuple[str, str, int, bool, str | None]]:
