@@ -22,9 +22,6 @@ from orchestrator.stopping import Judge
 
 NAMESPACE = "mixmo"
 """In which the actors of a sweep find each other."""
-SLOT = "mixmo_slot"
-"""The Ray resource that limits how many trials Tune keeps going. A cluster has 1 of it, on its head; with n gangs a
-proxy takes 1/n."""
 REFORM_S = 60.0
 """How long a trial waits for its own gang, which lost a worker, to stand again: then the next gang that asks has it."""
 
@@ -158,12 +155,16 @@ class _Standing:
     held: Assignment | None = None
     accepted: bool = False
     """Whether the gang has said that it has it: before that, a death is no crash of the trial's."""
-    reports: dict[int, EpochReport] = field(default_factory=dict)
-    """By epoch: an attempt repeats the epochs since its checkpoint, and Tune is to see each once."""
     ended: bool = False
     stopped: str | None = None
     """Why the scheduler has stopped it."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set where it may wait for its first gang no more."""
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it waits for its first gang, and may have one."""
+        return self.attempts == self.order.attempts and not (self.ended or self.held_back)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -319,7 +320,6 @@ class Dispatcher:
         standing = self._holder(token)
         if standing is None or standing.held is None:
             return "drop"
-        standing.reports |= {report.epoch: report for report in epochs}
         if checkpoint is not None:
             standing.order = replace(standing.order, checkpoint=checkpoint)
         if self._judge is not None and standing.stopped is None:
@@ -327,7 +327,6 @@ class Dispatcher:
             standing.stopped = next(filter(None, verdicts), None)
         told = {"stopped_early": True, "cause": standing.stopped} if standing.stopped else {}
         self._tell("epochs", standing, epochs=tuple(epochs), checkpoint=checkpoint, **told)
-        standing.changed.set()
         leaves = self._paused or standing.stopped or self._gang_of(token) in self._warned
         return "drop" if self._closed else "save" if leaves else "go on"
 
@@ -395,17 +394,15 @@ class Dispatcher:
             self._queue.append(index)
             self._work.set()
 
-    async def result(self, index: int, epoch: int) -> EpochReport | None:
-        """What the trial reported of this epoch, once it has; None when it ended before, is held back (its proxy would
-        only keep another trial from being queued), or nobody trains any more. Earlier epochs are dropped: Tune asks for
-        each once, and a long sweep's would fill the memory.
-        """
-        standing = self._standings[index]
-        standing.reports = {each: report for each, report in standing.reports.items() if each >= epoch}
-        while epoch not in standing.reports and not (standing.ended or standing.held_back or self._closed):
-            standing.changed.clear()
-            await standing.changed.wait()
-        return standing.reports.get(epoch)
+    async def offer(self, indices: Sequence[int]) -> None:
+        """Queue trials, and wait until each has been taken up, is over or held back, or nobody trains any more."""
+        for index in indices:
+            self.submit(index)
+        for index in indices:
+            standing = self._standings[index]
+            while standing.is_fresh and not self._closed:
+                standing.changed.clear()
+                await standing.changed.wait()
 
     # For the driver
 
@@ -518,7 +515,7 @@ class Dispatcher:
                 self._conclude(standing, "withdrawn", text=text)
 
     def close(self) -> None:
-        """Send every gang home when it next asks, and let Tune's proxies end, which wait for epochs: else Tune's thread
+        """Send every gang home when it next asks, and let Tune's proxies end, which wait for gangs: else Tune's thread
         is still at work when Ray goes down under it, and the driver's process with it.
         """
         self._closed = True
@@ -563,6 +560,7 @@ class Dispatcher:
         standing = self._standings[index]
         standing.attempts += 1
         standing.accepted = False
+        standing.changed.set()
         standing.held = Assignment(
             order=standing.order, fence=self._fence, attempt=standing.attempts, token=secrets.token_hex(4)
         )
