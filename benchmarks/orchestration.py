@@ -79,10 +79,8 @@ class Ends:
 
 @contextlib.contextmanager
 def own_ray(**resources: float) -> Iterator[None]:
-    """As the driver starts one: its settings are those of `orchestrator.fleet`."""
-    from orchestrator import fleet  # noqa: F401  (it sets Ray's environment before Ray is imported)
-
-    import ray  # isort: skip
+    """As the driver starts one."""
+    import ray
 
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
         ray.init(
@@ -188,7 +186,6 @@ def trivially(settings: Mapping[str, Any]) -> None:
 
 
 def ours(trials: int, scratch: str, note: Callable[[Ends], None] = lambda ends: None) -> Ends:
-    from orchestrator import fleet  # noqa: F401, I001  (it sets Ray's environment before Ray is imported)
     from orchestrator import driver, engine, gang
     from orchestrator import sweep as sweeps
     from orchestrator.store import ResultStore
@@ -306,10 +303,9 @@ def scaled(trials: int, scratch: str) -> dict[str, Any]:
 
 def filled(slots: int) -> dict[str, Any]:
     """How soon so many slots have a trial each, over the real scheduler and dispatcher; what trains in them sleeps."""
+    import ray
+
     from orchestrator import fleet, tune
-
-    import ray  # isort: skip
-
     from orchestrator.dispatcher import NAMESPACE, Dispatcher, EpochReport, Order, Retries
 
     class Slots:
@@ -364,6 +360,8 @@ def main(words: Iterable[str] | None = None) -> int:
     parser.add_argument("--alone", choices=SYSTEMS, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     import machine
+
+    from orchestrator import fleet  # noqa: F401  (it sets Ray's environment, which stands before Ray is imported)
 
     results = machine.ROOT / "benchmarks" / "results" / "orchestration.json"
     with tempfile.TemporaryDirectory(prefix="mixmo-bench-") as scratch:
