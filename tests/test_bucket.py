@@ -75,7 +75,14 @@ def test_an_address_says_where_and_no_more() -> None:
         ("s3://bucket/a?sse=on", "sse is AES256 or aws:kms"),
         ("s3://bucket/a?sse=aws:kms&sse_kms_key_id=a%20b", "the id, the ARN or the alias of a key"),
         ("s3://bucket/a?sse=AES256&sse_kms_key_id=a", "names a key of sse=aws:kms"),
+        (f"s3://bucket/a?{SECRET}", r"\.\.\. means nothing here"),
+        (f"s3:key:{SECRET}@bucket/a", "has a user name or a password"),
         (f"gs://key:{SECRET}@bucket/a", "at s3://bucket/prefix"),
+        (f"file://key:{SECRET}@host/a", "is file:///path, with three slashes"),
+        ("file://results", "is file:///path, with three slashes"),
+        ("file://results/a", "is file:///path, with three slashes"),
+        ("file:results", "is file:///path, with three slashes"),
+        ("file:///results?region=a", "is file:///path, with three slashes"),
     ],
 )
 def test_an_address_that_is_none_is_refused_without_its_secrets(uri: str, match: str) -> None:

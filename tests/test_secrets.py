@@ -20,7 +20,10 @@ from orchestrator.store.bucket import Bucket
 
 TOKEN = "hush-hush-testtoken"
 PASSWORD = "hush-hush-testpassword"
-ADDRESSES = ["s3://key:{}@bucket/a", "s3:/key:{}@bucket/a", "gs://key:{}@bucket", "https://key:{}@host/bucket"]
+ADDRESSES = [
+    "s3://key:{}@bucket/a", "s3:/key:{}@bucket/a", "s3:key:{}@bucket/a", "s3://bucket/a?{}", "gs://key:{}@bucket",
+    "https://key:{}@host/bucket", "file://user:{}@host/a",
+]  # fmt: skip
 COMMANDS = [
     "ls", "status made", "table made", "verify made", "show abc", "logs abc", "plan sweep.yaml", "run sweep.yaml --yes",
 ]  # fmt: skip

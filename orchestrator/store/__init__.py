@@ -86,8 +86,8 @@ if TYPE_CHECKING:
 __all__ = [
     "LOG_BYTES", "Answer", "AttemptFolder", "Belongings", "Claim", "Claims", "Command", "Commands", "Compaction",
     "DamagedError", "Event", "Fault", "Folder", "Following", "Header", "Inbox", "Lease", "LeaseLostError", "Leftover",
-    "Leftovers", "Logits", "Objects", "Process", "ResultStore", "Snapshot", "SweepWriter", "encode", "merge", "totals",
-    "who", "without_secrets",
+    "Leftovers", "Logits", "Objects", "Process", "ResultStore", "Snapshot", "SweepWriter", "encode", "folder_of",
+    "merge", "totals", "who", "without_secrets",
 ]  # fmt: skip
 
 
@@ -377,18 +377,39 @@ def _why_no_logits(row: TrialRow) -> str:
 
 
 def _place(uri: str) -> Objects:
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", uri)  # one slash too few is no folder with a password in its name
-    if scheme and scheme[1].lower() == "s3":
+    path = folder_of(uri)
+    if path is None:
         from orchestrator.store.bucket import Bucket
 
         return Bucket.open(uri)
-    if scheme and scheme[1].lower() != "file":
-        known = "results lie in a folder, or in a bucket at s3://bucket/prefix"
-        raise UsageError(f"{scheme[1]}://...: {known}")
-    folder = Folder(Path(unquote(urlsplit(uri).path)) if scheme else _absolute(uri))
+    folder = Folder(path)
     if folder.is_file():
         raise UnreachableError(f"{folder} is a file; --results (or MIXMO_RESULTS) names a folder")
     return folder
+
+
+def folder_of(uri: str) -> Path | None:
+    """The folder that a path or a `file://` URI names; None for a bucket's address.
+
+    Raises UsageError, which repeats nothing that may be a password, for any other address.
+    """
+    scheme = re.match(
+        r"([A-Za-z][A-Za-z0-9+.-]+):/|(?i:(s3|file)):", uri
+    )  # too few slashes make no folder of that name
+    if scheme is None:
+        return _absolute(uri)
+    name = (scheme[1] or scheme[2]).lower()
+    if name == "s3":
+        return None
+    if name != "file":
+        raise UsageError(f"{scheme[1]}://...: results lie in a folder, or in a bucket at s3://bucket/prefix")
+    parts = urlsplit(uri)
+    if parts.netloc.lower() not in ("", "localhost") or not parts.path.startswith("/") or parts.query or parts.fragment:
+        raise UsageError(
+            "file://...: a folder of this machine is file:///path, with three slashes, no host and nothing behind a ? or # "
+            "(in a name these are %3F and %23)"
+        )
+    return Path(unquote(parts.path))
 
 
 def _absolute(path: str) -> Path:
