@@ -406,8 +406,8 @@ def folder_of(uri: str) -> Path | None:
     parts = urlsplit(uri)
     if parts.netloc.lower() not in ("", "localhost") or not parts.path.startswith("/") or parts.query or parts.fragment:
         raise UsageError(
-            "file://...: a folder of this machine is file:///path, with three slashes, no host and nothing behind a ? or # "
-            "(in a name these are %3F and %23)"
+            "file://...: a folder of this machine is file:///path, with three slashes, no host, and nothing behind a ? "
+            "or # (in a name these are %3F and %23)"
         )
     return Path(unquote(parts.path))
 
