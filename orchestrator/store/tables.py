@@ -128,6 +128,7 @@ ROW_GROUP = 1 << 17
 def encode(table: pa.Table) -> bytes:
     """Parquet bytes. Measured on curves of 17 metrics that are as good as noise, in bytes a row: 194 plain, 135 zstd as
     it comes, 107 with dictionaries for words only, 95 with byte streams for floats, 91 with differences for the rest.
+    Without a checksum for each page, two in five flipped bits give other numbers and no error.
     """
     kinds = {spec.name: _ENCODINGS.get(str(spec.type)) for spec in table.schema}
     sink = pa.BufferOutputStream()
@@ -138,6 +139,7 @@ def encode(table: pa.Table) -> bytes:
         use_dictionary=[spec.name for spec in table.schema if spec.type == pa.string()],
         column_encoding={name: kind for name, kind in kinds.items() if kind},
         row_group_size=ROW_GROUP,
+        write_page_checksum=True,
     )
     return bytes(sink.getvalue().to_pybytes())
 
@@ -170,10 +172,10 @@ def decode(
 ) -> pa.Table:
     """The table of an object: the columns it has of this schema in their types, and any that the schema lacks.
 
-    Raises DamagedError if it is no Parquet file, or has no table of this kind in it.
+    Raises DamagedError if it is no Parquet file, is not what was written, or has no table of this kind in it.
     """
     try:
-        file = pq.ParquetFile(pa.BufferReader(data))
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         have = file.schema_arrow.names
         fault = _shape_fault(have, required)
         if fault is None:
@@ -184,7 +186,8 @@ def decode(
             fault = _null_fault(table, required)
     except (pa.ArrowException, OSError) as error:
         line = str(error).partition("\n")[0].rstrip(".")
-        raise DamagedError(f"{name} is no Parquet file ({line})", _RESTORE) from error
+        kind = "not what was written" if "CRC" in line else "no Parquet file"
+        raise DamagedError(f"{name} is {kind} ({line})", _RESTORE) from error
     if fault:
         raise DamagedError(f"{name} was not written by mixmo: {fault}", _RESTORE)
     return _typed(table, name, schema)
