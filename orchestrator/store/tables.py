@@ -76,7 +76,13 @@ class Header:
         if known.get("written_at"):
             known["written_at"] = datetime.fromisoformat(known["written_at"])
         header = cls(**known)
-        dict(header.parts), dict(header.retired), dict(header.totals)
+        dict(header.totals)
+        if not all(isinstance(each, int) for each in (header.fence, header.generation, *header.parts.values())):
+            raise ValueError("a fence, a generation or a number of rows is no number")
+        if not all(map(EPOCHS_FILE.fullmatch, (*header.parts, *header.retired))):  # readers and deletions go by them
+            raise ValueError("it names what is no file of epochs")
+        for since in header.retired.values():
+            datetime.fromisoformat(since)
         return header
 
 
