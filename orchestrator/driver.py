@@ -77,7 +77,7 @@ def run(
         return _verdict(store.trial_rows(sweep.name))
     with (
         Signals() as signals,
-        store.writer(sweep.name, sweep_text=sweep.text) as writer,
+        store.writer(sweep.name, sweep_text=sweep.text, lenient=True) as writer,
         Heartbeat(writer) as heartbeat,
     ):
         planned = planning.against(

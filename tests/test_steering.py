@@ -17,7 +17,7 @@ from orchestrator.cli import steering as commands
 from orchestrator.dispatcher import Order
 from orchestrator.errors import ExitCode, NotFoundError
 from orchestrator.rows import TrialRow
-from orchestrator.store import ResultStore
+from orchestrator.store import DamagedError, ResultStore
 
 SWEEP = """
 name: {name}
@@ -212,6 +212,33 @@ def test_a_paused_sweep_saves_its_trials_and_goes_on_from_there(
 
 
 @in_a_folder
+@pytest.mark.parametrize("harm", [None, b"junk"], ids=["gone", "junk"])
+def test_a_sweep_whose_live_file_is_lost_goes_on_from_its_checkpoints(
+    tmp_path: Path, store: ResultStore, steps: Steps, mixmo: Shell, harm: bytes | None
+) -> None:
+    threads = Threads(steps)
+    running = Running(load(tmp_path, seeds=2), store, threads)
+    steps.allow(4)
+    running.until(lambda: sum(row.epoch for row in running.rows()) == 4)
+    mixmo("stop", "made", "--now")
+    assert threads.crews[0].closed.wait(60)
+    steps.open()
+    running.end()
+    begun = len(steps.begun)
+    reached = {row.position: row.epoch for row in running.rows()}
+    key = f"sweeps/made/epochs/live-{store.snapshot('made').header.fence}.parquet"
+    store.folder.delete(key) if harm is None else store.folder.put(key, harm)
+    with pytest.raises(DamagedError, match=r"Run the sweep again: .* come again with their checkpoints"):
+        store.compact("made")
+    assert {fault.advice.partition(":")[0] for fault in store.verify("made")} >= {"run the sweep again"}
+    again = Running(load(tmp_path, seeds=2), store, Threads(steps))
+    assert again.end() == ExitCode.OK
+    assert [(row.state, row.epoch) for row in again.rows()] == [("TERMINATED", 4)] * 2
+    assert store.verify("made") == []
+    assert [each.kind for each in store.events("made")].count("damaged") == 1
+    assert all(epoch > reached[index] for index, epoch in steps.begun[begun:])
+
+
 def test_a_paused_sweep_can_be_stopped_and_its_next_driver_does_not_pause(
     tmp_path: Path, store: ResultStore, steps: Steps, mixmo: Shell
 ) -> None:

@@ -359,10 +359,16 @@ class ResultStore:
         holder: str | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         process: Process | None = None,
+        lenient: bool = False,
     ) -> "SweepWriter":
-        """The one writer of a sweep. Raises RefusedError while another process holds its lease."""
+        """The one writer of a sweep. Raises RefusedError while another process holds its lease, DamagedError where what
+        is there cannot be read.
+
+        `lenient` takes a sweep over though the live file is lost: for who trains its trials on, whose checkpoints have
+        the same rows. Those of trials that have ended are not in it alone.
+        """
         files, process = SweepFiles(self.folder, sweep), process or Process.current()
-        return SweepWriter(files, sweep_text=sweep_text, holder=holder, now=now, process=process)
+        return SweepWriter(files, sweep_text=sweep_text, holder=holder, now=now, process=process, lenient=lenient)
 
 
 def _why_no_logits(row: TrialRow) -> str:

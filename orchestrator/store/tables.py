@@ -167,6 +167,8 @@ _ENCODINGS = {
     "timestamp[us, tz=UTC]": "DELTA_BINARY_PACKED",
 }
 _RESTORE = "Put it back from a copy"
+_NO_RESULT = "No result hangs on it: delete it, or run the sweep again"
+RERUN = "Run the sweep again: rows of trials that have not ended come again with their checkpoints"
 
 
 def decode(
@@ -175,6 +177,8 @@ def decode(
     schema: pa.Schema,
     required: Collection[str],
     wanted: Wanted = ALL,
+    *,
+    advice: str = _RESTORE,
 ) -> pa.Table:
     """The table of an object: the columns it has of this schema in their types, and any that the schema lacks.
 
@@ -193,10 +197,10 @@ def decode(
     except (pa.ArrowException, OSError) as error:
         line = str(error).partition("\n")[0].rstrip(".")
         kind = "not what was written" if "CRC" in line else "no Parquet file"
-        raise DamagedError(f"{name} is {kind} ({line})", _RESTORE) from error
+        raise DamagedError(f"{name} is {kind} ({line})", advice) from error
     if fault:
-        raise DamagedError(f"{name} was not written by mixmo: {fault}", _RESTORE)
-    return _typed(table, name, schema)
+        raise DamagedError(f"{name} was not written by mixmo: {fault}", advice)
+    return _typed(table, name, schema, advice)
 
 
 def _shape_fault(have: Sequence[str], required: Collection[str]) -> str | None:
@@ -224,7 +228,7 @@ def _groups_with(metadata: pq.FileMetaData, trial_id: str) -> list[int]:
     ]
 
 
-def _typed(table: pa.Table, name: str, schema: pa.Schema) -> pa.Table:
+def _typed(table: pa.Table, name: str, schema: pa.Schema, advice: str) -> pa.Table:
     for index, spec in enumerate(table.schema):
         wanted = schema.field(spec.name) if spec.name in schema.names else spec
         if wanted.type != spec.type:
@@ -232,7 +236,7 @@ def _typed(table: pa.Table, name: str, schema: pa.Schema) -> pa.Table:
                 table = table.set_column(index, wanted, table.column(index).cast(wanted.type))
             except pa.ArrowException as error:
                 text = f"its column {spec.name} is of type {spec.type}, not {wanted.type}"
-                raise DamagedError(f"{name} was not written by mixmo: {text}", _RESTORE) from error
+                raise DamagedError(f"{name} was not written by mixmo: {text}", advice) from error
     return table
 
 
@@ -364,7 +368,8 @@ class SweepFiles:
         """The events of what lies where they should."""
         if stored is None:
             return []
-        table = decode(stored.data, f"{self.folder}/{self.key}/events.parquet", EVENTS_SCHEMA, ("time", "kind", "text"))
+        name, required = f"{self.folder}/{self.key}/events.parquet", ("time", "kind", "text")
+        table = decode(stored.data, name, EVENTS_SCHEMA, required, advice=_NO_RESULT)
         return [Event(**record) for record in records(fit(table, EVENTS_SCHEMA))]
 
     def trials(self) -> tuple[pa.Table, Header, str]:
@@ -464,8 +469,8 @@ class SweepFiles:
         return self._epochs(stored, key, wanted)
 
     def _epochs(self, stored: Stored, key: str, wanted: Wanted) -> pa.Table:
-        name = f"{self.folder}/{key}"
-        return decode(stored.data, name, EPOCHS_SCHEMA, EPOCHS_REQUIRED, wanted)
+        name, advice = f"{self.folder}/{key}", RERUN if "/live-" in key else _RESTORE
+        return decode(stored.data, name, EPOCHS_SCHEMA, EPOCHS_REQUIRED, wanted, advice=advice)
 
     def files(self) -> list[re.Match[str]]:
         """The files of epochs that lie there, whether they count or not: (kind, fence, seq)."""
@@ -476,7 +481,7 @@ class SweepFiles:
         return [name for name in self.folder.names(f"{self.key}/epochs") if not EPOCHS_FILE.fullmatch(name)]
 
     def _gone(self, key: str) -> ChangedError:
-        return ChangedError(f"{self.folder}/{key} is named but not there", _RESTORE)
+        return ChangedError(f"{self.folder}/{key} is named but not there", RERUN if "/live-" in key else _RESTORE)
 
     def _missing(self) -> NotFoundError:
         begun = sweep_names(self.folder)
