@@ -15,6 +15,8 @@ from orchestrator import driver
 from orchestrator import plan as planning
 from orchestrator.dispatcher import Order
 from orchestrator.errors import ExitCode, UnreachableError
+from orchestrator.rows import TrialRow
+from orchestrator.sharing import Sharing
 from orchestrator.store import Claim, Folder, ResultStore, SweepWriter
 
 __all__ = ["hurried", "mixmo", "steps"]  # fixtures
@@ -119,6 +121,30 @@ def test_a_sweep_that_is_removed_while_its_result_is_taken_costs_the_curve_alone
     assert store.sweeps() == ["second"]
     assert [(row.state, row.cached_from) for row in second.rows()] == [("TERMINATED", "first")]
     assert store.verify("second") == []
+
+
+@in_a_folder
+def test_the_result_of_a_sweep_that_ends_while_it_is_looked_at_is_taken(
+    tmp_path: Path, store: ResultStore, steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial of a driver that has gone is free: but not by rows that are older than its going."""
+    rows_elsewhere = Sharing._rows_elsewhere
+    first = Running(load(tmp_path, name="first", seeds=1), store, Threads(steps))
+    steps.until(lambda begun: begun == [(0, 1)])
+
+    def overtaken(self: Sharing) -> dict[str, dict[str, TrialRow]]:
+        rows = rows_elsewhere(self)
+        if threading.current_thread().name == "second":
+            steps.open()
+            first.end()
+        return rows
+
+    monkeypatch.setattr(Sharing, "_rows_elsewhere", overtaken)
+    pace = Counting()
+    second = Running(load(tmp_path, name="second", seeds=1), store, Threads(pace))
+    assert second.end() == ExitCode.OK
+    assert [(row.state, row.cached_from) for row in second.rows()] == [("TERMINATED", "first")]
+    assert pace.epochs == {}
 
 
 def test_what_another_sweep_has_finished_is_read_once_and_taken_in_pieces_that_are_whole(
