@@ -164,9 +164,11 @@ def _take_cached(store: ResultStore, writer: SweepWriter, rows: Sequence[TrialRo
     for row in rows:
         sources[row.cached_from or ""].append(row)
     for source, taken in sources.items():
-        curves = EPOCHS_SCHEMA.empty_table()
-        with contextlib.suppress(NotFoundError, DamagedError):  # their curves are lost, their results are not
+        try:
             curves = store.epochs(source)
+        except (NotFoundError, DamagedError) as error:  # their curves are lost, their results are not
+            curves = EPOCHS_SCHEMA.empty_table()
+            writer.event("damaged", f"the epochs of {len(taken):,} trials taken from {source} are not here: {error}")
         for start in range(0, len(taken), TAKEN_TOGETHER):
             some = taken[start : start + TAKEN_TOGETHER]
             writer.add(epoch_rows(curves.filter(pc.field("trial_id").isin([row.trial_id for row in some]))))

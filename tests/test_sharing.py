@@ -176,6 +176,18 @@ def test_what_another_sweep_has_finished_is_read_once_and_taken_in_pieces_that_a
     assert store.verify("second") == []
 
 
+def test_curves_that_cannot_be_taken_over_are_missed_and_told(tmp_path: Path, store: ResultStore) -> None:
+    assert Running(load(tmp_path, name="first", seeds=2), store, Threads(Counting())).end() == ExitCode.OK
+    part = next(iter(store.snapshot("first").header.parts))
+    store.folder.put(f"sweeps/first/epochs/{part}", b"junk")
+    assert Running(load(tmp_path, name="second", seeds=2), store, Threads(Counting())).end() == ExitCode.OK
+    assert [(row.cached_from, row.epoch) for row in store.trial_rows("second")] == [("first", 4)] * 2
+    (told,) = [event.text for event in store.events("second") if event.kind == "damaged"]
+    assert told.startswith("the epochs of 2 trials taken from first are not here: ")
+    assert part in told
+    assert store.verify("second") == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("order", [1, -1])
 def test_two_sweeps_that_share_all_their_trials_train_each_once_and_both_end(
