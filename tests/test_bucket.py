@@ -134,6 +134,19 @@ def test_a_password_in_the_endpoint_of_the_environment_is_refused(monkeypatch: p
     assert SECRET not in str(caught.value)
 
 
+@pytest.mark.parametrize("endpoint", ["http://store:9000/gateway", "http://store:9000?a=b", "ftp://store"])
+def test_an_endpoint_that_is_more_than_a_server_is_refused(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is given the address would go to another place."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(UsageError, match="http://host:port or https://host:port"):
+        ResultStore.open("s3://bucket/a")
+
+
+def test_a_slash_behind_the_server_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://store:9000/")
+    assert Bucket.open("s3://bucket/a").uri.startswith("s3://bucket/a?endpoint_override=store:9000&scheme=https")
+
+
 def test_amazons_own_buckets_are_addressed_as_amazon_wants(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testkey")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)

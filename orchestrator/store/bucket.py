@@ -231,7 +231,13 @@ class Bucket(Objects):
         if address.endpoint is None and not _AMAZON.search(endpoint):  # the environment or the profile names a server
             if "@" in endpoint:
                 raise UsageError("AWS_ENDPOINT_URL has a user name or a password in it. " + ADVICE["credentials"])
-            address = replace(address, endpoint=endpoint)
+            where = urlsplit(endpoint)
+            if where.scheme not in ("http", "https") or where.path.strip("/") or where.query or where.fragment:
+                raise UsageError(  # what a worker is told has no more than these, and it would go elsewhere
+                    "AWS_ENDPOINT_URL, or the profile's endpoint_url, is a server: http://host:port or "
+                    "https://host:port, and nothing behind that"
+                )
+            address = replace(address, endpoint=f"{where.scheme}://{where.netloc}")
             client = _client(session, address)
         return cls(address, session, client, authorities)
 
