@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from made_engine import Pace, Steps, Threads
-from made_rows import in_a_folder
+from made_rows import ELSEWHERE, in_a_folder
 
 from orchestrator import cli, driver, sharing, steering
 from orchestrator import sweep as sweeps
@@ -17,7 +17,7 @@ from orchestrator.cli import steering as commands
 from orchestrator.dispatcher import Order
 from orchestrator.errors import ExitCode, NotFoundError
 from orchestrator.rows import TrialRow
-from orchestrator.store import DamagedError, ResultStore
+from orchestrator.store import DamagedError, Folder, ResultStore
 
 SWEEP = """
 name: {name}
@@ -435,6 +435,17 @@ def test_what_a_driver_does_not_know_or_cannot_do_is_refused(
     steps.open()
     assert running.end() == ExitCode.STOPPED
     assert json.loads(mixmo("status", "made", "--json"))["status"] == "stopped"
+
+
+@in_a_folder
+def test_a_driver_lives_by_the_clock_of_its_results_and_not_by_that_of_who_asks(
+    store: ResultStore, mixmo: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modified, clock = Folder.modified, Folder.clock
+    monkeypatch.setattr(Folder, "modified", lambda *asked: modified(*asked) - 95.0)
+    monkeypatch.setattr(Folder, "clock", lambda *asked: clock(*asked) - 95.0)
+    with store.writer("made", sweep_text="name: made\n", process=ELSEWHERE):
+        assert "given to the driver" in mixmo("stop", "made", "--no-wait")
 
 
 @in_a_folder

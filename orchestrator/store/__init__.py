@@ -25,6 +25,7 @@ trials once: readers take the copy then, whose name has the higher fence, and a 
 """
 
 import re
+import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -126,9 +127,14 @@ class ResultStore:
         """The sweep file of the latest run, as it was given."""
         return SweepFiles(self.folder, sweep).text()
 
-    def lease(self, sweep: str) -> Lease | None:
-        """Who runs the sweep, or did and died; None when nobody does. `expired` tells the two apart."""
-        held = read_lease(self.folder, f"{SweepFiles(self.folder, sweep).key}/lease.json")
+    def lease(self, sweep: str, *, exact: bool = False) -> Lease | None:
+        """Who runs the sweep, or did and died; None when nobody does. `expired` tells the two apart.
+
+        Its age is by this machine's clock; where it is to be `exact`, by the place's, for which a small object is
+        written.
+        """
+        key = f"{SweepFiles(self.folder, sweep).key}/lease.json"
+        held = read_lease(self.folder, key, (lambda: self.folder.clock(key)) if exact else time.time)
         return None if held is None or held.released else held
 
     def commands(self, sweep: str) -> Commands:
