@@ -80,9 +80,8 @@ def run(
         store.writer(sweep.name, sweep_text=sweep.text, lenient=True) as writer,
         Heartbeat(writer) as heartbeat,
     ):
-        planned = planning.against(
-            store, sweep, retry_failed=retry_failed
-        )  # once more, now that no other driver writes
+        # Once more, now that no other driver writes.
+        planned = planning.against(store, sweep, retry_failed=retry_failed, own=writer.rows)
         sweep = planned.sweep
         ledger = _open_books(sweep, planned, store, writer)
         cancelled = more = False
