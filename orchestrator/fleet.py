@@ -56,7 +56,7 @@ from ruamel.yaml import YAML  # noqa: E402
 from ruamel.yaml.error import YAMLError  # noqa: E402
 
 from orchestrator import gang  # noqa: E402
-from orchestrator.casualties import Messenger, dead_nodes  # noqa: E402
+from orchestrator.casualties import Messenger, dead_nodes, missed_within_s  # noqa: E402
 from orchestrator.dispatcher import NAMESPACE, SLOT, Dispatcher, Order, Retries, Roll, Update, Worker  # noqa: E402
 from orchestrator.errors import UnreachableError  # noqa: E402
 from orchestrator.gang import GangPlan  # noqa: E402
@@ -190,10 +190,12 @@ class Fleet:
         # Beside the driver: Ray would put it on any machine, and one that goes must not take the sweep with it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         placed = actor.options(name=plan.dispatcher, namespace=plan.namespace, scheduling_strategy=here)
-        self.dispatcher: Any = placed.remote(orders, fence=fence, retries=retries, judge=judge)
+        self.dispatcher: Any = placed.remote(
+            orders, fence=fence, retries=retries, judge=judge, missed_within_s=missed_within_s()
+        )
         self.limit: int | None = None
         """`max_gangs` of the sweep file."""
-        self._tended_at, self._stood_at = float("-inf"), time.monotonic()
+        self._tended_at, self._stood_at = time.monotonic(), time.monotonic()
         self._dead: frozenset[str] = frozenset()
         self._given_up = 0
         """Gangs whose workers never came to work: there is less room than it seems."""
@@ -217,19 +219,18 @@ class Fleet:
         Now and then gangs come and go by it. Raises UnreachableError when there is work and no gang can be kept or
         formed, or the dispatcher is gone.
         """
-        try:
-            news: list[Update] = ray.get(self.dispatcher.updates.remote(self._acknowledged, wait_s))
-        except ray.exceptions.RayError as error:
-            raise _lost(error) from error
+        if time.monotonic() - self._tended_at > 5 * TEND_S:  # there has been news ever since
+            self._tend()
+        news: list[Update] = self._tell("updates", self._acknowledged, wait_s)
         if news:
             self._acknowledged = news[-1].seq
         elif time.monotonic() - self._tended_at > TEND_S:
-            self._tended_at = time.monotonic()
             self._tend()
         return news
 
     def _tend(self) -> None:
         """Have as many gangs as there is work and room for. Raises UnreachableError when there can be none."""
+        self._tended_at = time.monotonic()
         roll: Roll = self._tell("roll")
         gangs = {thread.name: roll.standing.get(thread.name) for thread in self._threads if thread.is_alive()}
         work = roll.queued + roll.in_hand
