@@ -1,6 +1,8 @@
 """What became of workers and machines that Ray has lost. It runs in a gang's controller, and loads no torch."""
 
 import contextlib
+import os
+import socket
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +12,12 @@ import ray.exceptions
 import ray.train
 
 from orchestrator.dispatcher import Loss
+from orchestrator.errors import UnreachableError
+
+LOOK_S = 1.0
+"""Between two looks at whether Ray's head is there."""
+PARTING_S = 10.0
+"""What a process needs to end in order."""
 
 
 def dead_nodes() -> frozenset[str]:
@@ -26,6 +34,48 @@ def missed_within_s() -> float:
 
     check_ms = Config.health_check_period_ms() + Config.health_check_timeout_ms()
     return float(Config.health_check_failure_threshold() * check_ms) / 1000
+
+
+class Head:
+    """Ray's head, seen from a process that has something to write before it ends. Ray ends each that has not found the
+    head for a minute, and at once where it finds another in its place, with words and an exit code of its own.
+    """
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._place = host.strip("[]"), int(port)
+        self._looked_at = time.monotonic()
+        self._away_since: float | None = None
+        # By Ray's own setting, whose default this is.
+        self._patience_s = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60")) - PARTING_S  # noqa: SIM112
+
+    @property
+    def answers(self) -> bool:
+        return self._away_since is None
+
+    def look(self) -> bool:
+        """Whether it answers: if not, whatever else asks it hangs. Raises UnreachableError where it is gone."""
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_S:
+            return self.answers
+        self._looked_at = now
+        try:
+            socket.create_connection(self._place, timeout=LOOK_S).close()
+            self._away_since = None
+        except OSError as error:
+            self._away_since = now if self._away_since is None else self._away_since
+            if isinstance(error, ConnectionRefusedError):
+                raise self._gone("has ended") from error
+            if now - self._away_since > self._patience_s:
+                raise self._gone(f"has not answered for {now - self._away_since:.0f} s") from error
+        return self.answers
+
+    def _gone(self, how: str) -> UnreachableError:
+        host, port = self._place
+        return UnreachableError(
+            f"the head of the Ray cluster, {host}:{port}, {how}. Finished trials are safe, and others go on from their "
+            "checkpoints: start the cluster again, then run the same command again."
+        )
 
 
 def drain(node: str, why: str, left_s: float) -> None:

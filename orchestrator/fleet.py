@@ -56,7 +56,7 @@ from ruamel.yaml import YAML  # noqa: E402
 from ruamel.yaml.error import YAMLError  # noqa: E402
 
 from orchestrator import gang  # noqa: E402
-from orchestrator.casualties import Messenger, dead_nodes, missed_within_s  # noqa: E402
+from orchestrator.casualties import Head, Messenger, dead_nodes, missed_within_s  # noqa: E402
 from orchestrator.dispatcher import NAMESPACE, SLOT, Dispatcher, Order, Retries, Roll, Update, Worker  # noqa: E402
 from orchestrator.errors import UnreachableError  # noqa: E402
 from orchestrator.gang import GangPlan  # noqa: E402
@@ -125,10 +125,13 @@ def _joined_ray(address: str) -> Iterator[None]:
         raise UnreachableError(
             f"no Ray cluster answers at RAY_ADDRESS={address}: {error}. Start it, or unset RAY_ADDRESS to run here."
         ) from error
+    head = Head(ray.get_runtime_context().gcs_address)
     try:
         yield
     finally:
-        ray.shutdown()
+        with contextlib.suppress(UnreachableError):  # to say goodbye to a head that is gone may end the process
+            if head.look():
+                ray.shutdown()
 
 
 @contextlib.contextmanager
@@ -186,6 +189,7 @@ class Fleet:
         self, orders: Sequence[Order], plan: GangPlan, *, fence: int, retries: Retries, judge: Judge | None = None
     ) -> None:
         self.plan = plan
+        self._head = Head(ray.get_runtime_context().gcs_address)
         actor = ray.remote(num_cpus=0, max_concurrency=100_000)(Dispatcher)
         # Beside the driver: Ray would put it on any machine, and one that goes must not take the sweep with it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -217,14 +221,15 @@ class Fleet:
         """What happened since the last call; waits up to `wait_s` seconds for something.
 
         Now and then gangs come and go by it. Raises UnreachableError when there is work and no gang can be kept or
-        formed, or the dispatcher is gone.
+        formed, or the dispatcher or Ray's head is gone.
         """
-        if time.monotonic() - self._tended_at > 5 * TEND_S:  # there has been news ever since
+        here = self._head.look()
+        if here and time.monotonic() - self._tended_at > 5 * TEND_S:  # there has been news ever since
             self._tend()
         news: list[Update] = self._tell("updates", self._acknowledged, wait_s)
         if news:
             self._acknowledged = news[-1].seq
-        elif time.monotonic() - self._tended_at > TEND_S:
+        elif here and time.monotonic() - self._tended_at > TEND_S:
             self._tend()
         return news
 
@@ -307,13 +312,13 @@ class Fleet:
 
     def close(self, wait_s: float = 15.0) -> list[Update]:
         """Send the gangs home, wait a while until they are gone, and return what they still said."""
-        deadline = time.monotonic() + wait_s
+        deadline = time.monotonic() + (wait_s if self._head.answers else 0.0)
         last: list[Update] = []
         with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(self.dispatcher.close.remote())
+            ray.get(self.dispatcher.close.remote(), timeout=wait_s)
             for thread in self._threads:
                 thread.join(max(0.0, deadline - time.monotonic()))
-            last = ray.get(self.dispatcher.updates.remote(self._acknowledged, 0.0))
+            last = ray.get(self.dispatcher.updates.remote(self._acknowledged, 0.0), timeout=wait_s)
         shutil.rmtree(self._scratch, ignore_errors=True)
         return last
 
@@ -371,7 +376,11 @@ class Fleet:
 
 
 def _lost(error: BaseException) -> UnreachableError:
-    return UnreachableError(f"Ray lost the dispatcher: {error}. Run the same command again.")
+    said = str(error).strip().partition("\n")[0].rstrip(".")
+    return UnreachableError(
+        f"Ray lost the dispatcher: {said}. Finished trials are safe. Where the cluster is gone, start it again; then "
+        "run the same command again."
+    )
 
 
 def _unformed(plan: GangPlan) -> str:

@@ -322,8 +322,13 @@ class Gang:
                 time.sleep(2.0)
 
     def _load(self, key: str, config: TrialConfig) -> "ResumePoint":
-        with tempfile.TemporaryDirectory(prefix="mixmo-") as scratch:
-            state = train.load(self._store.fetch(key, Path(scratch) / key.rpartition("/")[2]))
+        try:
+            with tempfile.TemporaryDirectory(prefix="mixmo-") as scratch:
+                state = train.load(self._store.fetch(key, Path(scratch) / key.rpartition("/")[2]))
+        except OSError as error:  # no fault of the trial either: another host may have room
+            raise UnreachableError(
+                f"{self.host} cannot read {key}: {error}. Make room where it has its temporary files (TMPDIR)"
+            ) from error
         if state["digest"] != digest(identity(config, self.world_size)):
             raise train.CheckpointError("it is of another config, seed or number of workers")
         try:
