@@ -73,8 +73,8 @@ class Head:
     def _gone(self, how: str) -> UnreachableError:
         host, port = self._place
         return UnreachableError(
-            f"the head of the Ray cluster, {host}:{port}, {how}. Finished trials are safe, and others go on from their "
-            "checkpoints: start the cluster again, then run the same command again."
+            f"Ray's head, {host}:{port}, {how}. Finished trials are safe, and others go on from their checkpoints: run "
+            "the same command again, and start the cluster again before, if it is one of `ray up` or `ray start`."
         )
 
 

@@ -180,6 +180,9 @@ def test_a_gang_rehearses_the_largest_trial_before_it_asks_for_one(
     work(desk, canary=flatten(config(seed=9)))
     assert calls[:4] == ["rehearses", "rehearsed", "join", "next"]
     assert desk.row().state == "TERMINATED"
+    other = Desk(config(), store)  # what is wrong with the largest one but its size is its own to tell
+    work(other, canary=flatten(config(**{"data.dataset": "cifar10"})))
+    assert other.row().state == "TERMINATED"
     again = Desk(config(), store)
     again.fatal = lambda name, *given: name == "rehearsed"
     for _ in range(2):

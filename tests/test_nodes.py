@@ -11,7 +11,7 @@ import pytest
 from command_line import Mixmo
 from disturbed import CannotError, small_disk
 from made_raylets import add
-from test_fleet import Crew, config, long
+from test_fleet import Crew, config
 
 from orchestrator.dispatcher import NAMESPACE, Retries, Update
 from orchestrator.errors import UnreachableError, UsageError
@@ -75,8 +75,10 @@ def test_a_spot_notice_saves_at_once_and_another_gang_goes_on_elsewhere(machines
     with made_metadata.serve() as metadata:
         marked = add(machines, env_vars={"MIXMO_SPOT_NOTICE": metadata.address}, resources={"accelerator_type:L4": 1})
         machines.wait_for_nodes()
+        # It is asked for every 5 s: the trial is to be under way still.
+        trial = config(2, **{"data.batch_size": 2, "optim.epochs": 15, "optim.lr": 0.01})
         crew = Crew(
-            tmp_path, [long()], workers=1, name="warned", retries=Retries(crash=0, preempted=0), accelerator="L4",
+            tmp_path, [trial], workers=1, name="warned", retries=Retries(crash=0, preempted=0), accelerator="L4",
             checkpoint_every_s=3600.0,
         )  # fmt: skip
         with crew:

@@ -134,7 +134,7 @@ def whole(folder: Path) -> None:
     say("the sweep has finished, whole, with the code that was submitted")
 
     laptop.ray("down", "-y", str(laptop.file))
-    for host in cluster:
+    for host in cluster:  # workers end by themselves when they have missed their head for a while
         if host is not lost:
             until(partial(without_ray, host), f"no Ray is left on {host.name}", 120)
     say("ray down: no Ray is left")
