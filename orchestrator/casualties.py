@@ -14,8 +14,10 @@ import ray.train
 from orchestrator.dispatcher import Loss
 from orchestrator.errors import UnreachableError
 
-LOOK_S = 1.0
+LOOK_S = 0.5
 """Between two looks at whether Ray's head is there."""
+ANSWER_S = 1.0
+"""In which it answers."""
 PARTING_S = 10.0
 """What a process needs to end in order."""
 
@@ -36,6 +38,10 @@ def missed_within_s() -> float:
     return float(Config.health_check_failure_threshold() * check_ms) / 1000
 
 
+class HeadGoneError(UnreachableError):
+    """Ray's head is gone. Nothing may be asked of Ray any more, no goodbye either: it ends the process."""
+
+
 class Head:
     """Ray's head, seen from a process that has something to write before it ends. Ray ends each that has not found the
     head for a minute, and at once where it finds another in its place, with words and an exit code of its own.
@@ -53,14 +59,16 @@ class Head:
     def answers(self) -> bool:
         return self._away_since is None
 
-    def look(self) -> bool:
-        """Whether it answers: if not, whatever else asks it hangs. Raises UnreachableError where it is gone."""
+    def look(self, *, anew: bool = False) -> bool:
+        """Whether it answers: if not, whatever else asks it hangs. Raises HeadGoneError where it is gone. `anew`: do
+        not go by what was seen half a second ago.
+        """
         now = time.monotonic()
-        if now - self._looked_at < LOOK_S:
+        if now - self._looked_at < LOOK_S and not anew:
             return self.answers
         self._looked_at = now
         try:
-            socket.create_connection(self._place, timeout=LOOK_S).close()
+            socket.create_connection(self._place, timeout=ANSWER_S).close()
             self._away_since = None
         except OSError as error:
             self._away_since = now if self._away_since is None else self._away_since
@@ -70,9 +78,9 @@ class Head:
                 raise self._gone(f"has not answered for {now - self._away_since:.0f} s") from error
         return self.answers
 
-    def _gone(self, how: str) -> UnreachableError:
+    def _gone(self, how: str) -> HeadGoneError:
         host, port = self._place
-        return UnreachableError(
+        return HeadGoneError(
             f"Ray's head, {host}:{port}, {how}. Finished trials are safe, and others go on from their checkpoints: run "
             "the same command again, and start the cluster again before, if it is one of `ray up` or `ray start`."
         )

@@ -56,7 +56,7 @@ from ruamel.yaml import YAML  # noqa: E402
 from ruamel.yaml.error import YAMLError  # noqa: E402
 
 from orchestrator import gang  # noqa: E402
-from orchestrator.casualties import Head, Messenger, dead_nodes, missed_within_s  # noqa: E402
+from orchestrator.casualties import Head, HeadGoneError, Messenger, dead_nodes, missed_within_s  # noqa: E402
 from orchestrator.dispatcher import NAMESPACE, SLOT, Dispatcher, Order, Retries, Roll, Update, Worker  # noqa: E402
 from orchestrator.errors import UnreachableError  # noqa: E402
 from orchestrator.gang import GangPlan  # noqa: E402
@@ -125,13 +125,15 @@ def _joined_ray(address: str) -> Iterator[None]:
         raise UnreachableError(
             f"no Ray cluster answers at RAY_ADDRESS={address}: {error}. Start it, or unset RAY_ADDRESS to run here."
         ) from error
-    head = Head(ray.get_runtime_context().gcs_address)
+    gone = False
     try:
         yield
+    except HeadGoneError:
+        gone = True
+        raise
     finally:
-        with contextlib.suppress(UnreachableError):  # to say goodbye to a head that is gone may end the process
-            if head.look():
-                ray.shutdown()
+        if not gone:
+            ray.shutdown()
 
 
 @contextlib.contextmanager
@@ -308,11 +310,14 @@ class Fleet:
         try:
             return ray.get(getattr(self.dispatcher, method).remote(*words))
         except ray.exceptions.RayError as error:
+            self._head.look(anew=True)  # that says more
             raise _lost(error) from error
 
     def close(self, wait_s: float = 15.0) -> list[Update]:
         """Send the gangs home, wait a while until they are gone, and return what they still said."""
-        deadline = time.monotonic() + (wait_s if self._head.answers else 0.0)
+        if not self._head.answers:
+            wait_s = min(1.0, wait_s)  # before another stands in its place
+        deadline = time.monotonic() + wait_s
         last: list[Update] = []
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(self.dispatcher.close.remote(), timeout=wait_s)
