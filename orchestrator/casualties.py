@@ -1,4 +1,4 @@
-"""What became of workers and machines that Ray has lost. It runs in a gang's controller, and loads no torch."""
+"""What became of workers, machines and heads that Ray has lost. Gangs' controllers load it: it loads no torch."""
 
 import contextlib
 import os

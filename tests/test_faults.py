@@ -1,5 +1,6 @@
 """Heads of clusters that end under a running sweep, and its driver beside them: one clear message, and on it goes."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -35,18 +36,14 @@ def server_killed(head: Any) -> None:
     os.kill(server.process.pid, signal.SIGKILL)
 
 
-def restarted(head: Any) -> None:
-    """All of it, as `ray stop` does; the test starts another in its place while the driver ends."""
-    made_raylets.kill(head)
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("end", [server_killed, restarted])
+@pytest.mark.parametrize("end", [server_killed, made_raylets.kill])
 def test_a_head_that_ends_under_a_sweep_is_told_and_the_same_command_goes_on(
     end: Callable[[Any], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The head alone, or all of its machine's Ray as by `ray stop`; another stands in its place soon."""
     sweep = Mixmo(tmp_path / "sweep", SWEEP)
     with made_raylets.started() as cluster:
         made_raylets.add(cluster)
@@ -56,46 +53,68 @@ def test_a_head_that_ends_under_a_sweep_is_told_and_the_same_command_goes_on(
         try:
             sweep.until(driver, one_done_and_one_under_way)
             end(cluster.head_node)
-            port = int(cluster.address.rpartition(":")[2])
-            if end is server_killed:
-                said = told(driver)
+            time.sleep(5)  # `ray start` takes longer
+            with made_raylets.started(gcs_server_port=int(cluster.address.rpartition(":")[2])) as next_cluster:
+                assert next_cluster.address == cluster.address
+                before = told_of_its_end(driver, sweep)
+                made_raylets.add(next_cluster)
+                next_cluster.wait_for_nodes()
+                goes_on(sweep, before)
         finally:
-            if end is server_killed:
-                kill(driver)
-    before = finished(sweep)
+            kill(driver)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_ray_of_our_own_that_is_stopped_is_told_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    sweep = Mixmo(tmp_path / "sweep", SWEEP)
+    driver = sweep.start("run", "sweep.yaml", "--yes")
+    try:
+        sweep.until(driver, one_done_and_one_under_way)
+        stopped = [pid for pid, said in children(driver.pid) if "gcs_server" in said or "raylet/raylet" in said]
+        assert len(stopped) == 2
+        for pid in stopped:
+            os.kill(pid, signal.SIGKILL)
+        before = told_of_its_end(driver, sweep)
+    finally:
+        kill(driver)
+    goes_on(sweep, before)
+
+
+def children(parent: int) -> list[tuple[int, str]]:
+    """Processes that it has started, and their command lines."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int((path / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append((int(path.name), (path / "cmdline").read_text()))
+    return found
+
+
+def told_of_its_end(driver: Any, sweep: Mixmo) -> dict[str, TrialRow]:
+    """The trials that had finished by then."""
+    _, said = driver.communicate(timeout=60)
+    assert driver.returncode == 7, said
+    assert "Ray's head, " in said
+    assert "Finished trials are safe" in said
+    assert "run the same command again" in said
+    return {row.trial_id: row for row in sweep.rows() if row.state == "TERMINATED"}
+
+
+def goes_on(sweep: Mixmo, before: dict[str, TrialRow]) -> None:
     assert before
-    if end is restarted:
-        time.sleep(5)  # `ray stop` and `ray start` take longer
-    with made_raylets.started(gcs_server_port=port) as cluster:
-        if end is restarted:
-            said = told(driver)
-        assert "Finished trials are safe" in said
-        assert "run the same command again" in said
-        assert cluster.address == os.environ["RAY_ADDRESS"]
-        made_raylets.add(cluster)
-        cluster.wait_for_nodes()
-        sweep("run", "sweep.yaml", "--yes")
-    assert {row.state for row in sweep.rows()} == {"TERMINATED"}
-    assert {row.trial_id: row for row in sweep.rows() if row.trial_id in before} == before
-    assert [row.attempts for row in sweep.rows()].count(2) == 1  # the one that ran
+    sweep("run", "sweep.yaml", "--yes")
+    rows = {row.trial_id: row for row in sweep.rows()}
+    assert {row.state for row in rows.values()} == {"TERMINATED"}
+    assert {name: rows[name] for name in before} == before
+    assert sorted(row.attempts for row in rows.values()) == [1, 1, 2]  # the one that ran
     sweep("verify", sweep.name)
-
-
-def told(driver: Any) -> str:
-    """What it says at its end."""
-    _, err = driver.communicate(timeout=60)
-    assert driver.returncode == 7, err
-    return str(err)
 
 
 def one_done_and_one_under_way(rows: list[TrialRow]) -> bool:
     return {"TERMINATED", "RUNNING"} <= {row.state for row in rows} and any(
         row.state == "RUNNING" and row.epoch > 2 for row in rows
     )
-
-
-def finished(sweep: Mixmo) -> dict[str, TrialRow]:
-    return {row.trial_id: row for row in sweep.rows() if row.state == "TERMINATED"}
 
 
 class Clock:
