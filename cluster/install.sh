@@ -13,6 +13,9 @@ python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "mixmo: $(python3 --version) on $(hostname); it needs 3.11 or newer, the same on every host" >&2
     exit 2
 }
+# `ray down` and `ray exec` type `ray` into a login shell, last in whose path it is.
+path='export PATH="$PATH:$HOME/mixmo/venv/bin" # mixmo: for `ray down`'
+grep -qxF "$path" ~/.bashrc 2>/dev/null || echo "$path" >> ~/.bashrc
 wheel=$(echo dist/mixmo_sweeps-*.whl)
 if [ ! -f "$wheel" ]; then
     echo "mixmo: $wheel was not shipped, or more than one. On your own machine: make wheel, then ray up again" >&2

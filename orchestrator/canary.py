@@ -49,7 +49,7 @@ def refusal(sweep: str, trial: Trial, fault: str) -> str:
 def rehearse(config: TrialConfig, device: "torch.device", data_dir: Path | None) -> str | None:
     """Take the first steps of a trial and throw them away; what went wrong if memory was too short, else None.
 
-    On all workers at once where there are several. Whatever else may be wrong with the trial is its own to tell.
+    On all workers at once where there are several. Raises what else the trial raises.
     """
     import torch
 
@@ -62,11 +62,13 @@ def rehearse(config: TrialConfig, device: "torch.device", data_dir: Path | None)
         for _ in zip(range(STEPS), told, strict=False):
             pass
     except Exception as error:
-        if is_memory(error):
-            fault = f"{devices.memory(device)}: {_said(error)}"
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+        if not is_memory(error):
+            raise
+        fault = f"{devices.memory(device)}: {_said(error)}"
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return fault
 
 

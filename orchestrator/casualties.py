@@ -1,6 +1,8 @@
-"""What became of workers and machines that Ray has lost. It runs in a gang's controller, and loads no torch."""
+"""What became of workers, machines and heads that Ray has lost. Gangs' controllers load it: it loads no torch."""
 
 import contextlib
+import os
+import socket
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +12,78 @@ import ray.exceptions
 import ray.train
 
 from orchestrator.dispatcher import Loss
+from orchestrator.errors import UnreachableError
+
+LOOK_S = 0.5
+"""Between two looks at whether Ray's head is there."""
+ANSWER_S = 1.0
+"""In which it answers."""
+PARTING_S = 10.0
+"""What a process needs to end in order."""
 
 
 def dead_nodes() -> frozenset[str]:
     """The machines that have ever been in the cluster and are no longer."""
     return frozenset(node["NodeID"] for node in ray.nodes() if not node["Alive"])
+
+
+def missed_within_s() -> float:
+    """How long Ray may take to notice that a machine is gone, by the settings that this process shares with it: so many
+    checks in a row are not answered in their time, each a period after the one before.
+    """
+    # No public name tells them; tests/test_nodes.py holds Ray to it.
+    from ray._raylet import Config  # type: ignore[attr-defined]
+
+    check_ms = Config.health_check_period_ms() + Config.health_check_timeout_ms()
+    return float(Config.health_check_failure_threshold() * check_ms) / 1000
+
+
+class HeadGoneError(UnreachableError):
+    """Ray's head is gone. Nothing may be asked of Ray any more, no goodbye either: it ends the process."""
+
+
+class Head:
+    """Ray's head, seen from a process that has something to write before it ends. Ray ends each that has not found the
+    head for a minute, and at once where it finds another in its place, with words and an exit code of its own.
+    """
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._place = host.strip("[]"), int(port)
+        self._looked_at = time.monotonic()
+        self._away_since: float | None = None
+        # By Ray's own setting, whose default this is.
+        self._patience_s = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60")) - PARTING_S  # noqa: SIM112
+
+    @property
+    def answers(self) -> bool:
+        return self._away_since is None
+
+    def look(self, *, anew: bool = False) -> bool:
+        """Whether it answers: if not, whatever else asks it hangs. Raises HeadGoneError where it is gone. `anew`: do
+        not go by what was seen half a second ago.
+        """
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_S and not anew:
+            return self.answers
+        self._looked_at = now
+        try:
+            socket.create_connection(self._place, timeout=ANSWER_S).close()
+            self._away_since = None
+        except OSError as error:
+            self._away_since = now if self._away_since is None else self._away_since
+            if isinstance(error, ConnectionRefusedError):
+                raise self._gone("has ended") from error
+            if now - self._away_since > self._patience_s:
+                raise self._gone(f"has not answered for {now - self._away_since:.0f} s") from error
+        return self.answers
+
+    def _gone(self, how: str) -> HeadGoneError:
+        host, port = self._place
+        return HeadGoneError(
+            f"Ray's head, {host}:{port}, {how}. Finished trials are safe, and others go on from their checkpoints: run "
+            "the same command again, and start the cluster again before, if it is one of `ray up` or `ray start`."
+        )
 
 
 def drain(node: str, why: str, left_s: float) -> None:

@@ -150,7 +150,7 @@ class _Standing:
     losses: Counter[str] = field(default_factory=Counter)
     """By their kind."""
     crashed_on: frozenset[str] = frozenset()
-    """The machines of its last loss, as long as that counts as a crash."""
+    """The machines of its last loss that may be gone, as long as that counts as a crash."""
     held_back: bool = False
     held: Assignment | None = None
     accepted: bool = False
@@ -199,10 +199,14 @@ class Dispatcher:
         fence: int,
         retries: Retries,
         judge: Judge | None = None,
+        missed_within_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`judge` says which trials stop early; None: none."""
+        """`judge` says which trials stop early; None: none. `missed_within_s`: how long Ray may take to notice that a
+        machine is gone.
+        """
         self._fence, self._retries, self._judge, self._clock = fence, retries, judge, clock
+        self._missed_within_s = missed_within_s
         self._standings = {
             order.index: _Standing(order, order.attempts, held_back=order.held_back, stopped=order.stopped)
             for order in orders
@@ -214,6 +218,8 @@ class Dispatcher:
         """The machines on which each trial in hand began."""
         self._struck: dict[str, _Blow] = {}
         """Gangs that hold a trial and lost a worker."""
+        self._doubted: dict[int, _Blow] = {}
+        """Trials that a crash would end, unless Ray says yet that a machine was gone. Nobody has them in hand."""
         self._asking: dict[str, object] = {}
         """Each gang's latest question. Ray does not cancel those of a worker that has died."""
         self._idle: dict[str, object] = {}
@@ -291,11 +297,15 @@ class Dispatcher:
                 standing.crashed_on = frozenset()
                 standing.losses["crash"] -= 1
                 standing.losses["preempted"] += 1
+                doubted = self._doubted.get(standing.order.index)
+                if doubted:
+                    self._settle(standing, f"{doubted.why}; a machine of it is gone", "preempted")
 
     async def next(self, gang: str, wait_s: float) -> Assignment | Literal["wait", "leave"]:
         """A trial for this gang. A gang that asks while it holds one has lost it: its workers were formed anew."""
         if gang in self._hands:
-            self._lose_struck(gang, f"a worker of {gang} died; Ray Train formed the gang again")
+            stands_on = frozenset(worker.node for worker in self._workers.get(gang, {}).values())
+            self._lose_struck(gang, f"a worker of {gang} died; Ray Train formed the gang again", stands_on)
         ask = self._asking[gang] = object()
         deadline = time.monotonic() + wait_s
         self._idle_since.setdefault(gang, self._clock())
@@ -583,15 +593,24 @@ class Dispatcher:
     def _gang_of(self, token: str) -> str | None:
         return next((gang for gang, held in self._hands.items() if held.token == token), None)
 
-    def _lose_struck(self, gang: str, why: str) -> None:
-        """A gang has lost its trial, by what is known to have struck it."""
+    def _lose_struck(self, gang: str, why: str, alive: frozenset[str] = frozenset()) -> None:
+        """A gang has lost its trial, by what is known to have struck it. `alive`: machines that are known to be there.
+        A crash on others may be their end, which Ray has yet to notice: it ends no trial before Ray would have.
+        """
         blow = self._struck.get(gang)
         if gang in self._warned and (blow is None or blow.kind == "crash"):
             blow = _Blow("preempted", f"{gang} lost the machine that it was warned of", self._clock())
+        kind, why = (blow.kind, blow.why) if blow else ("crash", why)
         standing = self._standings[self._hands[gang].order.index]
-        if standing.accepted and (blow is None or blow.kind == "crash"):
-            standing.crashed_on = self._nodes.get(gang, frozenset())
-        self._lose(self._hands[gang], blow.why if blow else why, blow.kind if blow else "crash")
+        if standing.accepted and kind == "crash":
+            standing.crashed_on = self._nodes.get(gang, frozenset()) - alive
+            last = standing.losses["crash"] >= self._retries.crash and not standing.stopped
+            if last and standing.crashed_on and self._missed_within_s:
+                standing.losses["crash"] += 1
+                self._doubted[standing.order.index] = _Blow(kind, why, blow.at if blow else self._clock())
+                self._release(standing)
+                return
+        self._lose(self._hands[gang], why, kind)
 
     def _lose(self, assignment: Assignment, why: str, kind: Loss, error: str | None = None) -> None:
         standing = self._standings[assignment.order.index]
@@ -599,6 +618,11 @@ class Dispatcher:
             self._end(standing, "TERMINATED")
             return
         standing.losses[kind] += standing.accepted
+        self._settle(standing, why, kind, error)
+
+    def _settle(self, standing: _Standing, why: str, kind: Loss, error: str | None = None) -> None:
+        """A loss that is counted ends the trial, or another gang takes it up."""
+        self._doubted.pop(standing.order.index, None)
         allowed = float(getattr(self._retries, kind))
         if kind == "oom" and error is None:  # a kernel ends the largest process, whoever took the last byte
             allowed = max(allowed, self._retries.crash)
@@ -608,14 +632,19 @@ class Dispatcher:
             return
         self._tell("lost", standing, text=why, cause=_SPOKEN[kind], error_kind=kind)
         self._release(standing)
-        self._queue.appendleft(assignment.order.index)
+        self._queue.appendleft(standing.order.index)
         self._work.set()
 
     def _salvage(self) -> None:
-        """Take trials from gangs that were struck and will not stand again soon."""
+        """Take trials from gangs that were struck and will not stand again soon, and end those that are in doubt no
+        more.
+        """
         for gang, blow in list(self._struck.items()):
             if blow.kind == "preempted" or self._clock() - blow.at > REFORM_S:
                 self._lose_struck(gang, blow.why)
+        for index, blow in list(self._doubted.items()):
+            if self._clock() - blow.at > self._missed_within_s:
+                self._settle(self._standings[index], blow.why, blow.kind)
 
     def _end(self, standing: _Standing, state: Literal["TERMINATED", "ERROR", "CANCELLED"], **told: Any) -> None:
         if state == "TERMINATED" and standing.stopped:
@@ -623,6 +652,7 @@ class Dispatcher:
         self._conclude(standing, "ended", state=state, **told)
 
     def _conclude(self, standing: _Standing, kind: str, **told: Any) -> None:
+        self._doubted.pop(standing.order.index, None)
         self._tell(kind, standing, **told)
         self._release(standing)
         standing.ended = True

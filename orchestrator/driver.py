@@ -289,10 +289,12 @@ class _Session:
                 inbox=inbox, writer=self.writer, ledger=self.ledger, crew=crew, sharing=self.sharing,
                 order_of=self._order_of, talk=self._say,
             )  # fmt: skip
+            lost = True
             try:
                 self._follow(crew, queue, steering)
+                lost = False
             finally:
-                self._part(crew, queue)
+                self._part(crew, queue, patience_s=0.0 if lost else 5.0)
         self.signals.take_back()
         self._settle()
         if self.refusal:
@@ -410,8 +412,10 @@ class _Session:
             self.writer.event("budget", spent)
         return True
 
-    def _part(self, crew: Crew, queue: Queue) -> None:
-        """The end of the fleet: write what has arrived, send the gangs home, take what they still say."""
+    def _part(self, crew: Crew, queue: Queue, *, patience_s: float) -> None:
+        """The end of the fleet: write what has arrived, send the gangs home, take what they still say. The queue has
+        so much time to end.
+        """
         with contextlib.suppress(UnreachableError):
             self.writer.flush(force=True)
         for update in crew.close():
@@ -420,7 +424,7 @@ class _Session:
             if row.state in ("RUNNING", "PAUSED"):
                 self.ledger.rows[position] = row.replace(state="PENDING")
                 self.writer.put([self.ledger.rows[position]])
-        queue.join(5.0)
+        queue.join(patience_s)
 
     def _record(self, update: Update) -> None:
         trial_id = None

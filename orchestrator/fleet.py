@@ -54,7 +54,7 @@ from ruamel.yaml import YAML  # noqa: E402
 from ruamel.yaml.error import YAMLError  # noqa: E402
 
 from orchestrator import gang  # noqa: E402
-from orchestrator.casualties import Messenger, dead_nodes  # noqa: E402
+from orchestrator.casualties import Head, HeadGoneError, Messenger, dead_nodes, missed_within_s  # noqa: E402
 from orchestrator.dispatcher import NAMESPACE, Dispatcher, Order, Retries, Roll, Update, Worker  # noqa: E402
 from orchestrator.errors import UnreachableError  # noqa: E402
 from orchestrator.gang import GangPlan  # noqa: E402
@@ -114,10 +114,15 @@ def _joined_ray(address: str) -> Iterator[None]:
         raise UnreachableError(
             f"no Ray cluster answers at RAY_ADDRESS={address}: {error}. Start it, or unset RAY_ADDRESS to run here."
         ) from error
+    gone = False
     try:
         yield
+    except HeadGoneError:
+        gone = True
+        raise
     finally:
-        ray.shutdown()
+        if not gone:
+            ray.shutdown()
 
 
 @contextlib.contextmanager
@@ -175,14 +180,17 @@ class Fleet:
         self, orders: Sequence[Order], plan: GangPlan, *, fence: int, retries: Retries, judge: Judge | None = None
     ) -> None:
         self.plan = plan
+        self._head = Head(ray.get_runtime_context().gcs_address)
         actor = ray.remote(num_cpus=0, max_concurrency=100_000)(Dispatcher)
         # Beside the driver: Ray would put it on any machine, and one that goes must not take the sweep with it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         placed = actor.options(name=plan.dispatcher, namespace=plan.namespace, scheduling_strategy=here)
-        self.dispatcher: Any = placed.remote(orders, fence=fence, retries=retries, judge=judge)
+        self.dispatcher: Any = placed.remote(
+            orders, fence=fence, retries=retries, judge=judge, missed_within_s=missed_within_s()
+        )
         self.limit: int | None = None
         """`max_gangs` of the sweep file."""
-        self._tended_at, self._stood_at = float("-inf"), time.monotonic()
+        self._tended_at, self._stood_at = time.monotonic(), time.monotonic()
         self._dead: frozenset[str] = frozenset()
         self._given_up = 0
         """Gangs whose workers never came to work: there is less room than it seems."""
@@ -204,21 +212,21 @@ class Fleet:
         """What happened since the last call; waits up to `wait_s` seconds for something.
 
         Now and then gangs come and go by it. Raises UnreachableError when there is work and no gang can be kept or
-        formed, or the dispatcher is gone.
+        formed, or the dispatcher or Ray's head is gone.
         """
-        try:
-            news: list[Update] = ray.get(self.dispatcher.updates.remote(self._acknowledged, wait_s))
-        except ray.exceptions.RayError as error:
-            raise _lost(error) from error
+        here = self._head.look()
+        if here and time.monotonic() - self._tended_at > 5 * TEND_S:  # there has been news ever since
+            self._tend()
+        news: list[Update] = self._tell("updates", self._acknowledged, wait_s)
         if news:
             self._acknowledged = news[-1].seq
-        elif time.monotonic() - self._tended_at > TEND_S:
-            self._tended_at = time.monotonic()
+        elif here and time.monotonic() - self._tended_at > TEND_S:
             self._tend()
         return news
 
     def _tend(self) -> None:
         """Have as many gangs as there is work and room for. Raises UnreachableError when there can be none."""
+        self._tended_at = time.monotonic()
         roll: Roll = self._tell("roll")
         gangs = {thread.name: roll.standing.get(thread.name) for thread in self._threads if thread.is_alive()}
         work = roll.queued + roll.in_hand
@@ -291,17 +299,20 @@ class Fleet:
         try:
             return ray.get(getattr(self.dispatcher, method).remote(*words))
         except ray.exceptions.RayError as error:
+            self._head.look(anew=True)  # that says more
             raise _lost(error) from error
 
     def close(self, wait_s: float = 15.0) -> list[Update]:
         """Send the gangs home, wait a while until they are gone, and return what they still said."""
+        if not self._head.answers:
+            wait_s = min(1.0, wait_s)  # before another stands in its place
         deadline = time.monotonic() + wait_s
         last: list[Update] = []
         with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(self.dispatcher.close.remote())
+            ray.get(self.dispatcher.close.remote(), timeout=wait_s)
             for thread in self._threads:
                 thread.join(max(0.0, deadline - time.monotonic()))
-            last = ray.get(self.dispatcher.updates.remote(self._acknowledged, 0.0))
+            last = ray.get(self.dispatcher.updates.remote(self._acknowledged, 0.0), timeout=wait_s)
         shutil.rmtree(self._scratch, ignore_errors=True)
         return last
 
@@ -359,7 +370,11 @@ class Fleet:
 
 
 def _lost(error: BaseException) -> UnreachableError:
-    return UnreachableError(f"Ray lost the dispatcher: {error}. Run the same command again.")
+    said = str(error).strip().partition("\n")[0].rstrip(".")
+    return UnreachableError(
+        f"Ray lost the dispatcher: {said}. Finished trials are safe. Where the cluster is gone, start it again; then "
+        "run the same command again."
+    )
 
 
 def _unformed(plan: GangPlan) -> str:

@@ -133,7 +133,12 @@ class Gang:
         settings = self.plan.canary
         asked = settings and self.rank == 0 and ray.get(self.dispatcher.rehearses.remote(self.name))
         if settings and self._from_first(asked):
-            fault = canary.rehearse(unflatten(settings), self.device, self._data_dir)
+            try:
+                fault = canary.rehearse(unflatten(settings), self.device, self._data_dir)
+            except Exception as error:
+                if self.world_size > 1 and _peer_lost(error):
+                    raise  # it may have died of this: the gang that is formed anew rehearses again
+                fault = None  # whatever else may be wrong with the trial is its own to tell
             if fault or self.rank == 0:
                 told = fault and f"{self.device_name} of {self.host}: {fault}"
                 ray.get(self.dispatcher.rehearsed.remote(self.name, told))
@@ -322,8 +327,13 @@ class Gang:
                 time.sleep(2.0)
 
     def _load(self, key: str, config: TrialConfig) -> "ResumePoint":
-        with tempfile.TemporaryDirectory(prefix="mixmo-") as scratch:
-            state = train.load(self._store.fetch(key, Path(scratch) / key.rpartition("/")[2]))
+        try:
+            with tempfile.TemporaryDirectory(prefix="mixmo-") as scratch:
+                state = train.load(self._store.fetch(key, Path(scratch) / key.rpartition("/")[2]))
+        except OSError as error:  # no fault of the trial either: another host may have room
+            raise UnreachableError(
+                f"{self.host} cannot read {key}: {error}. Make room where it has its temporary files (TMPDIR)"
+            ) from error
         if state["digest"] != digest(identity(config, self.world_size)):
             raise train.CheckpointError("it is of another config, seed or number of workers")
         try:

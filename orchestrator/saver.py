@@ -151,7 +151,10 @@ class Saver:
                     self._changed.notify_all()
 
     def _deliver(self, snapshot: "_Snapshot") -> None:
-        with tempfile.TemporaryDirectory(prefix="mixmo-") as scratch:
+        folder = self._persist(lambda: tempfile.TemporaryDirectory(prefix="mixmo-"))
+        if folder is None:
+            return
+        with folder as scratch:
             path = self._persist(lambda: train.save(snapshot.state, Path(scratch)))
             snapshot.state.clear()  # a copy of all weights
             key = self._persist(lambda: self._folder.put_file(path, path.name)) if path else None

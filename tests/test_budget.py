@@ -13,7 +13,7 @@ import torch
 from made_engine import Pace, Threads
 from torch.autograd.graph import saved_tensors_hooks
 
-from mixmo_core import cost, train
+from mixmo_core import cost, data, train
 from mixmo_core.config import DataConfig, ModelConfig, TrialConfig
 from orchestrator import budget, canary, driver
 from orchestrator import sweep as sweeps
@@ -175,10 +175,11 @@ TINY = TrialConfig(
 )
 
 
-def test_a_trial_that_fits_passes_and_one_with_another_fault_is_not_refused(tmp_path: Path) -> None:
+def test_a_trial_that_fits_passes_and_another_fault_is_no_want_of_memory(tmp_path: Path) -> None:
     assert canary.rehearse(TINY, torch.device("cpu"), None) is None
     missing = TrialConfig(data=DataConfig(dataset="cifar10"), model=ModelConfig(depth=10, width=1))
-    assert canary.rehearse(missing, torch.device("cpu"), tmp_path) is None
+    with pytest.raises(data.DatasetError):
+        canary.rehearse(missing, torch.device("cpu"), tmp_path)
 
 
 @pytest.mark.slow

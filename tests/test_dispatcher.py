@@ -445,6 +445,39 @@ def test_a_crash_turns_out_to_have_been_a_machine_that_ray_had_not_missed_yet() 
     assert not any(update.kind == "ended" for update in news(desk))
 
 
+@pytest.mark.parametrize("end", ["missed", "alive", "time", "cancelled"])
+def test_a_crash_ends_no_trial_before_ray_would_have_missed_its_machine(end: str) -> None:
+    """The gang of two machines stands again on one of them and a third, and Ray has not said yet that one is gone."""
+    now = 0.0
+    desk = Dispatcher(
+        [order(0), order(1)], fence=1, retries=Retries(crash=0), missed_within_s=15.0, clock=lambda: now
+    )  # fmt: skip
+    desk.submit(0)
+    for rank, node in enumerate("ab"):
+        desk.join(worker(GANG, node, rank))
+    take(desk)
+    for rank, node in enumerate("ab" if end == "alive" else "cb"):
+        desk.join(worker(GANG, node, rank))
+    assert asyncio.run(desk.next(GANG, 0.0)) == "wait"
+    now = 14.0
+    told = news(desk)
+    if end == "alive":  # where it stands again, nothing can be missed
+        assert (kinds(told)[-1], told[-1].error_kind) == (("ended", 0, "ERROR"), "crash")
+        return
+    assert (kinds(told), desk.in_hand()) == ([("started", 0, None)], 0)
+    desk.submit(1)
+    assert take(desk).order.index == 1  # the gang goes on meanwhile
+    desk.nodes_lost(["a" if end == "missed" else "z"])
+    if end == "missed":
+        assert [update.error_kind for update in news(desk) if update.kind == "lost"] == ["preempted"]
+        assert take(desk, "gang-1").order.index == 0
+    if end == "cancelled":
+        desk.cancel([0], "by somebody")
+    now = 16.0
+    ends = [(update.index, update.state, update.error_kind) for update in news(desk) if update.kind == "ended"]
+    assert ends == {"missed": [], "time": [(0, "ERROR", "crash")], "cancelled": [(0, "CANCELLED", None)]}[end]
+
+
 def test_a_gang_that_is_to_lose_its_machine_saves_gives_back_and_leaves_and_no_retry_is_used_up() -> None:
     desk = Dispatcher([order(0)], fence=1, retries=Retries(crash=0, preempted=0))
     desk.submit(0)

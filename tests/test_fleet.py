@@ -195,6 +195,51 @@ def test_a_gang_of_two_workers_trains_is_formed_anew_after_an_exception_and_afte
     assert [update.index for update in crew.told if update.kind == "lost"] == [2]
 
 
+def short_of_memory(how: str) -> Callable[[Any], None]:
+    """What a gang of two works by, with a second rank that has less memory than the first."""
+
+    def loop(settings: Any) -> None:  # inside, so that it travels by value
+        import ray.train
+        import torch
+
+        from mixmo_core import train
+        from orchestrator import gang
+
+        def train_short(*_: object, **__: object) -> None:
+            if how == "killed":  # as the kernel does it
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.50 GiB")
+
+        if how != "fits" and ray.train.get_context().get_world_rank() == 1:
+            train.train = train_short  # type: ignore[assignment]
+        gang.loop(settings)
+
+    return loop
+
+
+@pytest.mark.usefixtures("ray_here")
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [("fits", None), ("raised", r"CUDA out of memory$"), ("killed", r"^the workers of gang-0 died of it 2 times$")],
+)
+def test_a_rehearsal_that_does_not_fit_on_the_second_of_two_workers_refuses_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, why: str | None
+) -> None:
+    from orchestrator import gang
+
+    monkeypatch.setattr(gang, "loop", short_of_memory(how))
+    crew = Crew(tmp_path, [config(0)], workers=2, name=how, canary=flatten(config(9)), group_timeout_s=120.0)
+    with crew:
+        crew.fleet.form(1)
+        crew.submit(0)
+        last = crew.until(lambda update: update.kind in ("refused", "ended"))
+    if why is None:
+        assert (last.state, last.attempt) == ("TERMINATED", 1)
+    else:
+        assert re.search(why, last.text), last.text
+        assert not any(update.kind == "started" for update in crew.told)
+
+
 @pytest.mark.usefixtures("ray_here")
 def test_a_gang_whose_worker_never_comes_to_work_is_given_up_with_what_ray_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

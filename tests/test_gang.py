@@ -180,6 +180,9 @@ def test_a_gang_rehearses_the_largest_trial_before_it_asks_for_one(
     work(desk, canary=flatten(config(seed=9)))
     assert calls[:4] == ["rehearses", "rehearsed", "join", "next"]
     assert desk.row().state == "TERMINATED"
+    other = Desk(config(), store)  # what is wrong with the largest one but its size is its own to tell
+    work(other, canary=flatten(config(**{"data.dataset": "cifar10"})))
+    assert other.row().state == "TERMINATED"
     again = Desk(config(), store)
     again.fatal = lambda name, *given: name == "rehearsed"
     for _ in range(2):
@@ -411,6 +414,41 @@ def test_a_trial_that_ends_while_the_store_is_away_waits_for_it_and_ends_in_any_
     assert (row.checkpoint is not None) == back
     assert "a checkpoint is not stored yet: the store is away" in desk.log()
     assert ("its last checkpoint is not stored" in desk.log()) != back
+
+
+@in_a_folder
+def test_a_trial_waits_for_room_on_its_host_and_is_given_up_to_others_when_there_is_none_for_long(
+    store: ResultStore, work: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot bring its checkpoint there. Somebody makes room when the second gang has waited a while."""
+    desk = Desk(config(), store)
+    desk.fatal = lambda name, *_: name == "finish"
+    with pytest.raises(Killed):
+        work(desk)
+    desk.fatal = lambda *_: False
+    waited_s = itertools.accumulate(itertools.repeat(2.0))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        clock = SimpleNamespace(now=0.0)
+
+        def sleep(seconds: float) -> None:
+            clock.now += seconds
+            if next(waited_s) > 700:
+                disk.undo()
+
+        made = SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep, strftime=time.strftime, gmtime=time.gmtime)
+        disk.setattr(gang_module(), "time", made)
+        disk.setattr(store.folder.__class__, "download", full)
+        work(desk)
+    row = desk.row()
+    assert (row.state, row.attempts) == ("TERMINATED", 3)
+    lost = [update for update in desk.told if update.kind == "lost"]
+    assert [update.error_kind for update in lost] == ["crash", "store"]
+    assert "No space left on device. Make room where it has its temporary files" in lost[1].text
+    assert desk.losses() == {epoch.epoch: epoch.metrics["loss"] for epoch in undisturbed(config())}
 
 
 def test_a_trial_of_a_paused_sweep_is_given_back_when_it_is_stored(

@@ -1,16 +1,17 @@
 """Gangs on several machines: raylets of one Ray on this one, of which some are killed, drained and filled."""
 
-import importlib
-import os
-import shutil
-import tempfile
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import made_metadata
+import made_raylets
 import pytest
-from test_fleet import Crew, config, long
+from command_line import Mixmo
+from disturbed import CannotError, small_disk
+from made_raylets import add
+from test_fleet import Crew, config
 
 from orchestrator.dispatcher import NAMESPACE, Retries, Update
 from orchestrator.errors import UnreachableError, UsageError
@@ -20,34 +21,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def machines() -> Iterator[Any]:
-    """A head that trains nothing, as the cluster files have it."""
-    folder = tempfile.mkdtemp(prefix="mixmo-nodes-", dir="/tmp")
-    settings = {
-        "RAY_TMPDIR": folder, "GLOO_SOCKET_IFNAME": "lo",
-        "RAY_worker_niceness": "0",  # else workers starve where others compute
-    }  # fmt: skip
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    Path(folder, "ray").mkdir()
-    importlib.import_module("orchestrator.fleet")  # it tells Ray how to be before Ray is there
-    import ray
-    from ray.cluster_utils import Cluster
+    with made_raylets.started() as cluster:
+        import ray
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
-    try:
-        yield cluster
-    finally:
-        ray.shutdown()
-        for node in (*cluster.worker_nodes, cluster.head_node):  # Cluster.shutdown refuses, where a Ray was here before
-            node.kill_all_processes(check_alive=False, allow_graceful=False)
-        shutil.rmtree(folder, ignore_errors=True)
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-
-
-def add(machines: Any, **more: Any) -> Any:
-    return machines.add_node(num_cpus=1, include_dashboard=False, **more)
+        ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+        try:
+            yield cluster
+        finally:
+            ray.shutdown()
 
 
 def trained(epoch: int, index: int = 0) -> Any:
@@ -58,14 +39,11 @@ def lost(told: list[Update]) -> list[str | None]:
     return [update.error_kind for update in told if update.kind == "lost"]
 
 
-@pytest.mark.skipif(
-    not os.environ.get("MIXMO_TEST_NODES"),
-    reason="A KNOWN FAULT (docs/reliability.md): the death of a machine that Ray has yet to notice is charged as a "
-    "crash, and here none is allowed; MIXMO_TEST_NODES=1 runs it",
-)
 def test_a_trial_on_two_machines_survives_the_death_of_one_and_uses_up_no_retry(machines: Any, tmp_path: Path) -> None:
     from orchestrator import fleet
+    from orchestrator.casualties import missed_within_s
 
+    assert missed_within_s() == 65.0  # Ray's own settings: 5 checks of 10 s, each 3 s after the one before
     nodes = [add(machines) for _ in range(2)]
     machines.wait_for_nodes()
     trial = config(0, **{"optim.epochs": 60})
@@ -97,8 +75,10 @@ def test_a_spot_notice_saves_at_once_and_another_gang_goes_on_elsewhere(machines
     with made_metadata.serve() as metadata:
         marked = add(machines, env_vars={"MIXMO_SPOT_NOTICE": metadata.address}, resources={"accelerator_type:L4": 1})
         machines.wait_for_nodes()
+        # It is asked for every 5 s: the trial is to be under way still.
+        trial = config(2, **{"data.batch_size": 2, "optim.epochs": 15, "optim.lr": 0.01})
         crew = Crew(
-            tmp_path, [long()], workers=1, name="warned", retries=Retries(crash=0, preempted=0), accelerator="L4",
+            tmp_path, [trial], workers=1, name="warned", retries=Retries(crash=0, preempted=0), accelerator="L4",
             checkpoint_every_s=3600.0,
         )  # fmt: skip
         with crew:
@@ -152,3 +132,77 @@ def test_what_no_machine_has_is_refused_and_what_others_use_is_waited_for_and_th
                 wide.until(lambda update: update.kind == "ended")
         for crew in crews:
             assert crew.ended(0).state == "TERMINATED"
+
+
+def test_a_gang_that_cannot_form_in_its_time_is_told_and_the_same_command_goes_on(
+    machines: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    for node in list(machines.worker_nodes):
+        machines.remove_node(node)
+    add(machines)
+    machines.wait_for_nodes()
+    monkeypatch.setenv("RAY_ADDRESS", machines.address)
+    sweep = Mixmo(tmp_path / "sweep", LATE)
+    held = ray.remote(num_cpus=1)(Holder).remote()
+    ray.get(held.here.remote())
+    said = sweep("run", "sweep.yaml", "--yes", code=7).stderr
+    for part in ("has formed in 5 s: a gang of 1 worker(s) needs 1 CPU", "1 CPU(s) and 0 GPU(s), 0 and 0 are free"):
+        assert part in said
+    assert "run the same command again" in said
+    ray.kill(held)
+    sweep("run", "sweep.yaml", "--yes")
+    assert [(row.state, row.attempts) for row in sweep.rows()] == [("TERMINATED", 1)]
+
+
+LATE = """
+name: late
+trial:
+  data: {dataset: digits, train_images: 200, batch_size: 40, augmentation: none}
+  model: {depth: 10, width: 1}
+  optim: {epochs: 2, lr: 0.1}
+resources: {gpus_per_worker: 0, form_within_s: 5}
+"""
+
+
+class Holder:
+    """What somebody else runs on the cluster."""
+
+    def here(self) -> bool:
+        return True
+
+
+def test_a_worker_whose_disk_is_full_trains_on_and_saves_when_there_is_room(machines: Any, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        try:
+            disk = stack.enter_context(small_disk(tmp_path / "disk"))
+        except CannotError as error:
+            pytest.skip(str(error))
+        add(machines, env_vars={"TMPDIR": str(disk)}, resources={"accelerator_type:T4": 1})
+        machines.wait_for_nodes()
+        crew = stack.enter_context(
+            Crew(tmp_path, [config(0, **{"optim.epochs": 400})], workers=1, name="full", accelerator="T4")
+        )
+        crew.fleet.form(1)
+        crew.submit(0)
+        crew.until(lambda update: bool(update.checkpoint))
+        ballast, unsaved = disk / "ballast", 0
+
+        def saves_no_more(update: Update) -> bool:
+            """A checkpoint that goes leaves room, which is taken again."""
+            nonlocal unsaved
+            with ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+            unsaved = 0 if update.checkpoint else unsaved + len(update.epochs)
+            return unsaved >= 20
+
+        crew.until(saves_no_more)
+        ballast.unlink()
+        assert not any(update.kind == "ended" for update in crew.told)
+        crew.until(lambda update: bool(update.checkpoint))
+        ended = crew.ended(0)
+        assert (ended.state, ended.attempt) == ("TERMINATED", 1)
+        assert sorted(crew.losses(0)) == list(range(1, 401))
+    assert "a checkpoint is not stored yet" in crew.store.log(crew.orders[0].trial_id)

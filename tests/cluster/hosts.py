@@ -108,7 +108,8 @@ class Host:
             keeps = f"mkdir -p {inside} && mount --bind {base} {inside} && "
         (self.root / ".bashrc").write_text(
             f"export PATH={base}/bin:$PATH\n"
-            "export RAY_health_check_period_ms=2000 RAY_health_check_failure_threshold=10\n"  # a test waits for it
+            "export RAY_health_check_period_ms=2000 RAY_health_check_failure_threshold=10\n"  # a test waits for it:
+            "export RAY_health_check_timeout_ms=2000 RAY_gcs_rpc_server_reconnect_timeout_s=30\n"  # 40 s, and 30 s
             "export RAY_raylet_start_wait_time_s=300\n"  # and others may use the machine
         )
         init = (
