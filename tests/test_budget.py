@@ -167,7 +167,7 @@ def test_workers_that_die_of_a_rehearsal_again_and_again_had_too_little_memory()
     (update,) = dispatcher._updates
     assert (update.kind, update.text) == ("refused", "the workers of gang-0 died of it 2 times")
     dispatcher.submit(0)
-    assert dispatcher._first_free() is None, "nothing is handed out"
+    assert dispatcher._first_free("gang-0") is None, "nothing is handed out"
 
 
 TINY = TrialConfig(

@@ -259,13 +259,13 @@ def test_a_trial_that_diverges_names_its_cause_and_its_last_good_checkpoint(
 def test_a_trial_that_asks_for_too_much_memory_ends_of_that_and_the_next_one_trains(
     store: ResultStore, work: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = train.train
+    asked = train.steps
 
     def too_much(*given: Any, **more: Any) -> Any:
-        monkeypatch.setattr(train, "train", asked)
+        monkeypatch.setattr(train, "steps", asked)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.50 GiB. GPU 0 has 3 MiB free")
 
-    monkeypatch.setattr(train, "train", too_much)
+    monkeypatch.setattr(train, "steps", too_much)
     desk = Desk(config(), store)
     work(desk)
     row = desk.row()
