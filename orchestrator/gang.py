@@ -164,6 +164,7 @@ class Gang:
         """
         if self._seats and time.monotonic() < self._asks_at:
             return True
+        self._asks_at = time.monotonic() + ASK_S
         for slot in self._slots:
             if slot not in self._seats:
                 assignment = self._next(slot, 0.0 if self._seats else self.plan.wait_s)
@@ -171,7 +172,6 @@ class Gang:
                     return False
                 if assignment != "wait":
                     self._seats[slot] = self._seat(assignment)
-        self._asks_at = time.monotonic() + ASK_S
         return True
 
     def _turn(self) -> None:
