@@ -163,6 +163,8 @@ class _Standing:
 
     order: Order
     attempts: int
+    followed: bool = True
+    """Whether a proxy of Tune's asks for its epochs: else they are not kept."""
     submitted: bool = False
     losses: Counter[str] = field(default_factory=Counter)
     """By their kind."""
@@ -218,12 +220,13 @@ class Dispatcher:
         fence: int,
         retries: Retries,
         judge: Judge | None = None,
+        followed: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`judge` says which trials stop early; None: none."""
+        """`judge` says which trials stop early; None: none. `followed`: Tune has a proxy for each of the trials."""
         self._fence, self._retries, self._judge, self._clock = fence, retries, judge, clock
         self._standings = {
-            order.index: _Standing(order, order.attempts, held_back=order.held_back, stopped=order.stopped)
+            order.index: _Standing(order, order.attempts, followed, held_back=order.held_back, stopped=order.stopped)
             for order in orders
         }
         self._queue: deque[int] = deque()
@@ -347,7 +350,8 @@ class Dispatcher:
         standing = self._holder(token)
         if standing is None or standing.held is None:
             return "drop"
-        standing.reports |= {report.epoch: report for report in epochs}
+        if standing.followed:
+            standing.reports |= {report.epoch: report for report in epochs}
         standing.reached = max([standing.reached, *(each.epoch for each in epochs)])
         if standing.alone_until and standing.reached >= standing.alone_until:
             standing.alone_until = 0
@@ -527,7 +531,7 @@ class Dispatcher:
     def add(self, orders: Iterable[Order]) -> None:
         """Queue trials that were not known at first, past Tune."""
         for order in orders:
-            self._standings[order.index] = _Standing(order, order.attempts)
+            self._standings[order.index] = _Standing(order, order.attempts, followed=False)
             if self._judge is not None:
                 self._judge.add(order.index, order.settings)
             self.submit(order.index)

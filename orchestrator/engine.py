@@ -91,13 +91,16 @@ def on_ray(job: Job) -> Iterator[tuple[Crew, Queue]]:
         # Tune cannot have more proxies later: machines that join by hand find work where max_gangs counts them in.
         filled = math.ceil((len(job.orders) + job.sweep.to_draw) / plan.slots)
         most = max(1, min(crew.limit or cluster.offer.room(plan), filled))
+        # Tune would queue as many as there are gangs, and the next trial of a shape may be far behind: all are queued
+        # at once where gangs have slots, past Tune, which knows nothing more of their order than we do.
+        queued = job.orders if plan.slots == 1 else ()
         tuning = tune.Tuning(
-            [(order.index, order.settings["optim.epochs"]) for order in job.orders],
+            [(order.index, order.settings["optim.epochs"]) for order in queued],
             dispatcher=plan.dispatcher, namespace=plan.namespace, metric=job.sweep.scheduler.metric,
             at_once=most, slots=cluster.slots,
         )  # fmt: skip
         try:
-            if plan.slots > 1:  # Tune queues as many as there are gangs, and a slot's shape may come only later
+            if plan.slots > 1:
                 crew.submit(order.index for order in job.orders)
             crew.form(min(most, cluster.offer.room(plan)))
             tuning.start()

@@ -190,7 +190,9 @@ class Fleet:
         # Beside the driver: Ray would put it on any machine, and one that goes must not take the sweep with it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         placed = actor.options(name=plan.dispatcher, namespace=plan.namespace, scheduling_strategy=here)
-        self.dispatcher: Any = placed.remote(orders, fence=fence, retries=retries, judge=judge)
+        self.dispatcher: Any = placed.remote(
+            orders, fence=fence, retries=retries, judge=judge, followed=plan.slots == 1
+        )
         self.limit: int | None = None
         """`max_gangs` of the sweep file."""
         self._tended_at, self._stood_at = float("-inf"), time.monotonic()
