@@ -115,7 +115,6 @@ class Gang:
         self._seats: dict[str, Seat] = {}
         """The slots that have a trial."""
         self._asks_at = float("-inf")
-        self._turned_at = time.perf_counter()
 
     def work(self) -> None:
         """Train one trial after another until the dispatcher sends the gang home."""
@@ -176,10 +175,7 @@ class Gang:
 
     def _turn(self) -> None:
         """The next step of every trial in hand, and all that each has to do before it."""
-        now = time.perf_counter()
-        for seat in self._seats.values():
-            seat.share.passed(now - self._turned_at, among=len(self._seats))
-        self._turned_at = now
+        began, present = time.perf_counter(), list(self._seats.values())
         ready: list[tuple[Seat, Due]] = []
         for slot, seat in list(self._seats.items()):
             try:
@@ -196,6 +192,8 @@ class Gang:
                 seat.fault = fault
         elif len(self._seats) > 1:
             time.sleep(REST_S)
+        for seat in present:
+            seat.share.passed(time.perf_counter() - began, among=len(present))
 
     def _next(self, slot: str, wait_s: float) -> Assignment | Literal["wait", "leave"]:
         wait_s = min(wait_s, self.plan.group_timeout_s / 2)
