@@ -192,8 +192,9 @@ class Gang:
                 seat.fault = fault
         elif len(self._seats) > 1:
             time.sleep(REST_S)
+        took_s = time.perf_counter() - began
         for seat in present:
-            seat.share.passed(time.perf_counter() - began, among=len(present))
+            seat.share.passed(took_s, among=len(present))
 
     def _next(self, slot: str, wait_s: float) -> Assignment | Literal["wait", "leave"]:
         wait_s = min(wait_s, self.plan.group_timeout_s / 2)
