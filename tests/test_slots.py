@@ -3,18 +3,24 @@
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import strategies
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
+from made_engine import Pace, Threads, metrics
 
 from mixmo_core.config import flatten, ineffective, shape_of, unflatten
 from mixmo_core.cost import parameters, step_flops
+from orchestrator import driver
+from orchestrator import sweep as sweeps
 from orchestrator.dispatcher import Assignment, Dispatcher, EpochReport, Order, Retries, Update, Worker, gang_of
+from orchestrator.errors import ExitCode
+from orchestrator.store import ResultStore
 
 BETWEEN_STEPS = {
     "seed", "optim.epochs", "optim.lr", "optim.weight_decay", "optim.warmup", "optim.decay_at", "optim.decay_by",
@@ -312,3 +318,50 @@ def test_a_trial_that_another_sweep_trains_joins_no_gang() -> None:
     desk.release([1])
     given_: Any = take(desk, "gang-0/2")
     assert given_.order.index == 1
+
+
+# ------------------------------------------------------------------------------------------------- from a sweep file on
+
+
+SWEEP = """
+name: made
+trial: {data: {dataset: digits}, model: {depth: 10}, optim: {epochs: 3}}
+blocks: [{grid: {model.width: [1, 2]}}]
+seeds: 4
+resources: {slots: 3, gpus_per_worker: 0}
+"""
+"""Eight trials, of two shapes in turn."""
+
+
+class Watched(Pace):
+    """Notes which widths are at work in each gang whenever an epoch begins."""
+
+    def __init__(self) -> None:
+        super().__init__(0.005)
+        self.crew: Callable[[], Dispatcher] | None = None
+        self.seen: list[tuple[int, int]] = []
+
+    def epoch(self, order: Order, epoch: int) -> None:
+        super().epoch(order, epoch)
+        assert self.crew is not None
+        held: dict[str, list[Order]] = {}
+        for slot, each in dict(self.crew()._hands).items():
+            held.setdefault(gang_of(slot), []).append(each.order)
+        self.seen += [(len({each.settings["model.width"] for each in orders}), len(orders)) for orders in held.values()]
+
+
+@pytest.mark.parametrize("gangs", [1, 2])
+def test_a_sweep_with_slots_fills_them_with_trials_of_one_shape_to_its_end(tmp_path: Path, gangs: int) -> None:
+    store, pace = ResultStore.open(tmp_path, create=True), Watched()
+    threads = Threads(pace, gangs=gangs, slots=3)
+    pace.crew = lambda: threads.crews[0].desk
+    sweep = sweeps.parse(SWEEP, source="made.yaml")
+    assert driver.run(sweep, store, engine=threads.engine, talk=lambda _: None) == ExitCode.OK
+    rows = store.trial_rows("made")
+    assert {(row.state, row.epoch, row.attempts, row.slots) for row in rows} == {("TERMINATED", 3, 1, 3)}
+    assert {row.trial_id: dict(row.metrics)["top1"] for row in rows} == {
+        row.trial_id: metrics(row.trial_id, 3)["top1"] for row in rows
+    }
+    assert {shapes for shapes, _ in pace.seen} == {1}
+    assert max(count for _, count in pace.seen) == 3
+    assert store.verify("made") == []
