@@ -8,6 +8,8 @@ import pytest
 from command_line import PATIENCE_S, Mixmo
 from test_driver import workers
 
+from orchestrator.rows import TrialRow
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SWEEP = """\
@@ -37,8 +39,12 @@ def test_six_trials_in_three_slots_come_to_the_numbers_of_each_alone(alone: Mixm
     assert "At once: 3 trials (1 gang x 3 slots" in mixmo("plan", "sweep.yaml").stdout
     running = mixmo.start("run", "sweep.yaml")
     at_once: list[set[str]] = []
-    mixmo.until(running, lambda rows: at_once.append({r.cell_id for r in rows if r.state == "RUNNING"}) or (  # type: ignore[func-returns-value]
-        sum(row.state == "RUNNING" and row.epoch > 0 for row in rows) == 3))  # fmt: skip
+
+    def three_have_an_epoch(rows: list[TrialRow]) -> bool:
+        at_once.append({row.cell_id for row in rows if row.state == "RUNNING"})
+        return sum(row.state == "RUNNING" and row.epoch > 0 for row in rows) == 3
+
+    mixmo.until(running, three_have_an_epoch)
     assert "3 running (3 slots a gang)" in mixmo("status", "narrow").stdout
     _, err = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 0, err
