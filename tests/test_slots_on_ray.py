@@ -17,7 +17,7 @@ name: narrow
 trial:
   data:   {dataset: digits, train_images: 800, batch_size: 40, augmentation: standard}
   model:  {depth: 10, width: 1}
-  optim:  {epochs: 8, lr: 0.1}
+  optim:  {epochs: 12, lr: 0.1}
 blocks:
   - grid: {mixing.method: [cutmix, linear]}
 seeds: 3
@@ -45,7 +45,6 @@ def test_six_trials_in_three_slots_come_to_the_numbers_of_each_alone(alone: Mixm
         return sum(row.state == "RUNNING" and row.epoch > 0 for row in rows) == 3
 
     mixmo.until(running, three_have_an_epoch)
-    assert "3 running (3 slots a gang)" in mixmo("status", "narrow").stdout
     _, err = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 0, err
     mixmo("verify", "narrow")
