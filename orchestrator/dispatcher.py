@@ -25,9 +25,6 @@ from orchestrator.stopping import Judge
 
 NAMESPACE = "mixmo"
 """In which the actors of a sweep find each other."""
-SLOT = "mixmo_slot"
-"""The Ray resource that limits how many trials Tune keeps going. A cluster has 1 of it, on its head; with n gangs a
-proxy takes 1/n."""
 REFORM_S = 60.0
 """How long a trial waits for its own gang, which lost a worker, to stand again: then the next gang that asks has it."""
 
@@ -163,8 +160,6 @@ class _Standing:
 
     order: Order
     attempts: int
-    followed: bool = True
-    """Whether a proxy of Tune's asks for its epochs: else they are not kept."""
     submitted: bool = False
     losses: Counter[str] = field(default_factory=Counter)
     """By their kind."""
@@ -178,12 +173,16 @@ class _Standing:
     """Its newest epoch that was ever reported."""
     alone_until: int = 0
     """It went down with others, and nobody knows whose doing it was: it is trained alone until this epoch is done."""
-    reports: dict[int, EpochReport] = field(default_factory=dict)
-    """By epoch: an attempt repeats the epochs since its checkpoint, and Tune is to see each once."""
     ended: bool = False
     stopped: str | None = None
     """Why the scheduler has stopped it."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set where it may wait for its first gang no more."""
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it waits for its first gang, and may have one."""
+        return self.attempts == self.order.attempts and not (self.ended or self.held_back)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,13 +219,12 @@ class Dispatcher:
         fence: int,
         retries: Retries,
         judge: Judge | None = None,
-        followed: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`judge` says which trials stop early; None: none. `followed`: Tune has a proxy for each of the trials."""
+        """`judge` says which trials stop early; None: none."""
         self._fence, self._retries, self._judge, self._clock = fence, retries, judge, clock
         self._standings = {
-            order.index: _Standing(order, order.attempts, followed, held_back=order.held_back, stopped=order.stopped)
+            order.index: _Standing(order, order.attempts, held_back=order.held_back, stopped=order.stopped)
             for order in orders
         }
         self._queue: deque[int] = deque()
@@ -350,8 +348,6 @@ class Dispatcher:
         standing = self._holder(token)
         if standing is None or standing.held is None:
             return "drop"
-        if standing.followed:
-            standing.reports |= {report.epoch: report for report in epochs}
         standing.reached = max([standing.reached, *(each.epoch for each in epochs)])
         if standing.alone_until and standing.reached >= standing.alone_until:
             standing.alone_until = 0
@@ -363,7 +359,6 @@ class Dispatcher:
             standing.stopped = next(filter(None, verdicts), None)
         told = {"stopped_early": True, "cause": standing.stopped} if standing.stopped else {}
         self._tell("epochs", standing, epochs=tuple(epochs), checkpoint=checkpoint, **told)
-        standing.changed.set()
         leaves = self._paused or standing.stopped or self._gang_of(token) in self._warned
         return "drop" if self._closed else "save" if leaves else "go on"
 
@@ -435,17 +430,15 @@ class Dispatcher:
             self._queue.append(index)
             self._work.set()
 
-    async def result(self, index: int, epoch: int) -> EpochReport | None:
-        """What the trial reported of this epoch, once it has; None when it ended before, is held back (its proxy would
-        only keep another trial from being queued), or nobody trains any more. Earlier epochs are dropped: Tune asks for
-        each once, and a long sweep's would fill the memory.
-        """
-        standing = self._standings[index]
-        standing.reports = {each: report for each, report in standing.reports.items() if each >= epoch}
-        while epoch not in standing.reports and not (standing.ended or standing.held_back or self._closed):
-            standing.changed.clear()
-            await standing.changed.wait()
-        return standing.reports.get(epoch)
+    async def offer(self, indices: Sequence[int]) -> None:
+        """Queue trials, and wait until each has been taken up, is over or held back, or nobody trains any more."""
+        for index in indices:
+            self.submit(index)
+        for index in indices:
+            standing = self._standings[index]
+            while standing.is_fresh and not self._closed:
+                standing.changed.clear()
+                await standing.changed.wait()
 
     # For the driver
 
@@ -531,7 +524,7 @@ class Dispatcher:
     def add(self, orders: Iterable[Order]) -> None:
         """Queue trials that were not known at first, past Tune."""
         for order in orders:
-            self._standings[order.index] = _Standing(order, order.attempts, followed=False)
+            self._standings[order.index] = _Standing(order, order.attempts)
             if self._judge is not None:
                 self._judge.add(order.index, order.settings)
             self.submit(order.index)
@@ -558,7 +551,7 @@ class Dispatcher:
                 self._conclude(standing, "withdrawn", text=text)
 
     def close(self) -> None:
-        """Send every gang home when it next asks, and let Tune's proxies end, which wait for epochs: else Tune's thread
+        """Send every gang home when it next asks, and let Tune's proxies end, which wait for gangs: else Tune's thread
         is still at work when Ray goes down under it, and the driver's process with it.
         """
         self._closed = True
@@ -605,6 +598,7 @@ class Dispatcher:
         standing = self._standings[index]
         standing.attempts += 1
         standing.accepted = False
+        standing.changed.set()
         standing.held = Assignment(
             order=standing.order, fence=self._fence, attempt=standing.attempts, token=secrets.token_hex(4)
         )

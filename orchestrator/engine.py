@@ -82,27 +82,19 @@ def on_ray(job: Job) -> Iterator[tuple[Crew, Queue]]:
     from orchestrator import fleet, reach, tune
 
     resources = job.sweep.resources
-    with fleet.cluster(cpus=max(1, round(resources.workers * resources.cpus_per_worker))) as cluster:
+    with fleet.cluster(cpus=max(1, round(resources.workers * resources.cpus_per_worker))) as offer:
         reach.prove(ResultStore.open(job.store_uri))
-        plan = _gang_plan(job, cluster.offer)
-        cluster.offer.refuse_if_never(plan)
+        plan = _gang_plan(job, offer)
+        offer.refuse_if_never(plan)
         crew = fleet.Fleet(job.orders, plan, fence=job.fence, retries=retries_of(job.sweep), judge=job.judge)
         crew.limit = None if resources.max_gangs == "auto" else resources.max_gangs
-        # Tune cannot have more proxies later: machines that join by hand find work where max_gangs counts them in.
         filled = math.ceil((len(job.orders) + job.sweep.to_draw) / plan.slots)
-        most = max(1, min(crew.limit or cluster.offer.room(plan), filled))
-        # Tune would queue as many as there are gangs, and the next trial of a shape may be far behind: all are queued
-        # at once where gangs have slots, past Tune, which knows nothing more of their order than we do.
-        queued = job.orders if plan.slots == 1 else ()
+        most = max(1, min(crew.limit or math.inf, offer.room(plan), filled))
         tuning = tune.Tuning(
-            [(order.index, order.settings["optim.epochs"]) for order in queued],
-            dispatcher=plan.dispatcher, namespace=plan.namespace, metric=job.sweep.scheduler.metric,
-            at_once=most, slots=cluster.slots,
-        )  # fmt: skip
+            [order.index for order in job.orders], dispatcher=plan.dispatcher, namespace=plan.namespace
+        )
         try:
-            if plan.slots > 1:
-                crew.submit(order.index for order in job.orders)
-            crew.form(min(most, cluster.offer.room(plan)))
+            crew.form(int(most))
             tuning.start()
         except BaseException:
             crew.close()

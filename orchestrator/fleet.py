@@ -19,7 +19,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ _ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900",  # a cloud node takes minutes to come
     "RAY_AIR_NEW_OUTPUT": "0",  # else Tune prints tables on stdout, which belongs to our own output
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_MAX_PENDING_TRIALS_PG": "8",
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
@@ -57,7 +55,7 @@ from ruamel.yaml.error import YAMLError  # noqa: E402
 
 from orchestrator import gang  # noqa: E402
 from orchestrator.casualties import Messenger, dead_nodes  # noqa: E402
-from orchestrator.dispatcher import NAMESPACE, SLOT, Dispatcher, Order, Retries, Roll, Update, Worker  # noqa: E402
+from orchestrator.dispatcher import NAMESPACE, Dispatcher, Order, Retries, Roll, Update, Worker  # noqa: E402
 from orchestrator.errors import UnreachableError  # noqa: E402
 from orchestrator.gang import GangPlan  # noqa: E402
 from orchestrator.roster import ACCELERATOR, MARKET, Node, Offer, Scene, coming_of, decide  # noqa: E402
@@ -73,26 +71,17 @@ FORMATIONS = 8
 # --------------------------------------------------------------------------------------------------------- the Ray
 
 
-@dataclass(frozen=True, slots=True)
-class Cluster:
-    """The Ray that a sweep runs on, as it was found."""
-
-    offer: Offer
-    slots: bool
-    """Whether it has the resource by which Tune counts trials."""
-
-
 @contextlib.contextmanager
-def cluster(*, cpus: int) -> Iterator[Cluster]:
+def cluster(*, cpus: int) -> Iterator[Offer]:
     """Join the cluster that RAY_ADDRESS names, else start a Ray on this machine that ends with the block.
 
     A Ray of our own asks for a token and keeps its files in a folder that goes with it. `cpus` is what it is told to
-    have at least.
+    have at least. Yields what the cluster offers.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS")
     with _local_ray(cpus) if not address else _joined_ray(address):
-        yield Cluster(offered(), slots=ray.cluster_resources().get(SLOT, 0.0) >= 1)
+        yield offered()
 
 
 def offered() -> Offer:
@@ -136,7 +125,7 @@ def _local_ray(cpus: int) -> Iterator[None]:
     with _folder_of_this_ray() as folder:
         try:
             ray.init(
-                address="local", namespace=NAMESPACE, num_cpus=max(cpus, _cores()), resources={SLOT: 1},
+                address="local", namespace=NAMESPACE, num_cpus=max(cpus, _cores()),
                 include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False, logging_level="ERROR",
                 _temp_dir=str(folder),
             )  # fmt: skip
@@ -190,9 +179,7 @@ class Fleet:
         # Beside the driver: Ray would put it on any machine, and one that goes must not take the sweep with it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         placed = actor.options(name=plan.dispatcher, namespace=plan.namespace, scheduling_strategy=here)
-        self.dispatcher: Any = placed.remote(
-            orders, fence=fence, retries=retries, judge=judge, followed=plan.slots == 1
-        )
+        self.dispatcher: Any = placed.remote(orders, fence=fence, retries=retries, judge=judge)
         self.limit: int | None = None
         """`max_gangs` of the sweep file."""
         self._tended_at, self._stood_at = float("-inf"), time.monotonic()

@@ -1,12 +1,12 @@
 """What runs next: Ray Tune over thin proxies. The only module that imports `ray.tune` for its scheduling.
 
-A Tune trial here is a proxy that knows an index, the searched fields and the deciding metric. It queues its trial with
-the dispatcher and waits for the epochs that a gang reports; full rows never pass through Tune, which keeps all that it
-is given in memory. Tune's own storage is a scratch folder: a sweep is resumed from the store's rows.
+A Tune trial here is a proxy for a page of the sweep's trials: it queues them with the dispatcher, and is done when all
+have been taken up. Tune keeps a process for each trial that runs and 26 kB for each that it was ever given; a page
+costs that once for hundreds of trials, and hundreds of gangs and slots find work at once. Results never pass through
+Tune. Its own storage is a scratch folder: a sweep is resumed from the store's rows.
 """
 
 import logging
-import math
 import shutil
 import tempfile
 import threading
@@ -17,57 +17,45 @@ import ray
 import ray.tune
 from ray.tune.search import Searcher
 
-from orchestrator.dispatcher import SLOT  # not of the fleet: a proxy's process is spared torch
+PAGE = 256
+"""Trials that one proxy queues: the next proxy, whose process takes a second or two to start, is there in time."""
+PAGES = 2
+"""Proxies at once."""
 
 
 class Proxy(ray.tune.Trainable):
-    """Stands in Tune for a trial that a gang trains. One process; it takes one trial after another."""
+    """Stands in Tune for the trials of a page."""
 
     def setup(self, config: Mapping[str, Any]) -> None:
         self._dispatcher = ray.get_actor(config["dispatcher"], namespace=config["namespace"])
-        self._begin(config)
-
-    def reset_config(self, new_config: Mapping[str, Any]) -> bool:
-        self._begin(new_config)
-        return True
-
-    def _begin(self, config: Mapping[str, Any]) -> None:
-        self._index, self._epochs, self._metric = config["index"], config["epochs"], config["metric"]
-        self._epoch, self._last = 0, float("nan")
-        ray.get(self._dispatcher.submit.remote(self._index))
+        self._page = config["page"]
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next epoch. A trial that ended without it is done: its row says why."""
-        self._epoch += 1
-        report = ray.get(self._dispatcher.result.remote(self._index, self._epoch))
-        if report is not None:
-            self._last = report.metrics.get(self._metric, self._last)
-        return {self._metric: self._last, "done": report is None or self._epoch == self._epochs}
-
-    def cleanup(self) -> None:
-        """What Tune does with a proxy ends no trial: it cleans some up that have only just begun (seen under load, with
-        Ray 2.60), and a trial that its gang had yet to take up ended so as if a scheduler had stopped it.
-        """
+        """Queue them, and wait until gangs have them: what comes next is then for Tune to say."""
+        ray.get(self._dispatcher.offer.remote(self._page))
+        return {"done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing to save: the trial's state is with its gang and in the store."""
+        """Nothing to save: the trials' states are with their gangs and in the store."""
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Nothing to load."""
 
 
 class Grid(Searcher):
-    """Suggests the planned trials in their order, one when one is asked for, and none once it is drained."""
+    """Suggests the planned trials in their order, a page when one is asked for, and none once it is drained."""
 
-    def __init__(self, suggestions: Sequence[Mapping[str, Any]], metric: str) -> None:
-        super().__init__(metric=metric, mode="max")
-        self._waiting = list(reversed(suggestions))
+    def __init__(self, indices: Sequence[int], common: Mapping[str, Any]) -> None:
+        """`common` is what every suggestion holds besides its page."""
+        super().__init__()
+        pages = [list(indices[start : start + PAGE]) for start in range(0, len(indices), PAGE)]
+        self._waiting = [{"page": page, **common} for page in reversed(pages)]
         self._drained = False  # a plain flag: Tune pickles its searcher
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self._drained or not self._waiting:
             return str(Searcher.FINISHED)
-        return dict(self._waiting.pop())
+        return self._waiting.pop()
 
     def drain(self) -> None:
         self._drained = True
@@ -85,33 +73,22 @@ class Grid(Searcher):
 class Tuning(threading.Thread):
     """Ray Tune's loop over the trials to run, off the main thread, which keeps the signals."""
 
-    def __init__(
-        self,
-        trials: Sequence[tuple[int, int]],
-        *,
-        dispatcher: str,
-        namespace: str,
-        metric: str,
-        at_once: int,
-        slots: bool,
-    ) -> None:
-        """`trials` are (index, epochs) in the order to run, `at_once` of them; `slots`: the cluster counts them."""
+    def __init__(self, indices: Sequence[int], *, dispatcher: str, namespace: str) -> None:
+        """`indices` are those of the trials, in the order to run; `dispatcher` is the name of its actor."""
         super().__init__(name="tune", daemon=True)
-        common = {"dispatcher": dispatcher, "namespace": namespace, "metric": metric}
-        self._grid = Grid([{"index": index, "epochs": epochs, **common} for index, epochs in trials], metric)
-        # Ray counts resources in ten-thousandths. Every head has 1 of the second resource, so that no CPU is taken up.
-        share = math.floor(9_000 / at_once) / 10_000
-        self._needs = {"cpu": 0, SLOT if slots else "node:__internal_head__": share}
+        self._grid = Grid(indices, {"dispatcher": dispatcher, "namespace": namespace})
         self.error: BaseException | None = None
 
     def run(self) -> None:
         for name in ("ray.tune", "ray.tune.tuner", "ray.air"):
             logging.getLogger(name).setLevel(logging.ERROR)
         scratch = tempfile.mkdtemp(prefix="mixmo-tune-")
+        # Every head has 1 of the second. Tune refuses what needs nothing; so little leaves room for other sweeps'.
+        needs = {"cpu": 0, "node:__internal_head__": 0.01}
         try:
             ray.tune.Tuner(
-                ray.tune.with_resources(Proxy, self._needs),
-                tune_config=ray.tune.TuneConfig(search_alg=self._grid, num_samples=-1, reuse_actors=True),
+                ray.tune.with_resources(Proxy, needs),
+                tune_config=ray.tune.TuneConfig(search_alg=self._grid, num_samples=-1, max_concurrent_trials=PAGES),
                 run_config=ray.tune.RunConfig(
                     name="sweep",
                     storage_path=scratch,

@@ -4,6 +4,7 @@ The store is a bucket behind a `FaultProxy`, which kills the driver at the momen
 acts or after. What each trial must reach is what an undisturbed run reached.
 """
 
+import calendar
 import contextlib
 import os
 import random
@@ -387,7 +388,7 @@ def at_rate(hunt: Hunt, rate: float) -> float:
 
 
 def while_away(hunt: Hunt, away_s: float, epochs: int) -> int:
-    """Take the store away while trials train; how many of them finished meanwhile."""
+    """Take the store away while trials train; how many of them trained their last epoch meanwhile, by their logs."""
     uri = hunt.place("away")
     through = uri.replace(hunt.server, hunt.proxy.endpoint)
     sweep = Sweep(hunt.folder / "away", uri, through=through, epochs=epochs, every_s="auto")
@@ -407,10 +408,13 @@ def while_away(hunt: Hunt, away_s: float, epochs: int) -> int:
     if code != 0:
         hunt.tally.faults.append(f"{sweep.folder}: the driver ended with {code}: {sweep.said()}")
     _one_attempt_each(hunt, sweep, compare=False)
-    return sum(
-        row.state == "TERMINATED" and row.updated_at is not None and row.updated_at.timestamp() < returned
-        for row in sweep.rows()
-    )
+    return sum(_trained_before(returned, sweep.store.log(row.trial_id), epochs) for row in sweep.rows())
+
+
+def _trained_before(moment: float, log: str, epochs: int) -> bool:
+    """Whether a log has the last epoch before this moment, in seconds since 1970."""
+    last = next((line for line in log.splitlines() if f" epoch {epochs}/{epochs} " in line), None)
+    return last is not None and calendar.timegm(time.strptime(last[:19], "%Y-%m-%d %H:%M:%S")) < moment
 
 
 def _one_attempt_each(hunt: Hunt, sweep: Sweep, *, compare: bool = True) -> None:

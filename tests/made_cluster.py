@@ -44,7 +44,7 @@ def started(workers: Sequence[Sequence[str]], environment: Mapping[str, str]) ->
     env.pop("RAY_ADDRESS", None)
     head = [
         "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--num-cpus=0",
-        '--resources={"mixmo_slot":1}', f"--temp-dir={folder}", "--object-store-memory=100000000",
+        f"--temp-dir={folder}", "--object-store-memory=100000000",
     ]  # fmt: skip
     running: list[subprocess.Popen[bytes]] = []
     try:

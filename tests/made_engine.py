@@ -116,14 +116,11 @@ class Threads:
     @contextlib.contextmanager
     def engine(self, job: Job) -> Iterator[tuple["MadeCrew", "MadeQueue"]]:
         loop = _Loop()
-        alone = self.slots == 1
-        desk = Dispatcher(job.orders, fence=job.fence, retries=retries_of(job.sweep), judge=job.judge, followed=alone)
+        desk = Dispatcher(job.orders, fence=job.fence, retries=retries_of(job.sweep), judge=job.judge)
         crew = MadeCrew(self, job, loop, desk)
         self.crews.append(crew)
-        if not alone:
-            crew.submit(order.index for order in job.orders)
         crew.form(self.gangs)
-        queue = MadeQueue(loop, desk, job.orders if alone else (), self.gangs)
+        queue = MadeQueue(loop, desk, job.orders, page=2 * self.slots)
         try:
             yield crew, queue
         finally:
@@ -261,25 +258,22 @@ class MadeCrew:
 
 
 class MadeQueue:
-    """As Tune over its proxies: so many trials at once, in their order; one begins when one is over for its proxy."""
+    """As Tune over its proxies, with small pages: one is queued when that before it has been taken up."""
 
     error: BaseException | None = None
 
-    def __init__(self, loop: _Loop, desk: Dispatcher, orders: Iterable[Order], at_once: int) -> None:
-        self._desk, self._waiting = desk, list(orders)
+    def __init__(self, loop: _Loop, desk: Dispatcher, orders: Iterable[Order], page: int) -> None:
+        self._desk, self._waiting, self._page = desk, [order.index for order in orders], page
         self._drained = False
-        self._proxies = [asyncio.run_coroutine_threadsafe(self._proxy(), loop.loop) for _ in range(at_once)]
+        self._proxy = asyncio.run_coroutine_threadsafe(self._offer(), loop.loop)
 
-    async def _proxy(self) -> None:
+    async def _offer(self) -> None:
         while self._waiting and not self._drained:
-            order = self._waiting.pop(0)
-            self._desk.submit(order.index)
-            epoch = 1
-            while epoch <= order.settings["optim.epochs"] and await self._desk.result(order.index, epoch):
-                epoch += 1
+            page, self._waiting = self._waiting[: self._page], self._waiting[self._page :]
+            await self._desk.offer(page)
 
     def is_alive(self) -> bool:
-        return not all(proxy.done() for proxy in self._proxies)
+        return not self._proxy.done()
 
     def drain(self) -> None:
         self._drained = True

@@ -96,16 +96,10 @@ def test_a_checkpoint_in_the_middle_of_an_epoch_is_told_without_an_epoch() -> No
         desk.submit(0)
         given = await desk.next(GANG, 0.0)
         assert isinstance(given, Assignment)
-        waiting = asyncio.create_task(desk.result(0, 1))
-        await asyncio.sleep(0)
         assert desk.report(given.token, [], "within") == "go on"
-        await asyncio.sleep(0)
-        assert not waiting.done()  # Tune's proxy waits for the epoch
         assert desk.report(given.token, [report(1)], None) == "go on"
-        assert (await waiting) == report(1)
         assert desk.report(given.token, [], "later") == "go on"
         desk.cancel([0], "by somebody")
-        assert await desk.result(0, 2) is None
         return await desk.updates(0, 0.0)
 
     told = run(scenario())
@@ -274,27 +268,32 @@ def test_a_trial_whose_end_an_earlier_driver_could_not_write_ends_without_a_gang
     assert take(desk).order.index == 1
 
 
-def test_a_proxy_sees_each_epoch_once_although_an_attempt_repeats_some() -> None:
-    async def scenario() -> list[float]:
-        desk = Dispatcher([order(0)], fence=1, retries=Retries(crash=5))
-        desk.submit(0)
-        first = await desk.next(GANG, 0.0)
-        assert isinstance(first, Assignment)
-        desk.report(first.token, [report(1, 0.1), report(2, 0.2)], None)
-        second = await desk.next(GANG, 0.0)
-        assert isinstance(second, Assignment)
-        desk.report(second.token, [report(1, 0.1), report(2, 0.2)], None)
-        got = [await desk.result(0, 1), await desk.result(0, 2)]
-        waiting = asyncio.create_task(desk.result(0, 3))
-        await asyncio.sleep(0)
-        assert not waiting.done()
-        desk.report(second.token, [report(3, 0.3)], None)
-        got.append(await waiting)
-        desk.finish(second.token)
-        assert await desk.result(0, 4) is None
-        return [each.metrics["top1"] for each in got if each is not None]
+def test_an_offer_holds_until_each_of_its_trials_is_taken_up_over_or_held_back() -> None:
+    async def scenario() -> list[bool]:
+        desk = Dispatcher([order(index) for index in range(4)], fence=1, retries=Retries(crash=5))
+        offered = asyncio.create_task(desk.offer([0, 1, 2, 3]))
+        seen = []
 
-    assert run(scenario()) == [0.1, 0.2, 0.3]
+        async def look() -> None:
+            for _ in range(4):
+                await asyncio.sleep(0)
+            seen.append(offered.done())
+
+        given = await desk.next(GANG, 10.0)
+        assert isinstance(given, Assignment)
+        desk.hold_back([3])
+        desk.cancel([2], "by somebody")
+        await look()
+        desk.abandon(given.token, "a worker died", "crash")  # it waits again, but has been taken up once
+        await look()
+        assert isinstance(again := await desk.next(GANG, 0.0), Assignment)
+        assert again.order.index == 0
+        await look()
+        assert isinstance(await desk.next("gang-1", 0.0), Assignment)
+        await look()
+        return seen
+
+    assert run(scenario()) == [False, False, False, True]
 
 
 def test_a_waiting_gang_gets_a_trial_as_soon_as_one_is_submitted() -> None:
@@ -518,20 +517,19 @@ def test_a_trial_submitted_twice_is_trained_once() -> None:
     assert asyncio.run(desk.next("gang-1", 0.0)) == "wait"
 
 
-def test_who_waits_for_epochs_hears_that_nobody_trains_any_more() -> None:
+def test_an_offer_ends_when_nobody_trains_any_more() -> None:
     """Else Tune's thread would still wait when Ray goes down."""
 
-    async def scenario() -> list[EpochReport | None]:
+    async def scenario() -> None:
         desk = Dispatcher([order(0), order(1)], fence=1, retries=Retries(crash=0))
-        desk.submit(0)
-        assert isinstance(await desk.next(GANG, 0.0), Assignment)
-        waiting = [asyncio.create_task(desk.result(index, 1)) for index in (0, 1)]
-        await asyncio.sleep(0)
+        offered = asyncio.create_task(desk.offer([0, 1]))
+        assert isinstance(await desk.next(GANG, 10.0), Assignment)
+        assert not offered.done()
         desk.close()
-        told = await asyncio.wait_for(asyncio.gather(*waiting), 10)
-        return [*told, await asyncio.wait_for(desk.result(1, 2), 10)]
+        await asyncio.wait_for(offered, 10)
+        await asyncio.wait_for(desk.offer([1]), 10)
 
-    assert run(scenario()) == [None, None, None]
+    run(scenario())
 
 
 def test_a_closed_dispatcher_takes_a_last_report_and_sends_the_gang_away() -> None:
@@ -601,7 +599,6 @@ def test_a_cancelled_trial_is_over_at_once_and_its_gang_hears_of_it() -> None:
     assert desk.report(token, [report(1)], "key") == "drop"
     assert not desk.finish(token)
     assert take(desk).order.index == 2
-    assert asyncio.run(desk.result(0, 1)) is None  # its proxy is told that it is over
 
 
 def test_a_trial_that_is_cancelled_before_tune_wants_it_is_not_queued_by_it() -> None:
@@ -640,7 +637,6 @@ def test_a_trial_that_is_held_back_waits_for_its_release_or_is_withdrawn() -> No
     desk.hold_back([0, 1])
     for index in range(3):
         desk.submit(index)
-    assert asyncio.run(desk.result(0, 1)) is None  # its proxy makes room for another's
     assert take(desk, "gang-2").order.index == 2
     assert asyncio.run(desk.next(GANG, 0.0)) == "wait"
     desk.withdraw([0, 2], "from another")  # the third is in hand

@@ -295,20 +295,6 @@ def test_a_poison_trial_ends_after_its_retries_and_takes_no_other_with_it(
     assert f"this was crash {crash + 1} of the trial" in ended[poison].text
 
 
-def test_epochs_that_no_proxy_asks_for_are_not_kept() -> None:
-    followed, past_tune = (Dispatcher([order(0)], fence=1, retries=Retries(), followed=each) for each in (True, False))
-    for desk in (followed, past_tune):
-        desk.submit(0)
-        (given_,) = filled(desk, slots=1).values()
-        desk.report(given_.token, [report(1)], None)
-        desk.add([order(1)])
-        desk.report(filled(desk, "gang-1", 1)["gang-1/0"].token, [report(1)], None)
-        desk.finish(given_.token)
-    kept = [[len(standing.reports) for standing in desk._standings.values()] for desk in (followed, past_tune)]
-    assert kept == [[1, 0], [0, 0]]
-    assert asyncio.run(past_tune.result(0, 1)) is None
-
-
 def test_a_trial_that_another_sweep_trains_joins_no_gang() -> None:
     orders = [order(0), replace(order(1), held_back=True), order(2)]
     desk = Dispatcher(orders, fence=1, retries=Retries())

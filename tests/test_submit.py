@@ -189,7 +189,7 @@ def test_bad_usage_is_2(mixmo: Submitter, words: list[str], said: str) -> None:
     assert said in mixmo("submit", "sweep.yaml", *words, code=2).stderr
 
 
-HEAD = {"Alive": True, "NodeID": "a", "NodeManagerHostname": "head", "Resources": {"CPU": 0.0, "mixmo_slot": 1.0}}
+HEAD = {"Alive": True, "NodeID": "a", "NodeManagerHostname": "head", "Resources": {"CPU": 0.0}}
 
 
 def test_a_folder_is_refused_where_the_hosts_that_train_are_still_to_come(

@@ -228,9 +228,9 @@ def away(bench: Bench, number: int) -> tuple[Tally, dict[str, Any]]:
     hunt = bench.rays()
     per_epoch_s = hunted_ray.epoch_s(hunt)
     epochs = max(100, round(0.25 * number / per_epoch_s))  # two trials end while the store is away, two begin
-    finished = hunted_ray.while_away(hunt, number, epochs)
+    trained = hunted_ray.while_away(hunt, number, epochs)
     hunt.tally.struck["store away"] += 1
-    return hunt.tally, {"away_s": number, "finished_meanwhile": finished}
+    return hunt.tally, {"away_s": number, "trained_meanwhile": trained}
 
 
 PIECES = {
@@ -374,7 +374,7 @@ def _notes(rows: list[dict[str, Any]]) -> list[str]:
             notes += [f"- {row['title']} ({row['harness']}): not run: {row['not_run']}"]
             continue
         struck = ", ".join(f"{kind} {count}" for kind, count in row["struck"].items())
-        more = f"; trials that finished meanwhile: {row['finished_meanwhile']}" if "finished_meanwhile" in row else ""
+        more = f"; trained to their end meanwhile: {row['trained_meanwhile']}" if "trained_meanwhile" in row else ""
         fired = ", ".join(f"{kind} {count}" for kind, count in sorted(row.get("fired", {}).items()))
         more += f"; of the path: {fired}" if fired and row["struck"] != row["fired"] else ""
         notes += [
