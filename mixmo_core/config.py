@@ -468,3 +468,21 @@ def cell_id(config: TrialConfig, workers: int = 1) -> str:
     decides = identity(config, workers)
     del decides["seed"]
     return digest(decides)[:12]
+
+
+_BETWEEN_STEPS = frozenset(
+    {"seed", "optim.epochs", "optim.lr", "optim.weight_decay", "optim.warmup", "optim.decay_at", "optim.decay_by",
+     "evaluate.every", "evaluate.robustness", "mixing.probability"}
+)  # fmt: skip
+"""What is given to each step as a number, or looked at between two: it fixes no tensor's shape and no operation."""
+
+
+def shape_of(config: TrialConfig) -> str:
+    """12 hex digits that trials share whose steps may be taken side by side: they work on tensors of the same shapes,
+    over the same images, by the same operations with the same constants, as one captured graph must.
+
+    A setting is of the shape unless it is said above that it is not. It is finer than the shapes by which times are
+    told, which leave out what changes no operation's cost (`orchestrator.calibration`).
+    """
+    silent = ineffective(config) | _BETWEEN_STEPS
+    return digest({name: value for name, value in flatten(config).items() if name not in silent})[:12]

@@ -6,6 +6,7 @@ Nothing in a step waits for the device. Chance is counter-based: what a step dra
 step, purpose) alone, so a resumed trial draws what an uninterrupted one would.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
 from typing import NamedTuple
@@ -230,3 +231,35 @@ class Step:
 
     def _seeded(self, number: int, purpose: Purpose) -> torch.Generator:
         return self._generator.manual_seed(draw_seed(self._config.seed, number, purpose))
+
+
+class Due(NamedTuple):
+    """A step that a trial is to take next, with what its host has worked out for it."""
+
+    step: Step
+    indices_MB: Tensor
+    number: int
+    p: float
+    lr: float
+
+    def take(self) -> None:
+        self.step(self.indices_MB, number=self.number, p=self.p, lr=self.lr)
+
+
+def side_by_side(dues: Sequence[Due]) -> list[Exception | None]:
+    """Take the next steps of trials of one shape (`config.shape_of`), and tell of each what went wrong with it, if
+    anything did.
+
+    One after the other. No trial reads what another writes, so each step is that of the trial alone, to the bit. All
+    steps of a turn are known here before the first is taken: it is the place at which a GPU would replay them as
+    branches of one captured graph.
+    """
+    faults: list[Exception | None] = []
+    for due in dues:
+        try:
+            due.take()
+        except Exception as error:  # its trial's, whatever it is: the others go on
+            faults.append(error)
+        else:
+            faults.append(None)
+    return faults

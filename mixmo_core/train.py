@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mixmo_core import augment, cost, data, evaluate, mixing, networks
 from mixmo_core.config import TrialConfig, digest, identity, map_size, training_images
-from mixmo_core.step import Purpose, Step, autocast, draw_seed
+from mixmo_core.step import Due, Purpose, Step, autocast, draw_seed
 
 FORMAT = 1
 """Version of the checkpoints. A newer one than this is refused. Those in the middle of an epoch did not raise it: a
@@ -146,6 +146,20 @@ def train(
     data.DatasetError, when the first epoch is asked for, where the images are not there; DivergedError instead of an
     epoch or moment whose loss or weights are not finite, so that no state is one to go on from in vain.
     """
+    return _alone(steps(config, device=device, data_dir=data_dir, resume=resume, save_when=save_when))
+
+
+def steps(
+    config: TrialConfig,
+    *,
+    device: torch.device | str = "cpu",
+    data_dir: Path | None = None,
+    resume: Mapping[str, Any] | None = None,
+    save_when: Callable[[], bool] | None = None,
+) -> Iterator[Due | Epoch | Moment]:
+    """As `train`, for whoever trains several trials in turn (`step.side_by_side`): each step is yielded when it is due,
+    and who asks for more has taken it. The seconds of an epoch go on while others take theirs.
+    """
     rank, workers = _world()
     _check_split(config, workers)
     trial = digest(identity(config, workers))
@@ -153,6 +167,14 @@ def train(
         _check(resume)
         _check_origin(resume, trial, cost.steps_per_epoch(config))
     return _epochs(config, torch.device(device), data_dir, resume, _World(rank, workers, trial), save_when=save_when)
+
+
+def _alone(steps: Iterator[Due | Epoch | Moment]) -> Iterator[Epoch | Moment]:
+    for told in steps:
+        if isinstance(told, Due):
+            told.take()
+        else:
+            yield told
 
 
 def _world() -> tuple[int, int]:
@@ -204,7 +226,7 @@ def _epochs(
     world: _World,
     *,
     save_when: Callable[[], bool] | None,
-) -> Iterator[Epoch | Moment]:
+) -> Iterator[Due | Epoch | Moment]:
     training, held_out = data.load(config.data, split=config.evaluate.split, folder=data_dir, device=device)
     corrupted = data.corrupted(config.data.dataset, data_dir) if config.evaluate.robustness == "cifar_c" else []
     run = _Run(config, world, training, held_out)
@@ -216,9 +238,12 @@ def _epochs(
         run.restore(resume, part)
     for epoch in range(len(history) + 1, config.optim.epochs + 1):
         started = time.perf_counter() - (part.seconds if part else 0.0)
-        for step in run.train(epoch, part.step if part else 0, save_when):
-            part = run.part(epoch, step, started)
-            yield Moment(epoch, step, _state=partial(run.state, epoch, history, part))
+        for told in run.train(epoch, part.step if part else 0, save_when):
+            if isinstance(told, Due):
+                yield told
+                continue
+            part = run.part(epoch, told, started)
+            yield Moment(epoch, told, _state=partial(run.state, epoch, history, part))
             started = time.perf_counter() - part.seconds
         part = None
         metrics, logits_MNK = run.finish(epoch), None
@@ -253,8 +278,10 @@ class _Run:
             stepped = _averaging(self._net, device)
         self._step = Step(config, stepped, training, rank=world.rank, workers=world.workers)
 
-    def train(self, epoch: int, done: int, save_when: Callable[[], bool] | None) -> Iterator[int]:
-        """One pass over the training images, of which `done` steps are done. Yields the steps after which to save."""
+    def train(self, epoch: int, done: int, save_when: Callable[[], bool] | None) -> Iterator[Due | int]:
+        """One pass over the training images, of which `done` steps are done. Yields each step when it is due, and the
+        number of one that is taken where it is to be saved.
+        """
         config = self._config
         batches_SMB = self._order(epoch).to(self._step.total_loss.device)
         p = mixing.probability(epoch, config.optim.epochs, config.mixing.probability)
@@ -264,7 +291,7 @@ class _Run:
             self._step.total_loss.zero_()
         for step, indices_MB in enumerate(batches_SMB[done:], start=done + 1):
             number = before + step
-            self._step(indices_MB, number=number, p=p, lr=learning_rate(number, epoch, config))
+            yield Due(self._step, indices_MB, number=number, p=p, lr=learning_rate(number, epoch, config))
             if save_when is not None and self._is_wanted(save_when, step, last=step == len(batches_SMB)):
                 yield step
 

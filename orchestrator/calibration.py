@@ -112,10 +112,14 @@ def _held_out(config: Mapping[str, Any]) -> int:
 
 
 def of_trials(rows: Iterable[TrialRow]) -> list[Timing]:
-    """What trials that have trained an epoch tell, each once however many sweeps have it."""
+    """What trials that have trained an epoch tell, each once however many sweeps have it. Those trained side by side
+    tell nothing: their seconds are also their neighbours'.
+    """
     told: dict[str, Timing] = {}
     for row in rows:
         if not (row.epoch and row.wall_s > 0 and row.train_flops and row.device_name and row.updated_at):
+            continue
+        if row.slots > 1:
             continue
         asked = work(row.config, row.workers, row.train_flops, row.epoch, until_end=row.epoch >= row.epochs)
         if row.cached_from is None and asked.flops > 0:

@@ -46,8 +46,9 @@ def refusal(sweep: str, trial: Trial, fault: str) -> str:
     )
 
 
-def rehearse(config: TrialConfig, device: "torch.device", data_dir: Path | None) -> str | None:
-    """Take the first steps of a trial and throw them away; what went wrong if memory was too short, else None.
+def rehearse(config: TrialConfig, device: "torch.device", data_dir: Path | None, trials: int = 1) -> str | None:
+    """Take the first steps of so many such trials side by side and throw them away; what went wrong if memory was too
+    short, else None.
 
     On all workers at once where there are several. Raises what else the trial raises.
     """
@@ -58,13 +59,15 @@ def rehearse(config: TrialConfig, device: "torch.device", data_dir: Path | None)
 
     fault = None
     try:
-        told = train.train(config, device=device, data_dir=data_dir, save_when=lambda: True)
-        for _ in zip(range(STEPS), told, strict=False):
-            pass
+        told = [train.train(config, device=device, data_dir=data_dir, save_when=lambda: True) for _ in range(trials)]
+        for _ in range(STEPS):
+            for each in told:
+                next(each, None)
     except Exception as error:
         if not is_memory(error):
             raise
-        fault = f"{devices.memory(device)}: {_said(error)}"
+        beside = f", {trials} of them side by side (resources.slots)" if trials > 1 else ""
+        fault = f"{devices.memory(device)}{beside}: {_said(error)}"
     finally:
         gc.collect()
         if device.type == "cuda":

@@ -4,6 +4,9 @@ A trial is handed out as (trial, attempt, token). What comes back under another 
 sent it drops the trial. A gang that asks for work while it holds a trial has lost it: its workers were formed anew, and
 the trial is handed out again under the next attempt.
 
+A gang may train several trials of one shape side by side. Each of its slots asks, holds and reports as if it were a
+gang of its own, called `gang-0/2`; what becomes of the gang becomes of all its slots.
+
 People may pause all, cancel a trial or have it trained again; a trial that another sweep trains is held back.
 """
 
@@ -29,6 +32,11 @@ REHEARSALS = 2
 """So often the workers of a gang may die in a rehearsal before that is taken for want of memory."""
 
 
+def gang_of(slot: str) -> str:
+    """Whose slot it is: `gang-0` for `gang-0/2`. A gang of one slot bears one name for both."""
+    return slot.partition("/")[0]
+
+
 # ------------------------------------------------------------------------------------------ what travels to and fro
 
 
@@ -41,6 +49,8 @@ class Order:
     trial_id: str
     settings: Mapping[str, Any]
     """Every setting by its dotted name."""
+    shape: str = ""
+    """Trials of one shape may be trained side by side (`config.shape_of`)."""
     attempts: int = 0
     """Attempts begun before this driver's time."""
     checkpoint: str | None = None
@@ -118,6 +128,8 @@ class Update:
     hosts: tuple[str, ...] = ()
     device_name: str | None = None
     torch_version: str | None = None
+    slots: int = 1
+    """Of the gang that has the trial."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +143,8 @@ class Worker:
     host: str
     device_name: str
     torch_version: str
+    slots: int = 1
+    """How many trials its gang trains side by side."""
     node: str = ""
     """Ray's name for its machine."""
     oom_kills: int = 0
@@ -155,6 +169,10 @@ class _Standing:
     held: Assignment | None = None
     accepted: bool = False
     """Whether the gang has said that it has it: before that, a death is no crash of the trial's."""
+    reached: int = 0
+    """Its newest epoch that was ever reported."""
+    alone_until: int = 0
+    """It went down with others, and nobody knows whose doing it was: it is trained alone until this epoch is done."""
     ended: bool = False
     stopped: str | None = None
     """Why the scheduler has stopped it."""
@@ -179,11 +197,13 @@ class Roll:
 
 
 class _Blow(NamedTuple):
-    """What struck a gang."""
+    """What struck a slot, and with it all of its gang."""
 
     kind: Loss
     why: str
     at: float
+    shared: bool
+    """Whether the gang had several trials in hand."""
 
 
 class Dispatcher:
@@ -213,15 +233,15 @@ class Dispatcher:
         }
         self._queue: deque[int] = deque()
         self._hands: dict[str, Assignment] = {}
-        """What each gang holds."""
+        """What each slot holds."""
         self._nodes: dict[str, frozenset[str]] = {}
         """The machines on which each trial in hand began."""
         self._struck: dict[str, _Blow] = {}
-        """Gangs that hold a trial and lost a worker."""
+        """Slots that hold a trial and whose gang lost a worker."""
         self._doubted: dict[int, _Blow] = {}
         """Trials that a crash would end, unless Ray says yet that a machine was gone. Nobody has them in hand."""
         self._asking: dict[str, object] = {}
-        """Each gang's latest question. Ray does not cancel those of a worker that has died."""
+        """Each slot's latest question. Ray does not cancel those of a worker that has died."""
         self._idle: dict[str, object] = {}
         """The questions that wait for a trial."""
         self._idle_since: dict[str, float] = {}
@@ -265,21 +285,25 @@ class Dispatcher:
         """A rank introduces itself, each time its process starts, and tells which machines Ray has lost."""
         before = self._workers.setdefault(worker.gang, {})
         if worker.rank == 0:
-            self._asking.pop(worker.gang, None)
+            self._asking = {slot: ask for slot, ask in self._asking.items() if gang_of(slot) != worker.gang}
             self._formed[worker.gang] += 1
             self.nodes_lost(dead_nodes)
             if any(worker.oom_kills > each.oom_kills for each in before.values() if each.host == worker.host):
                 self.struck(worker.gang, "oom", f"the kernel of {worker.host} ended a process for want of memory")
         before[worker.rank] = worker
+        if worker.slots > 1:  # before any slot asks: none is to find a neighbour that is no more
+            self._lose_all(worker.gang, f"the process of {worker.gang} died; Ray Train formed it again")
 
     def struck(self, gang: str, kind: Loss, why: str) -> None:
         """A gang lost a worker, and Ray Train forms it anew. What it holds waits for that a while; it does not wait
         where the machine is gone. Of several reasons, what says more than a crash holds.
         """
-        before = self._struck.get(gang)
-        if gang in self._hands and (before is None or before.kind == "crash"):
-            self._struck[gang] = _Blow(kind, why, before.at if before else self._clock())
-            self._work.set()
+        shared = self._is_shared(gang)
+        for slot in self._in_hand_of(gang):
+            blow = self._struck.get(slot) or _Blow("crash", why, self._clock(), shared)
+            if blow.kind == "crash":
+                self._struck[slot] = blow._replace(kind=kind, why=why)
+                self._work.set()
 
     def warned(self, gang: str) -> None:
         """A machine of this gang will be taken away: what it holds it is to save and give back, and then to leave."""
@@ -289,9 +313,9 @@ class Dispatcher:
 
     def nodes_lost(self, nodes: Collection[str]) -> None:
         """Ray has lost these machines, now or before."""
-        for gang in list(self._hands):
-            if self._nodes[gang] & set(nodes):
-                self.struck(gang, "preempted", f"a machine of {gang} is gone")
+        for slot in list(self._hands):
+            if self._nodes[slot] & set(nodes):
+                self.struck(gang_of(slot), "preempted", f"a machine of {gang_of(slot)} is gone")
         for standing in self._standings.values():  # a gang that stands again elsewhere knows it before Ray does
             if standing.crashed_on & set(nodes):
                 standing.crashed_on = frozenset()
@@ -301,19 +325,23 @@ class Dispatcher:
                 if doubted:
                     self._settle(standing, f"{doubted.why}; a machine of it is gone", "preempted")
 
-    async def next(self, gang: str, wait_s: float) -> Assignment | Literal["wait", "leave"]:
-        """A trial for this gang. A gang that asks while it holds one has lost it: its workers were formed anew."""
-        if gang in self._hands:
+    async def next(self, slot: str, wait_s: float) -> Assignment | Literal["wait", "leave"]:
+        """A trial for this slot: of the shape of those that its gang has in hand, where there are any. A slot that asks
+        while it holds one has lost it: the gang's workers were formed anew.
+        """
+        gang = gang_of(slot)
+        if slot in self._hands:
             stands_on = frozenset(worker.node for worker in self._workers.get(gang, {}).values())
-            self._lose_struck(gang, f"a worker of {gang} died; Ray Train formed the gang again", stands_on)
-        ask = self._asking[gang] = object()
+            self._lose_all(gang, f"a worker of {gang} died; Ray Train formed the gang again", stands_on)
+        ask = self._asking[slot] = object()
         deadline = time.monotonic() + wait_s
-        self._idle_since.setdefault(gang, self._clock())
-        while not (self._closed or gang in self._dismissed) and self._asking.get(gang) is ask:
-            index = self._first_free()
+        if not self._in_hand_of(gang):
+            self._idle_since.setdefault(gang, self._clock())
+        while not (self._closed or gang in self._dismissed) and self._asking.get(slot) is ask:
+            index = self._first_free(gang)
             if index is not None:
-                return self._hand_out(index, gang)
-            if not await self._wait_for_work(gang, ask, deadline - time.monotonic()):
+                return self._hand_out(index, slot)
+            if not await self._wait_for_work(slot, ask, deadline - time.monotonic()):
                 return "wait"
         return "leave" if self._closed or gang in self._dismissed else "wait"
 
@@ -330,6 +358,10 @@ class Dispatcher:
         standing = self._holder(token)
         if standing is None or standing.held is None:
             return "drop"
+        standing.reached = max([standing.reached, *(each.epoch for each in epochs)])
+        if standing.alone_until and standing.reached >= standing.alone_until:
+            standing.alone_until = 0
+            self._work.set()
         if checkpoint is not None:
             standing.order = replace(standing.order, checkpoint=checkpoint)
         if self._judge is not None and standing.stopped is None:
@@ -388,7 +420,11 @@ class Dispatcher:
         standing = self._holder(token)
         if standing is None or standing.held is None:
             return False
-        self._lose(standing.held, why, kind, error)
+        gang = self._gang_of(token)
+        shared = self._is_shared(gang)
+        if kind == "crash":  # of a device: its neighbours have lost it, too
+            self.struck(gang, kind, why)
+        self._lose(standing.held, why, kind, error, shared=shared)
         return True
 
     # For Tune's proxies
@@ -436,10 +472,10 @@ class Dispatcher:
 
     def gang_ended(self, gang: str, why: str) -> None:
         """A gang will not come back: what it held goes to another."""
-        for held in (self._asking, self._idle, self._idle_since):
-            held.pop(gang, None)
-        if gang in self._hands:
-            self._lose_struck(gang, why)
+        self._asking = {slot: ask for slot, ask in self._asking.items() if gang_of(slot) != gang}
+        self._idle = {slot: ask for slot, ask in self._idle.items() if gang_of(slot) != gang}
+        self._idle_since.pop(gang, None)
+        self._lose_all(gang, why)
         self._dismissed.discard(gang)
         self._warned.discard(gang)
         self._workers.pop(gang, None)
@@ -466,7 +502,7 @@ class Dispatcher:
         return len(self._hands)
 
     def idle(self) -> int:
-        """How many gangs wait for a trial."""
+        """How many slots wait for a trial."""
         return len(self._idle)
 
     def pause(self) -> None:
@@ -538,24 +574,25 @@ class Dispatcher:
     def _unended(self, indices: Iterable[int]) -> list[_Standing]:
         return [standing for index in indices if not (standing := self._standings[index]).ended]
 
-    async def _wait_for_work(self, gang: str, ask: object, wait_s: float) -> bool:
+    async def _wait_for_work(self, slot: str, ask: object, wait_s: float) -> bool:
         """Whether there may be some."""
         self._work.clear()
-        self._idle[gang] = ask
+        self._idle[slot] = ask
         try:
             await asyncio.wait_for(self._work.wait(), wait_s)
         except TimeoutError:
             return False
         finally:
-            if self._idle.get(gang) is ask:
-                del self._idle[gang]
+            if self._idle.get(slot) is ask:
+                del self._idle[slot]
         return True
 
-    def _first_free(self) -> int | None:
-        """The next trial to hand out, taken from the queue."""
+    def _first_free(self, gang: str) -> int | None:
+        """The next trial to hand out to this gang, taken from the queue."""
         if self._draining or self._paused:
             return None
-        index = next((index for index in self._queue if not self._standings[index].held_back), None)
+        beside = [self._standings[self._hands[slot].order.index] for slot in self._in_hand_of(gang)]
+        index = next((index for index in self._queue if _goes_with(self._standings[index], beside)), None)
         if index is not None:
             self._queue.remove(index)
         return index
@@ -564,8 +601,9 @@ class Dispatcher:
         with contextlib.suppress(ValueError):
             self._queue.remove(standing.order.index)
 
-    def _hand_out(self, index: int, gang: str) -> Assignment:
-        assert gang not in self._hands
+    def _hand_out(self, index: int, slot: str) -> Assignment:
+        assert slot not in self._hands
+        gang = gang_of(slot)
         self._idle_since.pop(gang, None)
         standing = self._standings[index]
         standing.attempts += 1
@@ -574,13 +612,14 @@ class Dispatcher:
         standing.held = Assignment(
             order=standing.order, fence=self._fence, attempt=standing.attempts, token=secrets.token_hex(4)
         )
-        self._hands[gang] = standing.held
+        self._hands[slot] = standing.held
         ranks = self._workers.get(gang, {})
         first = ranks.get(0)
-        self._nodes[gang] = frozenset(worker.node for worker in ranks.values())
+        self._nodes[slot] = frozenset(worker.node for worker in ranks.values())
         self._tell(
-            "started", standing, text=f"on {gang}", hosts=tuple(sorted({worker.host for worker in ranks.values()})),
+            "started", standing, text=f"on {slot}", hosts=tuple(sorted({worker.host for worker in ranks.values()})),
             device_name=first and first.device_name, torch_version=first and first.torch_version,
+            slots=first.slots if first else 1,
         )  # fmt: skip
         return standing.held
 
@@ -590,34 +629,57 @@ class Dispatcher:
                 return self._standings[assignment.order.index]
         return None
 
-    def _gang_of(self, token: str) -> str | None:
-        return next((gang for gang, held in self._hands.items() if held.token == token), None)
+    def _gang_of(self, token: str) -> str:
+        return next((gang_of(slot) for slot, held in self._hands.items() if held.token == token), "")
 
-    def _lose_struck(self, gang: str, why: str, alive: frozenset[str] = frozenset()) -> None:
-        """A gang has lost its trial, by what is known to have struck it. `alive`: machines that are known to be there.
-        A crash on others may be their end, which Ray has yet to notice: it ends no trial before Ray would have.
+    def _in_hand_of(self, gang: str) -> list[str]:
+        """The gang's slots that have a trial."""
+        return [slot for slot in self._hands if gang_of(slot) == gang]
+
+    def _is_shared(self, gang: str) -> bool:
+        """Whether what befalls the gang may be the doing of either of several trials."""
+        held = [self._hands[slot].order.index for slot in self._in_hand_of(gang)]
+        return sum(self._standings[index].accepted for index in held) > 1
+
+    def _lose_all(self, gang: str, why: str, alive: frozenset[str] = frozenset()) -> None:
+        """A gang has lost all that it had in hand, by what is known to have struck it; else it has crashed. `alive`:
+        machines that are known to be there.
         """
-        blow = self._struck.get(gang)
-        if gang in self._warned and (blow is None or blow.kind == "crash"):
-            blow = _Blow("preempted", f"{gang} lost the machine that it was warned of", self._clock())
-        kind, why = (blow.kind, blow.why) if blow else ("crash", why)
-        standing = self._standings[self._hands[gang].order.index]
-        if standing.accepted and kind == "crash":
-            standing.crashed_on = self._nodes.get(gang, frozenset()) - alive
+        shared, slots = self._is_shared(gang), self._in_hand_of(gang)
+        for slot in slots:
+            self._lose_struck(slot, self._struck.get(slot) or _Blow("crash", why, self._clock(), shared), alive)
+
+    def _lose_struck(self, slot: str, blow: _Blow, alive: frozenset[str] = frozenset()) -> None:
+        """A crash on machines that are not known to be there may be their end, which Ray has yet to notice: it ends no
+        trial before Ray would have.
+        """
+        gang = gang_of(slot)
+        if gang in self._warned and blow.kind == "crash":
+            blow = blow._replace(kind="preempted", why=f"{gang} lost the machine that it was warned of")
+        standing = self._standings[self._hands[slot].order.index]
+        if standing.accepted and blow.kind == "crash" and not blow.shared:
+            standing.crashed_on = self._nodes.get(slot, frozenset()) - alive
             last = standing.losses["crash"] >= self._retries.crash and not standing.stopped
             if last and standing.crashed_on and self._missed_within_s:
                 standing.losses["crash"] += 1
-                self._doubted[standing.order.index] = _Blow(kind, why, blow.at if blow else self._clock())
+                self._doubted[standing.order.index] = blow
                 self._release(standing)
                 return
-        self._lose(self._hands[gang], why, kind)
+        self._lose(self._hands[slot], blow.why, blow.kind, shared=blow.shared)
 
-    def _lose(self, assignment: Assignment, why: str, kind: Loss, error: str | None = None) -> None:
+    def _lose(
+        self, assignment: Assignment, why: str, kind: Loss, error: str | None = None, *, shared: bool = False
+    ) -> None:
         standing = self._standings[assignment.order.index]
         if standing.stopped:  # it was only to be saved
             self._end(standing, "TERMINATED")
             return
-        standing.losses[kind] += standing.accepted
+        if shared and standing.accepted and kind in ("crash", "oom"):
+            # A trial that takes its neighbours with it dies alone the next time, and is blamed then.
+            standing.alone_until = standing.reached + 1
+            why = f"{why}; of several trials in hand none is blamed, and this one goes on alone for now"
+        else:
+            standing.losses[kind] += standing.accepted
         self._settle(standing, why, kind, error)
 
     def _settle(self, standing: _Standing, why: str, kind: Loss, error: str | None = None) -> None:
@@ -639,9 +701,9 @@ class Dispatcher:
         """Take trials from gangs that were struck and will not stand again soon, and end those that are in doubt no
         more.
         """
-        for gang, blow in list(self._struck.items()):
+        for slot, blow in list(self._struck.items()):
             if blow.kind == "preempted" or self._clock() - blow.at > REFORM_S:
-                self._lose_struck(gang, blow.why)
+                self._lose_struck(slot, blow)
         for index, blow in list(self._doubted.items()):
             if self._clock() - blow.at > self._missed_within_s:
                 self._settle(self._standings[index], blow.why, blow.kind)
@@ -659,8 +721,8 @@ class Dispatcher:
         standing.changed.set()
 
     def _release(self, standing: _Standing) -> None:
-        self._hands = {gang: held for gang, held in self._hands.items() if held is not standing.held}
-        self._struck = {gang: blow for gang, blow in self._struck.items() if gang in self._hands}
+        self._hands = {slot: held for slot, held in self._hands.items() if held is not standing.held}
+        self._struck = {slot: blow for slot, blow in self._struck.items() if slot in self._hands}
         standing.held = None
 
     def _tell(self, kind: Any, standing: _Standing | None, **told: Any) -> None:
@@ -669,3 +731,11 @@ class Dispatcher:
         update = Update(seq=self._told, time=datetime.now(UTC), kind=kind, index=index, attempt=attempt, **told)
         self._updates.append(update)
         self._news.set()
+
+
+def _goes_with(standing: _Standing, beside: Sequence[_Standing]) -> bool:
+    """Whether a trial that waits may be trained beside those that a gang has in hand."""
+    if standing.held_back or not beside:
+        return not standing.held_back
+    alone = any(each.alone_until for each in (standing, *beside))
+    return not alone and standing.order.shape == beside[0].order.shape

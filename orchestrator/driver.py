@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from mixmo_core.config import flatten
+from mixmo_core.config import flatten, shape_of
 from orchestrator import budget, canary
 from orchestrator import plan as planning
 from orchestrator import sweep as sweeps
@@ -338,8 +338,9 @@ class _Session:
         trial, row = self.trials[position], self.ledger.rows[position]
         settings = flatten(trial.config)
         return Order(
-            index=position, trial_id=trial.trial_id, settings=settings, attempts=row.attempts, checkpoint=row.checkpoint
-        )
+            index=position, trial_id=trial.trial_id, settings=settings, shape=shape_of(trial.config),
+            attempts=row.attempts, checkpoint=row.checkpoint,
+        )  # fmt: skip
 
     def _follow(self, crew: Crew, queue: Queue, steering: Steering) -> None:
         """Turn what happens into rows until every trial has ended, or the user wants no more."""
@@ -381,8 +382,8 @@ class _Session:
                 self._draw(crew, left, ended=position)
 
     def _draw(self, crew: Crew, left: set[int], *, ended: int | None = None) -> None:
-        """As many trials as there are gangs, and no more: each further end makes the next draw wiser. What is drawn
-        hangs on nothing but the order in which trials ended.
+        """As many trials as can be trained at once, and no more: each further end makes the next draw wiser. What is
+        drawn hangs on nothing but the order in which trials ended.
         """
         if self.guide is None:
             return

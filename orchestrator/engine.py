@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
+from mixmo_core.config import shape_of, unflatten
 from orchestrator import sweep as sweeps
 from orchestrator.dispatcher import NAMESPACE, Order, Retries, Update
 from orchestrator.roster import Offer
@@ -36,7 +37,7 @@ class Job:
 
 
 class Crew(Protocol):
-    """Those who train: `size` gangs, each at one trial. Methods raise UnreachableError where they are lost, all of
+    """Those who train: `size` trials at once. Methods raise UnreachableError where they are lost, all of
     them; what those that bear a name of the dispatcher's do is said there.
     """
 
@@ -87,7 +88,8 @@ def on_ray(job: Job) -> Iterator[tuple[Crew, Queue]]:
         offer.refuse_if_never(plan)
         crew = fleet.Fleet(job.orders, plan, fence=job.fence, retries=retries_of(job.sweep), judge=job.judge)
         crew.limit = None if resources.max_gangs == "auto" else resources.max_gangs
-        most = max(1, min(crew.limit or math.inf, offer.room(plan), len(job.orders) + job.sweep.to_draw))
+        filled = math.ceil((len(job.orders) + job.sweep.to_draw) / plan.slots)
+        most = max(1, min(crew.limit or math.inf, offer.room(plan), filled))
         tuning = tune.Tuning(
             [order.index for order in job.orders], dispatcher=plan.dispatcher, namespace=plan.namespace
         )
@@ -105,6 +107,15 @@ def retries_of(sweep: sweeps.Sweep) -> Retries:
     return Retries(**{name: math.inf if count == "unlimited" else count for name, count in given.items()})
 
 
+def _canaries(job: Job, slots: int) -> int:
+    """How many trials of the largest one's shape may be side by side."""
+    if job.canary is None or slots == 1:
+        return 1
+    shape = shape_of(unflatten(job.canary))
+    alike = sum(order.shape == shape for order in job.orders)
+    return min(slots, alike) if alike and not job.sweep.to_draw else slots
+
+
 def datasets_of(sweep: sweeps.Sweep) -> list[str]:
     """The names of all that the trials read, also those that a search is yet to draw."""
     from mixmo_core import data
@@ -118,8 +129,10 @@ def _gang_plan(job: Job, offer: Offer) -> Any:
 
     resources, every_s = job.sweep.resources, job.sweep.checkpoints.every_s
     gpus, within_s = resources.gpus_per_worker, resources.form_within_s
+    slots = job.sweep.resources.slot_count
     return GangPlan(
         workers=resources.workers,
+        slots=slots,
         cpus_per_worker=resources.cpus_per_worker,
         gpus_per_worker=float(offer.has_gpus) if gpus == "auto" else gpus,
         accelerator=None if resources.accelerator == "any" else resources.accelerator,
@@ -131,5 +144,6 @@ def _gang_plan(job: Job, offer: Offer) -> Any:
         datasets=tuple(datasets_of(job.sweep)),
         namespace=NAMESPACE,
         canary=job.canary,
+        canaries=_canaries(job, slots),
         dispatcher=f"dispatcher-{job.sweep.name}-{job.fence}-{secrets.token_hex(3)}",
     )

@@ -244,7 +244,10 @@ class Fleet:
             self._tell("nodes_lost", dead - self._dead)
             self._dead = dead
         room = offered().room(self.plan) - self._given_up
-        change = decide(Scene(queued=roll.queued, in_hand=roll.in_hand, gangs=gangs, room=room, limit=self.limit))
+        scene = Scene(
+            queued=roll.queued, in_hand=roll.in_hand, gangs=gangs, room=room, limit=self.limit, slots=self.plan.slots
+        )
+        change = decide(scene)
         self.form(change.form)
         if change.dismiss:
             self._tell("dismiss", change.dismiss)
@@ -257,8 +260,8 @@ class Fleet:
         self._tell("drain")
 
     def size(self) -> int:
-        """How many gangs there are, or are to be."""
-        return max(1, len(self._threads) - len(self._ended))
+        """How many trials can be trained at once by the gangs that there are, or are to be."""
+        return max(1, len(self._threads) - len(self._ended)) * self.plan.slots
 
     def in_hand(self) -> int:
         """How many trials are being trained."""

@@ -2,6 +2,9 @@
 
 Rank 0 speaks for the gang: it asks for work, reports epochs, writes checkpoints; what it learns goes to the other
 ranks by a broadcast. Every wait ends before a collective could time out.
+
+A gang of one worker may have several slots, which train a trial each, step by step in turn. What a trial does between
+two steps is written as if it were alone, as a generator that yields the steps.
 """
 
 import contextlib
@@ -12,7 +15,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -26,6 +29,7 @@ import torch.distributed as dist
 
 from mixmo_core import train
 from mixmo_core.config import TrialConfig, digest, identity, unflatten
+from mixmo_core.step import Due, side_by_side
 from orchestrator import canary, datasets, devices, notice
 from orchestrator.casualties import dead_nodes, drain
 from orchestrator.dispatcher import Answer, Assignment, EpochReport, Order, Worker
@@ -46,8 +50,14 @@ server takes to come back, since only training again would bring them. Then it e
 """
 PARTING_S = 10.0
 """How long a trial that ends otherwise waits for a checkpoint on its way: a driver that stops waits 15 s for gangs."""
+ASK_S = 1.0
+"""Between two questions for a trial of the shape that the gang is at, while slots are free for one."""
+REST_S = 0.02
+"""Of a gang whose trials all wait for something else than a step."""
 
 T = TypeVar("T")
+Turns = Generator[Due | None, None, T]
+"""What a trial does: it yields each step when it is due, None where it waits for something else."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +68,8 @@ class GangPlan(Needs):
     """A fleet of which no gang stands after this time is given up."""
     wait_s: float = 30.0
     """A wait for a trial ends after this time with a no-op for all ranks."""
+    slots: int = 1
+    """Trials that are trained side by side; 1 where there are several workers."""
     group_timeout_s: float = 1800.0
     """Of a collective of the process group. A wait takes at most half of it."""
     checkpoint_every_s: float | None = None
@@ -72,6 +84,8 @@ class GangPlan(Needs):
     """Name of the dispatcher's actor."""
     canary: Mapping[str, Any] | None = None
     """Settings of the trial to rehearse before the first one, if any."""
+    canaries: int = 1
+    """So many such trials may be side by side."""
 
 
 def loop(settings: Mapping[str, Any]) -> None:
@@ -97,12 +111,16 @@ class Gang:
         self.host, self.node = socket.gethostname(), ray.get_runtime_context().get_node_id()
         self.device_name = devices.name(self.device)
         self._watch: notice.Watch | None = None
+        self._slots = [name] if plan.slots == 1 else [f"{name}/{number}" for number in range(plan.slots)]
+        self._seats: dict[str, Seat] = {}
+        """The slots that have a trial."""
+        self._asks_at = float("-inf")
 
     def work(self) -> None:
         """Train one trial after another until the dispatcher sends the gang home."""
         worker = Worker(
             gang=self.name, rank=self.rank, world_size=self.world_size, pid=os.getpid(), host=self.host,
-            device_name=self.device_name, torch_version=str(torch.__version__),
+            device_name=self.device_name, torch_version=str(torch.__version__), slots=self.plan.slots,
             node=self.node, oom_kills=_oom_kills(),
         )  # fmt: skip
         self._rehearse()
@@ -113,10 +131,11 @@ class Gang:
         if address and ray.train.get_context().get_local_rank() == 0:
             self._watch = notice.Watch(address, self._warn)
         try:
-            while (assignment := self._next()) != "leave":
-                if assignment != "wait":
-                    self._attempt(assignment)
+            while self._fill() or self._seats:
+                self._turn()
         finally:
+            for seat in self._seats.values():
+                seat.turns.close()
             if self._watch is not None:
                 self._watch.close()
 
@@ -134,7 +153,7 @@ class Gang:
         asked = settings and self.rank == 0 and ray.get(self.dispatcher.rehearses.remote(self.name))
         if settings and self._from_first(asked):
             try:
-                fault = canary.rehearse(unflatten(settings), self.device, self._data_dir)
+                fault = canary.rehearse(unflatten(settings), self.device, self._data_dir, self.plan.canaries)
             except Exception as error:
                 if self.world_size > 1 and _peer_lost(error):
                     raise  # it may have died of this: the gang that is formed anew rehearses again
@@ -143,9 +162,48 @@ class Gang:
                 told = fault and f"{self.device_name} of {self.host}: {fault}"
                 ray.get(self.dispatcher.rehearsed.remote(self.name, told))
 
-    def _next(self) -> Assignment | Literal["wait", "leave"]:
-        wait_s = min(self.plan.wait_s, self.plan.group_timeout_s / 2)
-        asked = ray.get(self.dispatcher.next.remote(self.name, wait_s)) if self.rank == 0 else None
+    def _fill(self) -> bool:
+        """Trials for the slots that have none; the wait for one is long where no slot has any. Whether the gang is to
+        stay.
+        """
+        if self._seats and time.monotonic() < self._asks_at:
+            return True
+        self._asks_at = time.monotonic() + ASK_S
+        for slot in self._slots:
+            if slot not in self._seats:
+                assignment = self._next(slot, 0.0 if self._seats else self.plan.wait_s)
+                if assignment == "leave":
+                    return False
+                if assignment != "wait":
+                    self._seats[slot] = self._seat(assignment)
+        return True
+
+    def _turn(self) -> None:
+        """The next step of every trial in hand, and all that each has to do before it."""
+        began, present = time.perf_counter(), list(self._seats.values())
+        ready: list[tuple[Seat, Due]] = []
+        for slot, seat in list(self._seats.items()):
+            try:
+                due = seat.advance()
+            except StopIteration:
+                del self._seats[slot]
+                self._asks_at = float("-inf")
+            else:
+                ready += [(seat, due)] if due else []
+        if ready:
+            with ready[-1][0].log.capture():  # what a step prints cannot be told apart
+                faults = side_by_side([due for _, due in ready])
+            for (seat, _), fault in zip(ready, faults, strict=True):
+                seat.fault = fault
+        elif len(self._seats) > 1:
+            time.sleep(REST_S)
+        took_s = time.perf_counter() - began
+        for seat in present:
+            seat.share.passed(took_s, among=len(present))
+
+    def _next(self, slot: str, wait_s: float) -> Assignment | Literal["wait", "leave"]:
+        wait_s = min(wait_s, self.plan.group_timeout_s / 2)
+        asked = ray.get(self.dispatcher.next.remote(slot, wait_s)) if self.rank == 0 else None
         answer: Assignment | Literal["wait", "leave"] = self._from_first(asked)
         return answer
 
@@ -157,13 +215,15 @@ class Gang:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def _attempt(self, assignment: Assignment) -> None:
+    def _seat(self, assignment: Assignment) -> "Seat":
         order = assignment.order
         folder = self._store.attempt(order.trial_id, assignment.fence, assignment.attempt, assignment.token)
-        log = LogTail(folder, self.rank)
+        log, share = LogTail(folder, self.rank), Share()
+        return Seat(log, share, self._attempt(assignment, folder, log, share))
+
+    def _attempt(self, assignment: Assignment, folder: AttemptFolder, log: "LogTail", share: "Share") -> Turns[None]:
         try:
-            with log.capture():
-                self._train(assignment, folder, log)
+            yield from self._train(assignment, folder, log, share)
         except ray.exceptions.RayError:
             raise  # the dispatcher is out of reach: Ray Train forms the gang anew, and it asks again
         except Exception as error:
@@ -196,41 +256,44 @@ class Gang:
             ray.get(self.dispatcher.fail.remote(token, told, cause))
         return self.world_size > 1
 
-    def _train(self, assignment: Assignment, folder: AttemptFolder, log: "LogTail") -> None:
+    def _train(self, assignment: Assignment, folder: AttemptFolder, log: "LogTail", share: "Share") -> Turns[None]:
         """The trial's epochs, from its newest checkpoint on, be it in the middle of one."""
         config = unflatten(assignment.order.settings)
         place = f"on {self.name} ({self.host}), code {origin()}"
         log.line(f"trial {assignment.order.trial_id}, attempt {assignment.attempt}, {place}")
         ray.get(self.dispatcher.accept.remote(assignment.token))
         with Saver(self._store, folder, self.plan.checkpoint_every_s) as saver:
-            hand = Hand(assignment, config, folder, saver, log)
+            hand = Hand(assignment, config, folder, saver, log, share)
             try:
-                self._pass_epochs(hand)
+                yield from self._pass_epochs(hand)
             except ray.exceptions.RayError:
                 raise
             except Exception:
                 if self.rank == 0:  # so that its row names the last good checkpoint
-                    self._await_upload(hand, PARTING_S)
+                    yield from self._await_upload(hand, PARTING_S)
                     self._tell(hand, [])
                 raise
 
-    def _pass_epochs(self, hand: "Hand") -> None:
+    def _pass_epochs(self, hand: "Hand") -> Turns[None]:
         if not self._take_up(hand):
             return
-        for told in train.train(
+        for told in train.steps(
             hand.config, device=self.device, data_dir=self._data_dir,
             resume=hand.state, save_when=lambda: self._is_to_save(hand),
         ):  # fmt: skip
-            new, saved = self._record(hand, told)
+            if isinstance(told, Due):
+                yield told
+                continue
+            new, saved = yield from self._record(hand, told)
             answer = self._report(hand, new)
             if answer == "save" and not hand.is_trained:
                 if self.rank == 0:
-                    self._give_back(hand, None if saved else told)
+                    yield from self._give_back(hand, None if saved else told)
                 return
             if answer == "drop":
                 hand.log.line("dropped: the trial was stopped, or is another gang's by now")
                 if self.rank == 0:
-                    self._await_upload(hand, PARTING_S)
+                    yield from self._await_upload(hand, PARTING_S)
                 return
         if self.rank == 0:
             hand.log.put()  # before the trial's end is known, so that who looks then finds it whole
@@ -254,22 +317,22 @@ class Gang:
         log.line(f"resumed from {resume.key}")
         return self._report(hand, hand.reports) != "drop"
 
-    def _record(self, hand: "Hand", told: train.Epoch | train.Moment) -> tuple[list[EpochReport], bool]:
+    def _record(self, hand: "Hand", told: train.Epoch | train.Moment) -> Turns[tuple[list[EpochReport], bool]]:
         """What there is to report of an epoch, and whether the state is on its way to the store."""
         new: list[EpochReport] = []
         due = True
         if isinstance(told, train.Epoch):
-            new = [self._describe(told, hand.reports)]
+            new = [self._describe(told, hand)]
             hand.log.line(_line(new[0], hand.config.optim.epochs))
             hand.reports += new
             due = hand.is_trained or hand.saver.due(within=False)
         if self.rank == 0 and isinstance(told, train.Epoch) and hand.is_trained:
-            self._store_end(hand, told)
+            yield from self._store_end(hand, told)
         elif self.rank == 0 and due:
             hand.saver.save(told, hand.reports, None)
         return new, due
 
-    def _store_end(self, hand: "Hand", told: train.Epoch) -> None:
+    def _store_end(self, hand: "Hand", told: train.Epoch) -> Turns[None]:
         """The logits, then a checkpoint that names them: until its row is written, nothing else holds the trial's end.
         A trial is worth more than either.
         """
@@ -277,24 +340,27 @@ class Gang:
         deadline = time.monotonic() + patience_s
         hand.logits = self._put_logits(hand.folder, told, hand.log, patience_s)
         hand.saver.save(told, hand.reports, hand.logits)
-        if not self._await_upload(hand, max(PARTING_S, deadline - time.monotonic())):
+        stored = yield from self._await_upload(hand, max(PARTING_S, deadline - time.monotonic()))
+        if not stored:
             hand.log.line("its last checkpoint is not stored: the trial ends without")
 
-    def _give_back(self, hand: "Hand", unsaved: train.Epoch | train.Moment | None) -> None:
+    def _give_back(self, hand: "Hand", unsaved: train.Epoch | train.Moment | None) -> Turns[None]:
         """The sweep pauses, or a machine goes. What is not saved yet is, and a store that is away is waited for."""
         hand.log.line("given back: the sweep pauses, or a machine of this gang will be taken away")
         if unsaved is not None:
             hand.saver.save(unsaved, hand.reports, None)
-        self._await_upload(hand, min(END_PATIENCE_S, self.plan.group_timeout_s / 2))
+        yield from self._await_upload(hand, min(END_PATIENCE_S, self.plan.group_timeout_s / 2))
         ray.get(self.dispatcher.give_back.remote(hand.assignment.token, hand.saver.unnamed()))
 
-    def _await_upload(self, hand: "Hand", patience_s: float) -> bool:
-        """Until what was saved is stored, or patience is at its end. Whether it is stored."""
+    def _await_upload(self, hand: "Hand", patience_s: float) -> Turns[bool]:
+        """Until what was saved is stored, or patience is at its end. Whether it is stored. Neighbours train on."""
         deadline = time.monotonic() + patience_s
-        while not (stored := hand.saver.wait(min(2.0, patience_s))) and time.monotonic() < deadline:
+        while True:
+            stored = hand.saver.wait(min(2.0 if len(self._seats) == 1 else 0.0, patience_s))
             hand.log.lines(hand.saver.lines())
-        hand.log.lines(hand.saver.lines())
-        return stored
+            if stored or time.monotonic() >= deadline:
+                return stored
+            yield None
 
     def _resume_point(self, order: Order, config: TrialConfig, log: "LogTail") -> "ResumePoint | None":
         """The newest checkpoint of any attempt that is whole and this config's."""
@@ -341,15 +407,17 @@ class Gang:
         except (KeyError, TypeError) as error:
             raise train.CheckpointError(f"its rows are not those of this version: {error}") from error
 
-    def _describe(self, epoch: train.Epoch, before: list[EpochReport]) -> EpochReport:
-        """An epoch's row; times add up over the epochs that count, whichever attempt trained them."""
+    def _describe(self, epoch: train.Epoch, hand: "Hand") -> EpochReport:
+        """An epoch's row; times add up over the epochs that count, whichever attempt trained them. Neighbours share the
+        GPU's seconds; the clock's are what they are.
+        """
         gpus = self.world_size * self.plan.gpus_per_worker
-        wall_s, gpu_seconds = (before[-1].wall_s, before[-1].gpu_seconds) if before else (0.0, 0.0)
+        wall_s, gpu_seconds = (hand.reports[-1].wall_s, hand.reports[-1].gpu_seconds) if hand.reports else (0.0, 0.0)
         return EpochReport(
             epoch=epoch.epoch,
             metrics=epoch.metrics,
             wall_s=wall_s + epoch.seconds,
-            gpu_seconds=gpu_seconds + epoch.seconds * gpus,
+            gpu_seconds=gpu_seconds + epoch.seconds * gpus * hand.share.taken(),
             images_per_s=epoch.images / epoch.seconds,
         )
 
@@ -381,15 +449,50 @@ class Gang:
         return answer
 
 
+class Share:
+    """How much of its gang's time a trial had."""
+
+    def __init__(self) -> None:
+        self._own_s = self._passed_s = 0.0
+
+    def passed(self, seconds: float, *, among: int) -> None:
+        self._own_s += seconds / among
+        self._passed_s += seconds
+
+    def taken(self) -> float:
+        """Of the time since this was asked last, as a fraction: 1 of a trial that was alone."""
+        share = self._own_s / self._passed_s if self._own_s < self._passed_s else 1.0
+        self._own_s = self._passed_s = 0.0
+        return share
+
+
+@dataclasses.dataclass(slots=True)
+class Seat:
+    """A slot with a trial in it."""
+
+    log: "LogTail"
+    share: Share
+    turns: Turns[None]
+    fault: Exception | None = None
+    """What its last step met."""
+
+    def advance(self) -> Due | None:
+        """The trial's next step, once all before it is done; None where it waits. Raises StopIteration at its end."""
+        fault, self.fault = self.fault, None
+        with self.log.capture():
+            return next(self.turns) if fault is None else self.turns.throw(fault)
+
+
 @dataclasses.dataclass(slots=True)
 class Hand:
-    """The trial that a gang has in its hands."""
+    """The trial that a slot has in its hands."""
 
     assignment: Assignment
     config: TrialConfig
     folder: AttemptFolder
     saver: Saver
     log: "LogTail"
+    share: "Share"
     state: dict[str, Any] | None = None
     """What it goes on from."""
     reports: list[EpochReport] = dataclasses.field(default_factory=list)

@@ -81,6 +81,7 @@ class Ledger:
         return row.replace(
             state="RUNNING", attempts=update.attempt, started_at=row.started_at or update.time, hosts=" ".join(hosts),
             device_name=update.device_name, torch_version=update.torch_version, numerics=numerics,
+            slots=max(row.slots, update.slots),
             split=self.configs[row.position].evaluate.split, **NO_ERROR, **self.origin,
         )  # fmt: skip
 

@@ -188,6 +188,7 @@ def _origin(row: TrialRow) -> dict[str, Any]:
     dirty = " with local changes" if row.git_dirty else ""
     return {
         "hosts": row.hosts,
+        "slots": f"{row.slots}, so up to {row.slots - 1} trials beside it" if row.slots > 1 else None,
         "device": row.device_name,
         "torch": row.torch_version,
         "ray": row.ray_version,
@@ -208,7 +209,13 @@ def plan(summary: Mapping[str, Any], names: Mapping[str, str], width: int) -> Te
     head.append(
         f"  {plural(summary['trials'], 'trial')} in {plural(summary['cells'], 'cell')}, {spoken}", style="not bold"
     )
-    lines = [head, _verdict(summary), *_cost(summary["cost"], inner), *_storage(summary["storage"])]
+    lines = [
+        head,
+        _verdict(summary),
+        *_at_once(summary["at_once"]),
+        *_cost(summary["cost"], inner),
+        *_storage(summary["storage"]),
+    ]
     columns = (Column("", 0), Column("weights", 11, "right", 2), Column("FLOPs a trial", 13, "right", 1),
                Column("trials", 6, "right", 4), Column("to run", 6, "right"), Column("", 18, spare=3))  # fmt: skip
     cells: list[list[str | Text]] = [
@@ -258,6 +265,16 @@ def _verdict(summary: Mapping[str, Any]) -> Text:
     epochs = plural(summary["epochs_to_run"], "epoch")
     flops = f" · {epochs}, {summary['train_flops_to_run']:.2g} FLOPs of training"
     return line.append(flops if summary["to_run"] else "", style=FAINT)
+
+
+def _at_once(at_once: Mapping[str, Any]) -> list[Text]:
+    """How many trials run at once, where a gang trains several."""
+    gangs, slots = at_once["gangs"], at_once["slots"]
+    if slots == 1:
+        return []
+    known = f"{at_once['trials']:,} trials" if gangs else f"{slots} trials a gang"
+    how = f"{plural(gangs, 'gang')} x {slots} slots" if gangs else "as many gangs as fit"
+    return [Text("At once: ").append(known, style=STRONG).append(f" ({how}, each of trials of one shape)", style=FAINT)]
 
 
 def _cost(cost: Mapping[str, Any], width: int) -> list[Text]:

@@ -128,6 +128,7 @@ class Plan:
             "stale": [item.stale.trial_id for item in self.items if item.stale],
             "to_draw": self.sweep.to_draw,
             "notes": [*self.sweep.notes, *self._open_notes()],
+            "at_once": _at_once(self, gangs),
             "storage": _storage(self, cells),
             "cost": _cost(self, gangs),
             "by_cell": cells,
@@ -343,11 +344,20 @@ def _works(plan: Plan) -> list[Work]:
     return works
 
 
-def _cost(plan: Plan, gangs: int | None) -> dict[str, Any]:
-    """Hours, money and time to the end on each kind of device that was timed; `unknown` says why there is none."""
-    resources, price = plan.sweep.resources, plan.sweep.price
+def _at_once(plan: Plan, gangs: int | None) -> dict[str, Any]:
+    """How many trials may be trained at once; None where the file does not say in how many gangs."""
+    resources = plan.sweep.resources
+    slots = resources.slot_count
     if gangs is None and resources.max_gangs != "auto":
         gangs = resources.max_gangs
+    return {"gangs": gangs, "slots": slots, "trials": gangs and gangs * slots}
+
+
+def _cost(plan: Plan, gangs: int | None) -> dict[str, Any]:
+    """Hours, money and time to the end on each kind of device that was timed; `unknown` says why there is none. What
+    slots would gain is not known: a gang counts for one trial at a time.
+    """
+    resources, price, gangs = plan.sweep.resources, plan.sweep.price, _at_once(plan, gangs)["gangs"]
     devices = []
     for each in plan.estimates:
         cores = 0.0 if each.gpus else resources.workers * resources.cpus_per_worker
@@ -391,12 +401,12 @@ def _storage(plan: Plan, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     epochs = sum(item.trial.config.optim.epochs for item in plan.items)
     tables = TABLES_BYTES + len(plan.items) * TRIAL_BYTES + epochs * EPOCH_BYTES
     running = 2 * max((checkpoint_bytes(trial.config) for trial in plan.to_run), default=0)
-    at_once, end = plan.sweep.resources.max_gangs, checkpoints + logits + tables
+    at_once, end = _at_once(plan, None)["trials"], checkpoints + logits + tables
     return {
         "checkpoints": checkpoints,
         "logits": logits,
         "tables": tables,
         "end": end,
         "per_running_trial": running,
-        "peak": None if at_once == "auto" else end + running * min(at_once, len(plan.to_run)),
+        "peak": None if at_once is None else end + running * min(at_once, len(plan.to_run)),
     }

@@ -55,6 +55,8 @@ class Progress:
     """Of all trials but those taken from other sweeps, summed; what `predicted` is held against."""
     predicted: Prediction | None = None
     """What the sweep was to take, reckoned when its first trial began."""
+    slots: int = 1
+    """Of the gangs that trials run on: so many are trained side by side."""
 
     @property
     def all_cancelled(self) -> bool:
@@ -107,6 +109,7 @@ def measure(
         images_per_s=sum(row.images_per_s or 0.0 for row in waiting if row.state == "RUNNING" and driven is not False),
         training_s=sum([row.wall_s for row in own]),
         predicted=predicted,
+        slots=max((row.slots for row in waiting if row.state == "RUNNING"), default=1),
     )
 
 

@@ -1,5 +1,6 @@
 """How many gangs there should be, and on which machines they fit. Pure: what there is goes in, what to do comes out."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,6 +138,8 @@ class Scene:
     """How many the cluster holds."""
     limit: int | None = None
     """`max_gangs` of the sweep file."""
+    slots: int = 1
+    """Trials that a gang trains side by side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +150,10 @@ class Change:
 
 def decide(scene: Scene) -> Change:
     """Which gangs to form or to send home. Never both at once, never more than there is room for; a gang with a trial,
-    or one that a trial waits for, stays.
+    or one that a trial waits for, stays. Slots are filled before there are more gangs.
     """
-    wanted = min(scene.queued + scene.in_hand, scene.room, scene.room if scene.limit is None else scene.limit)
+    filled = math.ceil((scene.queued + scene.in_hand) / scene.slots)
+    wanted = min(filled, scene.room, scene.room if scene.limit is None else scene.limit)
     if wanted > len(scene.gangs):
         return Change(form=wanted - len(scene.gangs))
     if scene.queued:

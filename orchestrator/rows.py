@@ -89,6 +89,8 @@ class TrialRow:
     device_name: str | None = None
     hosts: str | None = None
     """Names of the hosts that ran it, sorted, separated by spaces."""
+    slots: int = 1
+    """Of the gangs that ran it, at most: above 1, its seconds are also those of trials beside it."""
     numerics: str | None = None
     """Versions of the parts' arithmetic, as `part=version part=version`."""
     schema_version: int = SCHEMA_VERSION

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from orchestrator.dispatcher import Assignment, Dispatcher, EpochReport, Order, Update, Worker
+from orchestrator.dispatcher import Assignment, Dispatcher, EpochReport, Order, Update, Worker, gang_of
 from orchestrator.engine import Job, retries_of
 from orchestrator.errors import MixmoError, NotFoundError, UnreachableError
 from orchestrator.store import DamagedError, ResultStore
@@ -104,10 +104,13 @@ class Threads:
         pace: Pace | None = None,
         *,
         gangs: int = AT_ONCE,
+        slots: int = 1,
         wait_s: float = 0.2,
         kind: "type[MadeGang] | None" = None,
     ) -> None:
-        self.pace, self.gangs, self.wait_s, self.kind = pace or Pace(), gangs, wait_s, kind or MadeGang
+        """A slot is a thread of its own here; what makes a gang of several is the dispatcher's to see to."""
+        self.pace, self.gangs, self.slots = pace or Pace(), gangs, slots
+        self.wait_s, self.kind = wait_s, kind or MadeGang
         self.crews: list[MadeCrew] = []
 
     @contextlib.contextmanager
@@ -117,7 +120,7 @@ class Threads:
         crew = MadeCrew(self, job, loop, desk)
         self.crews.append(crew)
         crew.form(self.gangs)
-        queue = MadeQueue(loop, desk, job.orders)
+        queue = MadeQueue(loop, desk, job.orders, page=2 * self.slots)
         try:
             yield crew, queue
         finally:
@@ -175,11 +178,14 @@ class MadeCrew:
         """What escaped a gang, which is a fault of this file."""
 
     def form(self, gangs: int) -> None:
+        slots = self._threads_of.slots
         for _ in range(gangs):
-            name = f"gang-{len(self._threads)}"
-            thread = threading.Thread(target=self._work, args=(name,), name=name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            gang = f"gang-{len(self._threads) // slots}"
+            self._loop.call(self.desk.join, made_worker(gang, slots))
+            for name in [f"{gang}/{number}" for number in range(slots)] if slots > 1 else [gang]:
+                thread = threading.Thread(target=self._work, args=(name,), name=name, daemon=True)
+                self._threads.append(thread)
+                thread.start()
 
     def _work(self, name: str) -> None:
         try:
@@ -189,7 +195,7 @@ class MadeCrew:
             pass
         except BaseException as error:
             self.faults.append(error)
-            self._loop.call(self.desk.gang_ended, name, repr(error))
+            self._loop.call(self.desk.gang_ended, gang_of(name), repr(error))
 
     def size(self) -> int:
         return len(self._threads)
@@ -254,17 +260,16 @@ class MadeCrew:
 class MadeQueue:
     """As Tune over its proxies, with small pages: one is queued when that before it has been taken up."""
 
-    PAGE = 2
     error: BaseException | None = None
 
-    def __init__(self, loop: _Loop, desk: Dispatcher, orders: Iterable[Order]) -> None:
-        self._desk, self._waiting = desk, [order.index for order in orders]
+    def __init__(self, loop: _Loop, desk: Dispatcher, orders: Iterable[Order], page: int) -> None:
+        self._desk, self._waiting, self._page = desk, [order.index for order in orders], page
         self._drained = False
         self._proxy = asyncio.run_coroutine_threadsafe(self._offer(), loop.loop)
 
     async def _offer(self) -> None:
         while self._waiting and not self._drained:
-            page, self._waiting = self._waiting[: self.PAGE], self._waiting[self.PAGE :]
+            page, self._waiting = self._waiting[: self._page], self._waiting[self._page :]
             await self._desk.offer(page)
 
     def is_alive(self) -> bool:
@@ -277,6 +282,12 @@ class MadeQueue:
         """They end with the loop."""
 
 
+def made_worker(gang: str, slots: int) -> Worker:
+    return Worker(
+        gang=gang, rank=0, world_size=1, pid=0, host="made", device_name="thread", torch_version="0", slots=slots
+    )
+
+
 class MadeGang:
     """As `gang.Gang`, with a trainer that counts."""
 
@@ -285,12 +296,8 @@ class MadeGang:
         self._job, self._store = job, ResultStore.open(job.store_uri)
 
     def work(self) -> None:
-        worker = Worker(
-            gang=self.name, rank=0, world_size=1, pid=0, host="made", device_name="thread", torch_version="0"
-        )
         if self._job.canary and self._loop.call(self.desk.rehearses, self.name):
             self._loop.call(self.desk.rehearsed, self.name, self.pace.rehearse(self._job.canary))
-        self._loop.call(self.desk.join, worker)
         while (given := self._loop.call(self.desk.next, self.name, self._wait_s)) != "leave":
             if isinstance(given, Assignment):
                 self._attempt(given)

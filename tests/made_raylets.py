@@ -26,7 +26,7 @@ def started(**head: Any) -> Iterator[Any]:
 
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": False, "resources": {"mixmo_slot": 1}, **head},
+        head_node_args={"num_cpus": 0, "include_dashboard": False, **head},
     )
     try:
         yield cluster

@@ -36,6 +36,11 @@ def settings() -> dict[str, st.SearchStrategy[Any]]:
     return {name: _values(spec.type, spec.metadata["setting"]) for name, spec in leaves()} | {"model.depth": _DEPTHS}
 
 
+def settings_with_names() -> st.SearchStrategy[tuple[str, Any]]:
+    """Any setting with a value."""
+    return st.one_of([st.tuples(st.just(name), values) for name, values in settings().items()])
+
+
 @st.composite
 def flats(draw: st.DrawFn) -> dict[str, Any]:
     """Some settings by dotted name that make a valid config together."""

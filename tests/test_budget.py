@@ -4,6 +4,7 @@ import resource
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from made_engine import Pace, Threads
 from torch.autograd.graph import saved_tensors_hooks
 
 from mixmo_core import cost, data, train
-from mixmo_core.config import DataConfig, ModelConfig, TrialConfig
-from orchestrator import budget, canary, driver
+from mixmo_core.config import DataConfig, ModelConfig, TrialConfig, flatten, shape_of
+from mixmo_core.step import Step
+from orchestrator import budget, canary, driver, engine
 from orchestrator import sweep as sweeps
 from orchestrator.calibration import Prediction, Timing
 from orchestrator.dispatcher import REHEARSALS, Dispatcher, Order, Retries
+from orchestrator.engine import Job
 from orchestrator.errors import ExitCode, RefusedError, SweepError
 from orchestrator.plan import initial_row
 from orchestrator.progress import measure
@@ -167,7 +170,7 @@ def test_workers_that_die_of_a_rehearsal_again_and_again_had_too_little_memory()
     (update,) = dispatcher._updates
     assert (update.kind, update.text) == ("refused", "the workers of gang-0 died of it 2 times")
     dispatcher.submit(0)
-    assert dispatcher._first_free() is None, "nothing is handed out"
+    assert dispatcher._first_free("gang-0") is None, "nothing is handed out"
 
 
 TINY = TrialConfig(
@@ -180,6 +183,47 @@ def test_a_trial_that_fits_passes_and_another_fault_is_no_want_of_memory(tmp_pat
     missing = TrialConfig(data=DataConfig(dataset="cifar10"), model=ModelConfig(depth=10, width=1))
     with pytest.raises(data.DatasetError):
         canary.rehearse(missing, torch.device("cpu"), tmp_path)
+
+
+def test_as_many_are_tried_side_by_side_as_may_train_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    step = Step.__call__
+
+    def short_for_three(self: Step, *given: torch.Tensor, **more: Any) -> None:
+        taken.append(id(self))
+        if len(set(taken)) == 3:
+            raise MemoryError("not enough memory")
+        step(self, *given, **more)
+
+    monkeypatch.setattr(Step, "__call__", short_for_three)
+    assert canary.rehearse(TINY, torch.device("cpu"), None, 2) is None
+    assert sorted(Counter(taken).values()) == [2, 2], "two steps of each"
+    taken.clear()
+    fault = canary.rehearse(TINY, torch.device("cpu"), None, 3)
+    assert fault is not None
+    assert "3 of them side by side (resources.slots): not enough memory" in fault
+
+
+@pytest.mark.parametrize(("slots", "seeds", "tried"), [(1, 9, 1), (3, 9, 3), (3, 2, 2)])
+def test_no_more_are_tried_side_by_side_than_there_are_of_the_largest(slots: int, seeds: int, tried: int) -> None:
+    """Of two widths, of which only the greater one's trials count."""
+    text = f"""
+name: two
+trial: {{data: {{dataset: digits}}, model: {{depth: 10}}}}
+blocks: [{{grid: {{model.width: [1, 2]}}}}]
+seeds: {seeds}
+resources: {{slots: {slots}}}
+"""
+    sweep = sweeps.parse(text, source="x.yaml")
+    orders = [
+        Order(
+            index=trial.position, trial_id=trial.trial_id, settings=flatten(trial.config), shape=shape_of(trial.config)
+        )
+        for trial in sweep.trials
+    ]
+    largest = flatten(canary.largest(sweep.trials).config)
+    job = Job(sweep=sweep, orders=orders, fence=1, store_uri="x", data_dir=None, canary=largest)
+    assert engine._canaries(job, sweep.resources.slot_count) == tried
 
 
 @pytest.mark.slow

@@ -259,7 +259,7 @@ def test_output_that_cannot_be_written_is_one_message(results: Path, command: st
         ("plan nowhere.yaml", 2, "nowhere.yaml: there is no such file"),
         ("plan FILE -S optim.epoch=3", 2, "did you mean 'optim.epochs'"),
         ("run FILE -S data.dataset=cifar10 -S data.train_images=all --yes", 2, "mixmo data get cifar10 DEST"),
-        ("run FILE -S resources.slots=4 --yes", 2, "not yet"),
+        ("run FILE -S resources.slots=4 -S resources.workers=2 --yes", 2, "slots: above 1 are for trials of one"),
         ("data get mnist DEST", 2, "nothing to get"),
         ("ls --results s3://bucket/x", 7, "AWS_PROFILE"),
         ("ls --results s3://key:word@bucket/x", 2, "a user name or a password in it"),

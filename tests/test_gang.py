@@ -20,8 +20,9 @@ import torch
 from made_rows import in_a_folder
 
 from mixmo_core import train
-from mixmo_core.config import TrialConfig, cell_id, digest, flatten, identity, unflatten
-from orchestrator.dispatcher import Dispatcher, Order, Retries, Update
+from mixmo_core.config import TrialConfig, cell_id, digest, flatten, identity, shape_of, unflatten
+from mixmo_core.step import Due
+from orchestrator.dispatcher import Dispatcher, EpochReport, Order, Retries, Update
 from orchestrator.errors import UnreachableError
 from orchestrator.ledger import Ledger
 from orchestrator.rows import TrialRow, config_columns
@@ -46,17 +47,23 @@ class Killed(BaseException):
 class Desk:
     """A dispatcher as Ray shows it to a gang, whose workers are killed when `fatal` says so of a call."""
 
-    def __init__(self, trial: TrialConfig, store: ResultStore) -> None:
-        self.trial_id, self._store = digest(identity(trial))[:12], store
-        self.desk = Dispatcher(
-            [Order(index=0, trial_id=self.trial_id, settings=flatten(trial))], fence=1, retries=Retries(crash=9)
-        )
-        self.desk.submit(0)
-        row = TrialRow(
-            sweep="made", position=0, trial_id=self.trial_id, digest=digest(identity(trial)), cell_id=cell_id(trial),
-            epochs=trial.optim.epochs, config=config_columns(trial),
-        )  # fmt: skip
-        self._ledger, self._read = Ledger({0: row}, {0: trial}, fence=1, first_seq=0), 0
+    def __init__(self, trial: TrialConfig, store: ResultStore, *more: TrialConfig) -> None:
+        trials = dict(enumerate([trial, *more]))
+        ids = {index: digest(identity(each))[:12] for index, each in trials.items()}
+        self.trial_id, self._store = ids[0], store
+        orders = [
+            Order(index=index, trial_id=ids[index], settings=flatten(each), shape=shape_of(each))
+            for index, each in trials.items()
+        ]
+        self.desk = Dispatcher(orders, fence=1, retries=Retries(crash=9))
+        rows = {
+            index: TrialRow(sweep="made", position=index, trial_id=ids[index], digest=digest(identity(each)),
+                            cell_id=cell_id(each), epochs=each.optim.epochs, config=config_columns(each))
+            for index, each in trials.items()
+        }  # fmt: skip
+        for index in trials:
+            self.desk.submit(index)
+        self._ledger, self._read = Ledger(rows, trials, fence=1, first_seq=0), 0
         self.told: list[Update] = []
         self.saver: Saver | None = None
         self.waits = True
@@ -72,13 +79,13 @@ class Desk:
             answer = getattr(self.desk, name)(*given)
             if inspect.iscoroutine(answer):
                 answer = asyncio.run(answer)
-            if answer == "wait":  # nothing is left to do
+            if answer == "wait" and not self.desk.in_hand():  # nothing is left to do
                 self.desk.close()
             return answer
 
         return SimpleNamespace(remote=remote)
 
-    def row(self) -> TrialRow:
+    def row(self, index: int = 0) -> TrialRow:
         """What the driver makes of all that was told so far."""
         news = asyncio.run(self.desk.updates(self._read, 0.0))
         for update in news:
@@ -86,14 +93,17 @@ class Desk:
                 self._ledger.apply(update)
             self._read = update.seq
         self.told += news
-        return self._ledger.rows[0]
+        return self._ledger.rows[index]
 
-    def losses(self) -> dict[int, float]:
+    def epochs(self, index: int = 0) -> dict[int, EpochReport]:
         self.row()
-        return {report.epoch: report.metrics["loss"] for update in self.told for report in update.epochs}
+        return {each.epoch: each for update in self.told if update.index == index for each in update.epochs}
 
-    def log(self) -> str:
-        return self._store.log(self.trial_id)
+    def losses(self, index: int = 0) -> dict[int, float]:
+        return {epoch: report.metrics["loss"] for epoch, report in self.epochs(index).items()}
+
+    def log(self, index: int = 0) -> str:
+        return self._store.log(self.row(index).trial_id)
 
 
 def gang_module() -> Any:
@@ -129,6 +139,170 @@ def work(monkeypatch: pytest.MonkeyPatch, store: ResultStore) -> Callable[..., N
 
 def undisturbed(trial: TrialConfig) -> list[train.Epoch]:
     return list(train.train(trial))
+
+
+def assert_alone(desk: Desk, index: int, trial: TrialConfig) -> None:
+    """That what is told of a trial is what it gives alone, to the bit."""
+    whole = undisturbed(trial)
+    assert {epoch: report.metrics for epoch, report in desk.epochs(index).items()} == {
+        each.epoch: each.metrics for each in whole
+    }
+    assert (desk.row(index).state, desk.row(index).metrics) == ("TERMINATED", whole[-1].metrics)
+
+
+@in_a_folder
+def test_a_gang_with_slots_trains_trials_side_by_side_as_if_each_were_alone(
+    store: ResultStore, work: Callable[..., None]
+) -> None:
+    """Five of one shape and one of another in three slots, of different lengths; every state is saved."""
+    trials = [config(seed=seed, **{"optim.epochs": 1 + seed % 3, "optim.lr": 0.1 / (1 + seed)}) for seed in range(5)]
+    trials.insert(1, config(**{"model.width": 2}))
+    desk = Desk(trials[0], store, *trials[1:])
+    in_hand: list[set[int]] = []
+
+    def look(name: str, *_: Any) -> bool:
+        if name == "report":
+            in_hand.append({held.order.index for held in desk.desk._hands.values()})
+        return False
+
+    desk.fatal, desk.waits = look, False
+    work(desk, slots=3, gpus_per_worker=1)
+    for index, trial in enumerate(trials):
+        assert_alone(desk, index, trial)
+        row, epochs = desk.row(index), desk.epochs(index)
+        assert (row.attempts, row.slots) == (1, 3)
+        assert row.checkpoint == store.checkpoints(row.trial_id)[0]
+        assert store.logits(row).logits_MNK.shape == (2, 360, 10)
+        assert f"trial {row.trial_id}" in desk.log(index)
+        assert all(other.trial_id not in desk.log(index) for other in map(desk.row, range(6)) if other is not row)
+        alone = index == 1
+        assert all((each.gpu_seconds == each.wall_s) == alone for each in epochs.values())
+        assert all(each.gpu_seconds >= each.wall_s / 3.000001 for each in epochs.values())
+    assert {1} in in_hand
+    assert not any(1 in held for held in in_hand if held != {1}), "the wide one has the gang to itself"
+    assert max(map(len, in_hand)) == 3
+    texts = [update.text for update in desk.told if update.kind == "started"]
+    assert set(texts) == {"on gang-0/0", "on gang-0/1", "on gang-0/2"}
+
+
+def of_three(store: ResultStore, **second: Any) -> tuple[Desk, list[TrialConfig]]:
+    """Three trials of three epochs that differ in their seed, and what else is said of the second."""
+    trials = [config(seed=seed, **{"optim.epochs": 3, **(second if seed == 1 else {})}) for seed in range(3)]
+    desk = Desk(trials[0], store, *trials[1:])
+    desk.waits = False
+    return desk, trials
+
+
+def assert_neighbours_alone(desk: Desk, trials: list[TrialConfig]) -> None:
+    for index in (0, 2):
+        assert_alone(desk, index, trials[index])
+        assert desk.row(index).attempts == 1
+
+
+@in_a_folder
+def test_a_slot_that_diverges_leaves_the_others_as_they_are(store: ResultStore, work: Callable[..., None]) -> None:
+    desk, trials = of_three(store, **{"optim.lr": 1e9})
+    work(desk, slots=3)
+    assert_neighbours_alone(desk, trials)
+    assert desk.row(1).state == "ERROR"
+    assert str(desk.row(1).error_cause).startswith("DivergedError: diverged at epoch 1")
+
+
+@in_a_folder
+@pytest.mark.parametrize("what", ["cancelled", "stopped early"])
+def test_a_slot_whose_trial_ends_by_a_word_leaves_the_others_as_they_are(
+    store: ResultStore, work: Callable[..., None], what: str
+) -> None:
+    desk, trials = of_three(store)
+
+    def at_its_report(name: str, *given: Any) -> bool:
+        if name == "report" and given[0] in {held.token for held in desk.desk._hands.values() if held.order.index == 1}:
+            if what == "cancelled":
+                desk.desk.cancel([1], "by somebody")
+            else:
+                desk.desk._standings[1].stopped = "below the others"
+        return False
+
+    desk.fatal = at_its_report
+    work(desk, slots=3)
+    assert_neighbours_alone(desk, trials)
+    row = desk.row(1)
+    assert (row.state, row.stopped_early) == (("CANCELLED", False) if what == "cancelled" else ("TERMINATED", True))
+
+
+@in_a_folder
+def test_a_slot_whose_step_breaks_leaves_the_others_as_they_are(
+    store: ResultStore, work: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of its second epoch."""
+    desk, trials = of_three(store)
+    first, whole = next(iter(train.train(trials[1]))), Due.take
+
+    def broken(due: Due) -> None:
+        if due.number == 5 and due.step._config == trials[1]:
+            raise RuntimeError("its images are not there")
+        whole(due)
+
+    monkeypatch.setattr(Due, "take", broken)
+    work(desk, slots=3)
+    assert_neighbours_alone(desk, trials)
+    assert (desk.row(1).state, desk.row(1).error_cause) == ("ERROR", "RuntimeError: its images are not there")
+    assert desk.losses(1) == {1: first.metrics["loss"]}
+
+
+@in_a_folder
+@pytest.mark.parametrize("calls", [2, 5, 9])
+def test_a_gang_that_is_killed_with_several_trials_in_hand_goes_on_with_each(
+    store: ResultStore, work: Callable[..., None], calls: int
+) -> None:
+    trials = [config(seed=seed) for seed in range(3)]
+    desk = Desk(trials[0], store, *trials[1:])
+    count = itertools.count(1)
+    desk.fatal = lambda name, *_: name == "report" and next(count) == calls
+    with pytest.raises(Killed):
+        work(desk, slots=3)
+    desk.fatal = lambda *_: False
+    work(desk, slots=3)
+    for index, trial in enumerate(trials):
+        assert_alone(desk, index, trial)
+        assert desk.row(index).attempts == 2
+        assert desk.row(index).error_kind is None
+
+
+@in_a_folder
+def test_a_paused_sweep_saves_every_slot_and_goes_on_to_the_bit(store: ResultStore, work: Callable[..., None]) -> None:
+    trials = [config(seed=seed) for seed in range(3)]
+    desk = Desk(trials[0], store, *trials[1:])
+
+    def pauses(name: str, *_: Any) -> bool:
+        if name == "report":
+            desk.desk.pause()
+        return False
+
+    desk.fatal, desk.waits = pauses, False
+    work(desk, slots=3)
+    assert [desk.row(index).state for index in range(3)] == ["PAUSED"] * 3
+    desk.fatal = lambda *_: False
+    desk.desk._closed = False
+    desk.desk.resume()
+    work(desk, slots=3)
+    for index, trial in enumerate(trials):
+        assert_alone(desk, index, trial)
+        assert "given back" in desk.log(index) or "resumed from" in desk.log(index)
+
+
+def test_neighbours_share_the_time_of_their_gang_and_one_alone_has_all_of_it() -> None:
+    Share = gang_module().Share
+    first, second = Share(), Share()
+    for seconds in (2.0, 4.0):
+        first.passed(seconds, among=2)
+        second.passed(seconds, among=2)
+    first.passed(6.0, among=1)
+    assert second.taken() == 0.5
+    assert first.taken() == pytest.approx(9 / 12)
+    first.passed(1.0, among=1)
+    assert first.taken() == 1.0
+    assert first.taken() == 1.0, "of no time"
 
 
 @pytest.mark.parametrize(
@@ -262,13 +436,13 @@ def test_a_trial_that_diverges_names_its_cause_and_its_last_good_checkpoint(
 def test_a_trial_that_asks_for_too_much_memory_ends_of_that_and_the_next_one_trains(
     store: ResultStore, work: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = train.train
+    asked = train.steps
 
     def too_much(*given: Any, **more: Any) -> Any:
-        monkeypatch.setattr(train, "train", asked)
+        monkeypatch.setattr(train, "steps", asked)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.50 GiB. GPU 0 has 3 MiB free")
 
-    monkeypatch.setattr(train, "train", too_much)
+    monkeypatch.setattr(train, "steps", too_much)
     desk = Desk(config(), store)
     work(desk)
     row = desk.row()

@@ -72,6 +72,19 @@ def test_hours_money_and_the_end_are_told_for_each_device() -> None:
     assert planning.make(sweep_of("resources: {max_gangs: 2}"), [], timings=known).summary()["cost"]["gangs"] == 2
 
 
+def test_how_many_trials_run_at_once_is_told_where_a_gang_has_slots() -> None:
+    known, slots = planning.make(sweep_of("resources: {slots: 3, max_gangs: 2}"), []), "each of trials of one shape)"
+    assert page(known)[2] == f" At once: 6 trials (2 gangs x 3 slots, {slots}"
+    assert page(known, 1)[2] == f" At once: 3 trials (1 gang x 3 slots, {slots}"
+    open_ = planning.make(sweep_of("resources: {slots: 3}"), [])
+    assert page(open_)[2] == f" At once: 3 trials a gang (as many gangs as fit, {slots}"
+    assert open_.summary()["at_once"] == {"gangs": None, "slots": 3, "trials": None}
+    alone = planning.make(sweep_of("resources: {max_gangs: 2}"), [])
+    assert not any("At once" in line for line in page(alone))
+    more = [plan.summary()["storage"] for plan in (known, alone)]
+    assert [each["peak"] - each["end"] for each in more] == [count * more[0]["per_running_trial"] for count in (6, 2)]
+
+
 def test_a_shape_that_was_not_timed_is_told_by_its_neighbours_and_said_so() -> None:
     sweep = sweep_of()
     lines = page(planning.make(sweep, [], timings=timings(sweep, 3600.0, 1, 4)), 1)

@@ -27,10 +27,11 @@ offers = st.builds(Offer, st.lists(nodes, max_size=4).map(tuple), st.lists(nodes
 def scenes(draw: st.DrawFn) -> Scene:
     idle = draw(st.lists(st.none() | st.floats(0, 3 * IDLE_S), max_size=6))
     gangs = {f"gang-{number}": seconds for number, seconds in enumerate(idle)}
-    in_hand = draw(st.integers(0, sum(seconds is None for seconds in idle)))
+    slots = draw(st.integers(1, 3))
+    in_hand = draw(st.integers(0, slots * sum(seconds is None for seconds in idle)))
     return Scene(
         queued=draw(st.integers(0, 9)), in_hand=in_hand, gangs=gangs, room=draw(st.integers(0, 8)),
-        limit=draw(st.none() | st.integers(1, 8)),
+        limit=draw(st.none() | st.integers(1, 8)), slots=slots,
     )  # fmt: skip
 
 
@@ -40,11 +41,12 @@ def test_what_is_decided_keeps_to_the_room_and_the_limit_and_sends_nobody_home_w
     assert change.form == 0 or not change.dismiss
     if change.form:
         after = len(scene.gangs) + change.form
-        assert after <= min(scene.room, scene.limit or scene.room, scene.queued + scene.in_hand)
+        assert after <= min(scene.room, scene.limit or scene.room)
+        assert (after - 1) * scene.slots < scene.queued + scene.in_hand, "the last one fills a slot"
     for gang in change.dismiss:
         assert (scene.gangs[gang] or 0) >= IDLE_S
         assert scene.queued == 0
-    assert len(scene.gangs) - len(change.dismiss) >= scene.in_hand
+    assert (len(scene.gangs) - len(change.dismiss)) * scene.slots >= scene.in_hand
 
 
 @given(scenes())

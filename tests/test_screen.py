@@ -130,6 +130,14 @@ def test_a_paused_sweep_says_who_had_it_paused_and_what_waits() -> None:
     assert "To resume" in shown(paused, (100, 20), driven=False).plain
 
 
+def test_trials_that_run_side_by_side_are_said_to() -> None:
+    rows = [row(TrialConfig(seed=seed), state="RUNNING", epoch=4, wall_s=40.0, slots=3) for seed in range(2)]
+    assert "2 running (3 slots a gang)" in shown(shot(rows), (100, 20)).plain
+    alone = [each.replace(slots=1) for each in rows]
+    assert "2 running" in shown(shot(alone), (100, 20)).plain
+    assert "slots" not in shown(shot(alone), (100, 20)).plain
+
+
 def test_a_frame_says_all_without_colour() -> None:
     """Each state is a word, not only a colour."""
     plain = shown(sample_sweep.snapshot("middle"), (80, 24)).plain

@@ -381,11 +381,13 @@ def test_a_sweep_that_keeps_no_checkpoints_leaves_those_that_another_names(
 @in_a_folder
 def test_cancel_and_retry_work_without_a_driver(tmp_path: Path, store: ResultStore, mixmo: Shell) -> None:
     sweep, steps = load(tmp_path), Steps()
-    running = Running(sweep, store, Threads(steps))
+    threads = Threads(steps)
+    running = Running(sweep, store, threads)
     steps.until(lambda begun: len(begun) == 2)
     steps.allow(2)
     running.until(lambda: sum(row.epoch for row in running.rows()) == 2)
     mixmo("stop", "made", "--now")
+    assert threads.crews[0].closed.wait(60), "what is reported from here on is the last"
     steps.open()
     running.end()
     assert "4 trials cancelled" in mixmo("cancel", "made", "--yes")

@@ -883,7 +883,6 @@ def test_a_byte_order_mark_is_no_matter(tmp_path: Path) -> None:
     ("rest", "told"),
     [
         ("scheduler: {method: pbt}\n", "scheduler.method: pbt"),
-        ("resources: {slots: 4}\n", "resources.slots: 4"),
     ],
 )
 def test_what_a_run_cannot_honour_yet_is_refused_by_name(rest: str, told: str) -> None:
@@ -893,10 +892,13 @@ def test_what_a_run_cannot_honour_yet_is_refused_by_name(rest: str, told: str) -
     assert str(error.value) == f"x.yaml: {told}: understood, but not yet possible in a run"
 
 
-def test_all_that_cannot_be_honoured_is_listed() -> None:
-    with pytest.raises(SweepError) as error:
-        check_runnable(small("scheduler: {method: pbt}\nresources: {slots: 2}\n"))
-    assert len(str(error.value).splitlines()) == 2
+def test_slots_are_for_trials_of_one_worker() -> None:
+    told = "resources.slots: above 1 are for trials of one worker: 2 workers share a single trial"
+    with pytest.raises(SweepError, match=told):
+        small("resources: {slots: 3, workers: 2}\n")
+    assert small("resources: {slots: 3}\n").resources.slot_count == 3
+    assert small("resources: {slots: auto, workers: 2}\n").resources.slot_count == 1
+    check_runnable(small("resources: {slots: 3}\n"))
 
 
 def test_ranges_are_kept() -> None:

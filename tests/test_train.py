@@ -21,10 +21,20 @@ from hypothesis import strategies as st
 from torch import Tensor, distributed
 
 from mixmo_core import augment, cost, data, evaluate, mixing, networks, train
-from mixmo_core.config import RECIPES, DataConfig, EvaluateConfig, ModelConfig, TrialConfig, digest, identity, unflatten
+from mixmo_core.config import (
+    RECIPES,
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    TrialConfig,
+    digest,
+    identity,
+    shape_of,
+    unflatten,
+)
 from mixmo_core.evaluate import CAN_BE_UNDEFINED, summarize
 from mixmo_core.metrics import BY_NAME
-from mixmo_core.step import Purpose, Step, draw_seed, weighted_loss
+from mixmo_core.step import Due, Purpose, Step, draw_seed, side_by_side, weighted_loss
 
 EVALUATED = {name for name in BY_NAME if not name.startswith("cifar_c")} - CAN_BE_UNDEFINED
 """What every evaluation of two subnetworks gives."""
@@ -203,6 +213,103 @@ def test_missing_images_are_told(tmp_path: Path) -> None:
     epochs = train.train(TrialConfig(data=DataConfig(dataset="cifar10")), data_dir=tmp_path)
     with pytest.raises(data.DatasetError, match="mixmo data get cifar10"):
         next(epochs)
+
+
+# ---------------------------------------------------------------------------------------------------- side by side
+
+
+Told = list[tuple[train.Epoch, dict[str, Any]]]
+
+
+def in_turn(
+    configs: Sequence[TrialConfig], *, break_step: int | None = None, **options: Any
+) -> tuple[list[Told], list[Exception | None]]:
+    """The epochs of trials that take their steps in turn, with copies of their states, and what ended each before its
+    last one. Step `break_step` of the first trial has images that are not there.
+    """
+    going = dict(enumerate(train.steps(config, **options) for config in configs))
+    told: list[Told] = [[] for _ in configs]
+    ends: list[Exception | None] = [None] * len(configs)
+    while going:
+        dues: dict[int, Due] = {}
+        for i, steps in list(going.items()):
+            try:
+                while not isinstance(news := next(steps), Due):
+                    if isinstance(news, train.Epoch):
+                        told[i].append((news, copy.deepcopy(news.state())))
+                dues[i] = (
+                    news if (i, news.number) != (0, break_step) else news._replace(indices_MB=news.indices_MB + 99)
+                )
+            except StopIteration:
+                del going[i]
+            except train.DivergedError as error:
+                ends[i] = error
+                del going[i]
+        for i, fault in zip(dues, side_by_side(list(dues.values())), strict=True):
+            if fault is not None:
+                ends[i] = fault
+                del going[i]
+    return told, ends
+
+
+def assert_alone(config: TrialConfig, told: Told) -> None:
+    """That these are the epochs of the trial alone, to the bit."""
+    for (epoch, state), (expected, expected_state) in itertools.zip_longest(told, run(config)):
+        assert epoch.metrics == expected.metrics
+        assert epoch.history == expected.history
+        assert same(epoch.logits, expected.logits)
+        assert same(state, expected_state)
+
+
+@given(
+    shared=st.fixed_dictionaries(
+        {
+            "mixing__method": st.sampled_from(["sum", "linear", "cutmix"]),
+            "data__augmentation": st.sampled_from(["none", "standard", "augmix"]),
+            "data__msda": st.sampled_from(["none", "cutmix"]),
+            "data__repetition": st.sampled_from([1, 2]),
+        }
+    ),
+    own=st.lists(
+        st.fixed_dictionaries(
+            {
+                "seed": st.integers(0, 2**32 - 1),
+                "optim__lr": st.sampled_from([0.01, 0.2]),
+                "optim__epochs": st.integers(1, 3),
+                "evaluate__every": st.integers(1, 2),
+                "mixing__probability": st.sampled_from([0.0, 0.5, 1.0]),
+            }
+        ),
+        min_size=2,
+        max_size=3,
+    ),
+)
+@settings(max_examples=6, deadline=None)
+def test_trials_that_take_their_steps_in_turn_are_those_alone_to_the_bit(
+    shared: dict[str, Any], own: list[dict[str, Any]]
+) -> None:
+    configs = [small(**{**shared, **each}) for each in own]
+    assert len({shape_of(config) for config in configs}) == 1
+    told, ends = in_turn(configs, save_when=lambda: True)
+    assert not any(ends)
+    for config, epochs in zip(configs, told, strict=True):
+        assert len(epochs) == config.optim.epochs
+        assert_alone(config, epochs)
+
+
+def test_a_trial_that_diverges_or_breaks_leaves_its_neighbours_as_they_are_to_the_bit() -> None:
+    sound = [small(seed=2), small(seed=3)]
+    wild = small(optim__lr=1e9)
+    told, ends = in_turn([wild, *sound])
+    assert isinstance(ends[0], train.DivergedError)
+    assert not told[0]
+    broken, faults = in_turn([small(), *sound], break_step=5)
+    assert isinstance(faults[0], IndexError)
+    assert [epoch.epoch for epoch, _ in broken[0]] == [1]
+    for epochs in (told, broken):
+        for config, own in zip(sound, epochs[1:], strict=True):
+            assert len(own) == 3
+            assert_alone(config, own)
 
 
 # ---------------------------------------------------------------------------------------------------------- resumption

@@ -44,9 +44,7 @@ def plan(
     ] = False,
     gangs: Annotated[
         int | None,
-        typer.Option(
-            "--gangs", metavar="N", min=1, help="Tell when it ends with N trials at once. [default: the file's]"
-        ),
+        typer.Option("--gangs", metavar="N", min=1, help="Tell when it ends in N gangs at once. [default: the file's]"),
     ] = None,
     quick: Quick = False,
     overrides: Overrides = None,

@@ -108,6 +108,8 @@ def counted(state: Progress) -> Text:
         if count or word == "done":
             line.append("  " if line.plain else "").append(f"{count:,}", style=f"{STRONG} {style}").append(f" {word}")
         aside = [(state.cached, "cached"), (state.stopped_early, "stopped early")] if word == "done" else []
+        if word == "running" and state.slots > 1:
+            aside = [(state.slots, "slots a gang")]
         if told := ", ".join(f"{part:,} {how}" for part, how in aside if part):
             line.append(f" ({told})", style=FAINT)
     return line

@@ -29,10 +29,14 @@ class Resources:
     cpus_per_worker: float = _key(1.0, "CPU cores of a worker.", above=0)
     accelerator: str = _key("any", "Type of GPU, in Ray's words (A100, L4 ...).")
     spot: bool = _key(True, "Whether machines that may be taken away at short notice will do.")
-    slots: int | Literal["auto"] = _key("auto", "Trials trained side by side on one GPU.", at_least=1)
+    slots: int | Literal["auto"] = _key(
+        "auto", "Trials of one shape that a group of one worker trains side by side. auto: 1, as long as nothing "
+        "measured says that more are faster.", at_least=1,
+    )  # fmt: skip
     max_gangs: int | Literal["auto"] = _key(
-        "auto", "Groups of workers, so trials, at once. auto: what fits.", at_least=1
-    )
+        "auto", "Groups of workers at once; each trains one trial, or as many as it has slots. auto: what fits.",
+        at_least=1,
+    )  # fmt: skip
     form_within_s: float | Literal["auto"] = _key(
         "auto", "Seconds after which a run gives up where no group of workers forms. auto: 600, or 1800 where machines "
         "have yet to be brought.", above=0,
@@ -48,6 +52,16 @@ class Resources:
                 f"gpus_per_worker below 1 is for trials of one worker: of {self.workers}, two would share a GPU, which "
                 "NCCL refuses"
             )
+        if self.workers > 1 and self.slots not in ("auto", 1):
+            raise ValueError(
+                f"slots above 1 are for trials of one worker: {self.workers} workers share a single trial. Leave out "
+                "slots, or workers"
+            )
+
+    @property
+    def slot_count(self) -> int:
+        """How many trials a group of workers trains side by side. What more than one would gain is not measured yet."""
+        return 1 if self.slots == "auto" else self.slots
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
