@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
+from orchestrator.population import Copy, Line, Population, Step
 from orchestrator.stopping import Judge
 
 NAMESPACE = "mixmo"
@@ -52,6 +53,8 @@ class Order:
     """Another sweep may be training it: not to be handed out before it is released."""
     stopped: str | None = None
     """Why its scheduler has stopped it, where an earlier driver was killed before it could write its end."""
+    line: Line | None = None
+    """Of a trial of a population: which checkpoints are its own. Its `settings` are as copies have changed them."""
 
 
 Loss = Literal["crash", "oom", "preempted", "store"]
@@ -73,8 +76,8 @@ class Retries:
 
 
 Answer = Literal["go on", "save", "drop"]
-"""To a gang that reports: train on; save the trial and give it back, since the sweep pauses or the scheduler has seen
-enough of it; it is not yours any more.
+"""To a gang that reports: train on; save the trial and give it back, since the sweep pauses, the scheduler has seen
+enough of it or others of its population are to come as far first; it is not yours any more.
 """
 
 
@@ -105,7 +108,9 @@ class Update:
 
     seq: int
     time: datetime
-    kind: Literal["started", "epochs", "lost", "paused", "ended", "retried", "withdrawn", "gang", "refused"]
+    kind: Literal[
+        "started", "epochs", "exploited", "lost", "paused", "ended", "retried", "withdrawn", "gang", "refused"
+    ]
     index: int | None = None
     attempt: int = 0
     epochs: Sequence[EpochReport] = ()
@@ -118,6 +123,10 @@ class Update:
     cause: str | None = None
     error_kind: Literal["exception"] | Loss | None = None
     """Of a trial that was lost, or ended as ERROR."""
+    lineage: str | None = None
+    """Of a trial that its population has compared: what its row keeps of that (`Population.lineage`)."""
+    parent_id: str | None = None
+    """Whom it was made a copy of."""
     hosts: tuple[str, ...] = ()
     device_name: str | None = None
     torch_version: str | None = None
@@ -198,10 +207,14 @@ class Dispatcher:
         fence: int,
         retries: Retries,
         judge: Judge | None = None,
+        population: Population | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`judge` says which trials stop early; None: none."""
+        """`judge` says which trials stop early; None: none. A `population` takes turns: all of its orders wait from the
+        beginning, whomever Tune would begin with.
+        """
         self._fence, self._retries, self._judge, self._clock = fence, retries, judge, clock
+        self._population = population
         self._standings = {
             order.index: _Standing(order, order.attempts, held_back=order.held_back, stopped=order.stopped)
             for order in orders
@@ -231,6 +244,8 @@ class Dispatcher:
         self._rehearsals: Counter[str] = Counter()
         self._fits = False
         """Whether a gang has rehearsed the largest trial."""
+        for order in orders if population is not None else ():
+            self.submit(order.index)
 
     # For gangs
 
@@ -325,10 +340,17 @@ class Dispatcher:
         if self._judge is not None and standing.stopped is None:
             verdicts = [self._judge.decide(standing.order.index, each.epoch, each.metrics) for each in epochs]
             standing.stopped = next(filter(None, verdicts), None)
-        told = {"stopped_early": True, "cause": standing.stopped} if standing.stopped else {}
+        told: dict[str, Any] = {"stopped_early": True, "cause": standing.stopped} if standing.stopped else {}
+        step = self._compare(standing, epochs)
+        if step is not None and self._population is not None:
+            told["lineage"] = self._population.lineage(standing.order.index)
         self._tell("epochs", standing, epochs=tuple(epochs), checkpoint=checkpoint, **told)
         standing.changed.set()
-        leaves = self._paused or standing.stopped or self._gang_of(token) in self._warned
+        if step is not None and step.copy is not None:
+            self._exploit(standing, step.copy)
+            return "drop"
+        waits = step is not None and self._is_before(standing)
+        leaves = self._paused or standing.stopped or waits or self._gang_of(token) in self._warned
         return "drop" if self._closed else "save" if leaves else "go on"
 
     def give_back(self, token: str, checkpoint: str | None) -> bool:
@@ -389,6 +411,8 @@ class Dispatcher:
         standing = self._standings[index]
         if not (standing.submitted or standing.ended):
             standing.submitted = True
+            if self._population is not None:
+                self._population.open(index)
             if standing.stopped:
                 self._end(standing, "TERMINATED")
                 return
@@ -528,6 +552,29 @@ class Dispatcher:
 
     # Inside
 
+    def _compare(self, standing: _Standing, epochs: Iterable[EpochReport]) -> Step | None:
+        """What comes of the trial in its population, if one of these epochs is a milestone that was not decided on."""
+        if self._population is None:
+            return None
+        index, checkpoint = standing.order.index, standing.order.checkpoint
+        steps = (self._population.compare(index, each.epoch, each.metrics, checkpoint) for each in epochs)
+        return next(filter(None, steps), None)
+
+    def _exploit(self, standing: _Standing, copy: Copy) -> None:
+        """The trial goes on as a copy of a better one, in its turn, under its next attempt."""
+        self._tell("exploited", standing, text=str(copy), checkpoint=copy.checkpoint, parent_id=copy.parent_id)
+        standing.order = replace(standing.order, checkpoint=copy.checkpoint)
+        self._release(standing)
+        self._queue.append(standing.order.index)
+        self._work.set()
+
+    def _is_before(self, standing: _Standing) -> bool:
+        """Whether the trial is further than one of its population that waits for a gang."""
+        if self._population is None or self._draining:
+            return False
+        waiting = [index for index in self._queue if not self._standings[index].held_back]
+        return any(self._population.turn(index) < self._population.turn(standing.order.index) for index in waiting)
+
     def _unended(self, indices: Iterable[int]) -> list[_Standing]:
         return [standing for index in indices if not (standing := self._standings[index]).ended]
 
@@ -548,7 +595,8 @@ class Dispatcher:
         """The next trial to hand out, taken from the queue."""
         if self._draining or self._paused:
             return None
-        index = next((index for index in self._queue if not self._standings[index].held_back), None)
+        free = (index for index in self._queue if not self._standings[index].held_back)
+        index = next(free, None) if self._population is None else min(free, key=self._population.turn, default=None)
         if index is not None:
             self._queue.remove(index)
         return index
@@ -563,8 +611,12 @@ class Dispatcher:
         standing = self._standings[index]
         standing.attempts += 1
         standing.accepted = False
+        order = standing.order
+        if self._population is not None:
+            settings = {**order.settings, **self._population.settings(index)}
+            order = replace(order, settings=settings, line=self._population.line(index))
         standing.held = Assignment(
-            order=standing.order, fence=self._fence, attempt=standing.attempts, token=secrets.token_hex(4)
+            order=order, fence=self._fence, attempt=standing.attempts, token=secrets.token_hex(4)
         )
         self._hands[gang] = standing.held
         ranks = self._workers.get(gang, {})
@@ -628,6 +680,8 @@ class Dispatcher:
         self._tell(kind, standing, **told)
         self._release(standing)
         standing.ended = True
+        if self._population is not None:
+            self._population.close(standing.order.index)
         standing.changed.set()
 
     def _release(self, standing: _Standing) -> None:

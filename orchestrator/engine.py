@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from orchestrator import sweep as sweeps
 from orchestrator.dispatcher import NAMESPACE, Order, Retries, Update
+from orchestrator.population import Population
 from orchestrator.roster import Offer
 from orchestrator.stopping import Judge
 from orchestrator.store import ResultStore
@@ -31,6 +32,8 @@ class Job:
     """Where the datasets lie: a folder, or a bucket."""
     judge: Judge | None = None
     """It stops trials early; it knows what earlier drivers have seen."""
+    population: Population | None = None
+    """It has trials go on as copies of others; it knows what earlier drivers have decided."""
     canary: Mapping[str, Any] | None = None
     """The settings of the trial that is rehearsed before any begins (`canary`)."""
 
@@ -85,7 +88,9 @@ def on_ray(job: Job) -> Iterator[tuple[Crew, Queue]]:
         reach.prove(ResultStore.open(job.store_uri))
         plan = _gang_plan(job, cluster.offer)
         cluster.offer.refuse_if_never(plan)
-        crew = fleet.Fleet(job.orders, plan, fence=job.fence, retries=retries_of(job.sweep), judge=job.judge)
+        crew = fleet.Fleet(
+            job.orders, plan, fence=job.fence, retries=retries_of(job.sweep), judge=job.judge, population=job.population
+        )
         crew.limit = None if resources.max_gangs == "auto" else resources.max_gangs
         # Tune cannot have more proxies later: machines that join by hand find work where max_gangs counts them in.
         most = max(1, min(crew.limit or cluster.offer.room(plan), len(job.orders) + job.sweep.to_draw))
@@ -106,6 +111,14 @@ def on_ray(job: Job) -> Iterator[tuple[Crew, Queue]]:
 def retries_of(sweep: sweeps.Sweep) -> Retries:
     given = {spec.name: getattr(sweep.retry, spec.name) for spec in fields(sweep.retry)}
     return Retries(**{name: math.inf if count == "unlimited" else count for name, count in given.items()})
+
+
+def milestones_of(job: Job) -> tuple[int, ...]:
+    """The epochs after which a trial of a population is compared with the others, and may be copied."""
+    if job.population is None:
+        return ()
+    longest = max(trial.config.optim.epochs for trial in job.sweep.trials)
+    return tuple(job.sweep.scheduler.milestones(longest))
 
 
 def datasets_of(sweep: sweeps.Sweep) -> list[str]:
@@ -129,6 +142,7 @@ def _gang_plan(job: Job, offer: Offer) -> Any:
         spot=resources.spot,
         form_within_s=(1800.0 if offer.coming else 600.0) if within_s == "auto" else within_s,
         checkpoint_every_s=None if every_s == "auto" else every_s,
+        milestones=milestones_of(job),
         store=job.store_uri,
         data_dir=job.data_dir if datasets.in_bucket(job.data_dir) else str(datasets.local(job.data_dir) or "") or None,
         datasets=tuple(datasets_of(job.sweep)),

@@ -60,6 +60,7 @@ from orchestrator.casualties import Messenger, dead_nodes  # noqa: E402
 from orchestrator.dispatcher import NAMESPACE, SLOT, Dispatcher, Order, Retries, Roll, Update, Worker  # noqa: E402
 from orchestrator.errors import UnreachableError  # noqa: E402
 from orchestrator.gang import GangPlan  # noqa: E402
+from orchestrator.population import Population  # noqa: E402
 from orchestrator.roster import ACCELERATOR, MARKET, Node, Offer, Scene, coming_of, decide  # noqa: E402
 from orchestrator.stopping import Judge  # noqa: E402
 
@@ -183,14 +184,21 @@ class Fleet:
     """A dispatcher and its gangs, as the driver sees them."""
 
     def __init__(
-        self, orders: Sequence[Order], plan: GangPlan, *, fence: int, retries: Retries, judge: Judge | None = None
+        self,
+        orders: Sequence[Order],
+        plan: GangPlan,
+        *,
+        fence: int,
+        retries: Retries,
+        judge: Judge | None = None,
+        population: Population | None = None,
     ) -> None:
         self.plan = plan
         actor = ray.remote(num_cpus=0, max_concurrency=100_000)(Dispatcher)
         # Beside the driver: Ray would put it on any machine, and one that goes must not take the sweep with it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         placed = actor.options(name=plan.dispatcher, namespace=plan.namespace, scheduling_strategy=here)
-        self.dispatcher: Any = placed.remote(orders, fence=fence, retries=retries, judge=judge)
+        self.dispatcher: Any = placed.remote(orders, fence=fence, retries=retries, judge=judge, population=population)
         self.limit: int | None = None
         """`max_gangs` of the sweep file."""
         self._tended_at, self._stood_at = float("-inf"), time.monotonic()

@@ -44,6 +44,8 @@ class Ledger:
                 row = self._started(row, update)
             case "epochs":
                 row = self._advanced(row, update)
+            case "exploited":  # its epochs stand until the next attempt tells those of the copy
+                row = row.replace(state="PENDING", parent_id=update.parent_id, checkpoint=update.checkpoint)
             case "lost":
                 row = row.replace(state="PENDING", checkpoint=update.checkpoint or row.checkpoint)
             case "paused":
@@ -85,7 +87,7 @@ class Ledger:
         )  # fmt: skip
 
     def _advanced(self, row: TrialRow, update: Update) -> TrialRow:
-        row = row.replace(checkpoint=update.checkpoint or row.checkpoint)
+        row = row.replace(checkpoint=update.checkpoint or row.checkpoint, lineage=update.lineage or row.lineage)
         if update.stopped_early:  # with the epochs that decided it: a driver killed before the trial's end knows of it
             row = row.replace(stopped_early=True, error_cause=update.cause)
         if not update.epochs:  # a checkpoint in the middle of one
