@@ -1,0 +1,468 @@
+"""Population based training: its rule against Ray Tune's own, and sweeps under it that are killed and go on."""
+
+import functools
+import hashlib
+import math
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made_engine import Killing, MadeGang, Threads
+
+from mixmo_core.config import trial_id
+from orchestrator import driver, plan
+from orchestrator import sweep as sweeps
+from orchestrator.dispatcher import EpochReport, Order
+from orchestrator.population import Population, Step, needed_by, quantiles, settings_of, steps_of
+from orchestrator.store import ResultStore, SweepWriter
+
+SWEEP = """
+name: made
+trial:
+  data: {{dataset: digits, train_images: 200, batch_size: 40, augmentation: none}}
+  model: {{depth: 10, width: 1, subnetworks: 1}}
+  optim: {{epochs: {epochs}}}
+blocks: [{{grid: {{optim.lr: {lr}}}}}]
+seeds: {seeds}
+resources: {{gpus_per_worker: 0}}
+scheduler:
+  method: pbt
+  interval_epochs: 2
+  mutations:
+    optim.lr: {{min: 0.001, max: 10, scale: log}}
+    optim.weight_decay: {{choices: [0.0001, 0.0006, 0.001]}}
+{more}
+"""
+
+
+@functools.cache
+def sweep_of(more: str = "", *, epochs: int = 9, lr: str = "[0.0001, 0.01, 0.1]", seeds: int = 2) -> sweeps.Sweep:
+    return sweeps.parse(SWEEP.format(more=more, epochs=epochs, lr=lr, seeds=seeds), source="x.yaml")
+
+
+# ---------------------------------------------------------------------------------------------- the rule against Tune's
+
+RESULTS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 50)), max_size=120)
+"""Which trial comes one epoch further, and what it reaches."""
+
+
+LONGEST = 1000
+
+
+class OfTune:
+    """Tune's scheduler, and all that it looks at of Tune: trials that have no more than a name, all of them running."""
+
+    class Named:
+        def __init__(self, name: int) -> None:
+            self.trial_id, self.status, self.experiment_tag = str(name), "RUNNING", ""
+            self.config: dict[str, Any] = {"lr": 0.1}
+            self.checkpoint_config = SimpleNamespace(num_to_keep=None)
+            self.run_metadata = SimpleNamespace(checkpoint_manager=self)
+
+        def is_finished(self) -> bool:
+            return self.status == "TERMINATED"
+
+        def set_experiment_tag(self, tag: str) -> None:
+            """Of no account here."""
+
+        def set_config(self, config: dict[str, Any]) -> None:
+            self.config = config
+
+    def __init__(self, **rule: Any) -> None:
+        from ray.tune.schedulers import PopulationBasedTraining
+
+        outer = self
+
+        class Telling(PopulationBasedTraining):
+            def _exploit(self, controller: Any, trial: Any, parent: Any) -> None:
+                outer.parent = int(parent.trial_id)
+                super()._exploit(controller, trial, parent)
+
+        self.parent: int | None = None
+        self.search_alg, self.trials = None, [self.Named(each) for each in range(6)]
+        self.scheduler = Telling(time_attr="training_iteration", metric="top1", mode="max", log_config=False,
+                                 hyperparam_mutations={"lr": [0.1, 0.2]}, **rule)  # fmt: skip
+        for trial in self.trials:
+            self.scheduler.on_trial_add(self, trial)
+
+    def get_trials(self) -> list[Any]:
+        return self.trials
+
+    def pause_trial(self, trial: Any, should_checkpoint: bool = True) -> None:
+        """It has been told."""
+
+    def _schedule_trial_save(self, trial: Any, result: Any = None) -> str:
+        return "a checkpoint"
+
+    def compare(self, trial: int, epoch: int, value: float, chance: float) -> tuple[int | None, bool]:
+        """Whom the trial is made a copy of, and whether it may be copied itself. `chance` chooses among the best."""
+        self.parent = None
+        with mock.patch("random.choice", lambda best: best[int(chance * len(best))]):  # whose values are of no account
+            self.scheduler.on_trial_result(self, self.trials[trial], {"training_iteration": epoch, "top1": value})
+        return self.parent, self.scheduler._trial_state[self.trials[trial]].last_checkpoint is not None
+
+
+@given(results=RESULTS, interval=st.integers(1, 4), grace=st.integers(1, 6), fraction=st.sampled_from([0.1, 0.25, 0.5]))
+def test_a_trial_is_made_a_copy_of_whom_tunes_pbt_makes_it_a_copy(
+    results: list[tuple[int, int]], interval: int, grace: int, fraction: float
+) -> None:
+    sweep = sweep_of(epochs=LONGEST)
+    rule = {"interval_epochs": interval, "grace_epochs": grace, "quantile_fraction": fraction}
+    ours = made(replace(sweep, scheduler=replace(sweep.scheduler, **rule)))
+    theirs = OfTune(perturbation_interval=interval, burn_in_period=grace, quantile_fraction=fraction)
+    names = {member.trial.trial_id: trial for trial, member in ours._members.items()}
+    epochs, told = dict.fromkeys(range(6), 0), dict.fromkeys(range(6), 0)
+    for trial, hundredths in results:
+        told[trial] += 1
+        if told[trial] > 20:
+            ours.close(trial)
+            theirs.trials[trial].status = "TERMINATED"
+            continue
+        epoch = epochs[trial] = epochs[trial] + 1
+        step = ours.compare(trial, epoch, {"top1": hundredths / 100}, checkpoint(trial, epoch))
+        parent, is_best = theirs.compare(trial, epoch, hundredths / 100, ours._chance("parent"))
+        if step is None:
+            assert parent is None
+            continue
+        assert (step.copy and names[step.copy.parent_id]) == parent
+        assert (step.checkpoint is not None) == is_best
+        if step.copy:
+            epochs[trial] = step.copy.epoch
+            assert ours.line(trial).compared_at == epochs[trial]
+
+
+def made(sweep: sweeps.Sweep) -> Population:
+    population = Population(sweep.scheduler, sweep.trials)
+    for trial in sweep.trials:
+        population.open(trial.position)
+    return population
+
+
+def begun(sweep: sweeps.Sweep) -> Population:
+    """Trial 2 was compared first and had no other beside it; trial 1 is best after epoch 2, and was saved."""
+    population = made(sweep)
+    population.compare(2, 2, {"top1": 0.5}, checkpoint(2, 2))
+    population.compare(1, 2, {"top1": 0.9}, checkpoint(1, 2))
+    return population
+
+
+def checkpoint(trial: int, epoch: int) -> str:
+    return f"trials/{trial:012x}/1-1-aa/epoch-{epoch:05d}-{epoch:016x}.pt"
+
+
+@given(st.lists(st.integers(), max_size=20), st.floats(0.01, 0.5))
+def test_nobody_is_among_the_worst_and_the_best(values: list[int], fraction: float) -> None:
+    worst, best = quantiles(sorted(values), fraction)
+    assert len(worst) == len(best) <= len(values) / 2
+    assert len(worst) >= min(1, len(values) // 2)
+    assert all(low <= high for low in worst for high in best)
+
+
+# -------------------------------------------------------------------------------------------------------- what changes
+
+
+def copies_of(more: str = "", *, results: int = 60) -> list[tuple[dict[str, Any], Step]]:
+    """What the parents had, and the steps that made copies of them, of trials of which the first are always worst."""
+    population, found = made(sweep_of(more, epochs=LONGEST)), []
+    for number in range(results):
+        epoch = 2 * number + 2
+        for trial in range(6):
+            before = {each.trial.trial_id: population.settings(place) for place, each in population._members.items()}
+            step = population.compare(trial, epoch, {"top1": trial / 10}, checkpoint(trial, epoch))
+            if step and step.copy:
+                found.append((before[step.copy.parent_id], step))
+                population._members[trial].line = replace(population.line(trial), compared_at=epoch)
+    return found
+
+
+def test_a_copy_has_its_parents_settings_changed_by_a_factor_or_drawn_anew_within_their_range() -> None:
+    found = copies_of()
+    factors = {round(step.copy.settings["optim.lr"] / had["optim.lr"], 4) for had, step in found if step.copy}
+    assert {1.2, 0.8} < factors
+    assert len(factors) > 10  # drawn anew
+    for _, step in found:
+        assert step.copy
+        assert 0.001 <= step.copy.settings["optim.lr"] <= 10
+        assert step.copy.settings["optim.weight_decay"] in (0.0001, 0.0006, 0.001)
+
+
+def test_without_resampling_choices_move_to_a_neighbour_and_numbers_by_a_factor() -> None:
+    for had, step in copies_of("  resample_probability: 0\n  perturbation_factors: [2, 0.5]"):
+        assert step.copy
+        lr = had["optim.lr"]
+        assert step.copy.settings["optim.lr"] in (min(2 * lr, 10), max(lr / 2, 0.001))
+        choices = [0.0001, 0.0006, 0.001]
+        moved = choices.index(step.copy.settings["optim.weight_decay"]) - choices.index(had["optim.weight_decay"])
+        assert abs(moved) <= 1
+
+
+def test_what_a_copy_gets_hangs_on_the_seed_and_the_number_of_the_comparison() -> None:
+    assert copies_of() == copies_of()
+    others = copies_of("  seed: 1")
+    assert [step.copy.settings for _, step in others if step.copy] != [
+        step.copy.settings for _, step in copies_of() if step.copy
+    ]
+
+
+def test_a_trial_is_copied_from_those_that_differ_in_nothing_but_seed_and_mutations() -> None:
+    text = SWEEP.format(more="", epochs=9, lr="[0.1, 0.2], model.width: [1, 2]", seeds=2)
+    sweep = sweeps.parse(text, source="x.yaml")
+    population = made(sweep)
+    width = {trial.trial_id: trial.config.model.width for trial in sweep.trials}
+    parents = []
+    for epoch in (2, 4, 6):
+        for trial in sweep.trials:
+            place = trial.position
+            step = population.compare(place, epoch, {"top1": place}, checkpoint(place, epoch))
+            if step and step.copy:
+                parents.append((trial.config.model.width, width[step.copy.parent_id]))
+    assert parents
+    assert all(own == theirs for own, theirs in parents)
+    assert sweep.notes[0].endswith("populations of trials that differ in seed and mutations only: 2 of 4 trials")
+
+
+@pytest.mark.parametrize("metrics", [{}, {"top1": None}, {"top1": math.nan}])
+def test_a_trial_without_the_metric_is_neither_worst_nor_best(metrics: dict[str, float | None]) -> None:
+    population = made(sweep_of())
+    for trial in range(3):
+        population.compare(trial, 2, {"top1": 0.5}, checkpoint(trial, 2))
+    step = population.compare(3, 2, metrics, checkpoint(3, 2))
+    assert step == Step(number=4, epoch=2, value=None)
+
+
+def test_what_was_saved_at_another_moment_is_not_what_was_compared() -> None:
+    for key in (checkpoint(1, 1), checkpoint(1, 2).replace("-0", "-step-000003-0", 1), None):
+        population = made(sweep_of())
+        population.compare(0, 2, {"top1": 0.1}, checkpoint(0, 2))
+        step = population.compare(1, 2, {"top1": 0.9}, key)
+        assert step is not None
+        assert step.checkpoint is None
+        again = population.compare(0, 4, {"top1": 0.1}, checkpoint(0, 4))
+        assert again is not None
+        assert again.copy is None
+
+
+def test_a_trial_that_is_thrown_back_again_and_again_comes_to_its_end() -> None:
+    population, trained = begun(sweep_of()), 0
+    epoch = 0
+    while epoch < 9:
+        epoch, trained = epoch + 1, trained + 1
+        step = population.compare(0, epoch, {"top1": 0.1}, checkpoint(0, epoch))
+        epoch = step.copy.epoch if step and step.copy else epoch
+        assert trained < 100
+    assert len(population._members[0].copies) == 4  # as often as there are milestones: 2, 4, 6, 8
+
+
+# ------------------------------------------------------------------------------------------ lines, and what rows keep
+
+
+@given(results=RESULTS, data=st.data())
+def test_a_population_taken_up_from_its_rows_decides_as_the_one_that_lived_through_it(
+    results: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    sweep = sweep_of(epochs=LONGEST)
+    whole, epochs = made(sweep), dict.fromkeys(range(6), 0)
+    cut = data.draw(st.integers(0, len(results)), label="killed after")
+    lived(whole, results[:cut], epochs)
+    fresh = made(sweep)
+    for trial in range(6):
+        fresh.take_up(trial, whole.lineage(trial))
+    fresh = pickle.loads(pickle.dumps(fresh))  # as Ray hands it to the dispatcher
+    assert lived(fresh, results[cut:], dict(epochs)) == lived(whole, results[cut:], dict(epochs))
+    assert [fresh.lineage(trial) for trial in range(6)] == [whole.lineage(trial) for trial in range(6)]
+    assert [fresh.line(trial) for trial in range(6)] == [whole.line(trial) for trial in range(6)]
+
+
+def lived(population: Population, results: list[tuple[int, int]], epochs: dict[int, int]) -> list[Step | None]:
+    steps = []
+    for trial, hundredths in results:
+        epochs[trial] += 1
+        step = population.compare(trial, epochs[trial], {"top1": hundredths / 100}, checkpoint(trial, epochs[trial]))
+        if step and step.copy:
+            epochs[trial] = step.copy.epoch
+        steps.append(step)
+    return steps
+
+
+def test_every_copy_begins_a_line_of_its_own_and_knows_the_one_that_it_goes_on_from() -> None:
+    sweep = sweep_of()
+    population = begun(sweep)
+    assert population.line(0).digest == sweep.trials[0].digest
+    lines = {population.line(0).digest}
+    for number, epoch in enumerate((2, 4), start=1):
+        step = population.compare(0, epoch, {"top1": 0.1}, checkpoint(0, epoch))
+        assert step is not None
+        assert step.copy is not None
+        line = population.line(0)
+        assert (line.parent, line.source, line.compared_at) == (sweep.trials[1].digest, checkpoint(1, 2), 2)
+        lines.add(line.digest)
+        assert len(lines) == number + 1
+        assert [each.number for each in steps_of(population.lineage(0))] == [3, 4][:number]
+
+
+def test_what_rows_name_is_needed_as_long_as_somebody_may_go_on_from_it() -> None:
+    sweep = sweep_of()
+    population = begun(sweep)
+    population.compare(0, 2, {"top1": 0.1}, checkpoint(0, 2))
+    rows = [
+        plan.initial_row(trial, sweep).replace(lineage=population.lineage(trial.position)) for trial in sweep.trials
+    ]
+    assert needed_by(rows) == {checkpoint(1, 2)}
+    assert needed_by([rows[0]]) == {checkpoint(1, 2)}
+    assert needed_by([row.replace(state="TERMINATED", checkpoint=checkpoint(5, 9)) for row in rows]) == {
+        checkpoint(5, 9)
+    }
+
+
+def test_a_trial_of_a_population_is_no_other_trial(tmp_path: Path) -> None:
+    sweep = sweep_of()
+    own = {trial.trial_id for trial in sweep.trials}
+    assert not own & {trial_id(trial.config) for trial in sweep.trials}
+    for other in (sweep_of("  seed: 1"), replace_name(sweep_of, "other"), sweep_of("  quantile_fraction: 0.5")):
+        assert not own & {trial.trial_id for trial in other.trials}
+        assert not {trial.cell_id for trial in sweep.trials} & {trial.cell_id for trial in other.trials}
+    assert own == {trial.trial_id for trial in sweep_of("  mode: max").trials}
+    assert own < {trial.trial_id for trial in sweep_of(seeds=3).trials}
+
+
+def replace_name(make: Any, name: str) -> sweeps.Sweep:
+    return sweeps.parse(make().text.replace("name: made", f"name: {name}"), source="x.yaml")
+
+
+# ------------------------------------------------------------------------------------------- whole sweeps, over threads
+
+
+class Learning(MadeGang):
+    """Its trials learn by what they have and how: the best rate is 0.1, and a copy goes on from its parent's value."""
+
+    def trained(self, order: Order, before: list[EpochReport]) -> EpochReport:
+        epoch, value = len(before) + 1, before[-1].metrics["top1"] if before else 0.0
+        pace = 0.3 / (1 + abs(math.log10(order.settings["optim.lr"]) + 1))
+        luck = int(hashlib.sha256(f"{order.settings['seed']} {epoch}".encode()).hexdigest()[:4], 16) / 65536 / 100
+        metrics = {"loss": 1 / epoch, "lr": order.settings["optim.lr"], "top1": value + (1 - value) * pace * (1 + luck)}
+        return EpochReport(epoch=epoch, metrics=metrics, wall_s=float(epoch), gpu_seconds=0.0, images_per_s=1000.0)
+
+
+def killed(store: ResultStore, epochs: int) -> None:
+    """Run the sweep in a process of its own that is killed after so many epochs."""
+    code = "import sys, test_population; test_population.live(sys.argv[1], int(sys.argv[2]))"
+    done = subprocess.run([sys.executable, "-c", code, store.uri, str(epochs)], cwd=Path(__file__).parent,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 9, done.stdout + done.stderr
+
+
+def live(uri: str, epochs: int) -> None:
+    flush = SweepWriter.flush
+    SweepWriter.flush = lambda self, *, force=False: flush(self, force=True)  # type: ignore[method-assign]
+    store = ResultStore.open(uri, create=True)
+    pace = Killing(epochs, lambda: any(row.epoch for row in store.trial_rows("made")))
+    driver.run(sweep_of(), store, engine=Threads(pace, gangs=1, kind=Learning).engine)
+
+
+def run(store: ResultStore, sweep: sweeps.Sweep, gangs: int = 1) -> list[str]:
+    said: list[str] = []
+    engine = Threads(gangs=gangs, kind=Learning).engine
+    assert driver.run(sweep, store, engine=engine, talk=said.append) == 0
+    return said
+
+
+Outcome = dict[str, tuple[Any, ...]]
+
+
+def outcome(store: ResultStore) -> Outcome:
+    """All that a run has to repeat: folders of attempts have names by chance."""
+    found: Outcome = {}
+    for row in store.trial_rows("made"):
+        steps = [replace(step, checkpoint=None, copy=step.copy and replace(step.copy, checkpoint=""))
+                 for step in steps_of(row.lineage)]  # fmt: skip
+        curve = [each.metrics for each in store.epoch_rows("made", row.trial_id)]
+        found[row.trial_id] = (row.state, row.epoch, row.parent_id, steps, row.metrics, curve)
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """With one gang: so results come in one order."""
+    store = ResultStore.open(str(tmp_path_factory.mktemp("whole")), create=True)
+    run(store, sweep_of())
+    return outcome(store)
+
+
+@pytest.mark.parametrize("gangs", [1, 3])
+def test_a_sweep_under_pbt_makes_copies_and_says_of_whom(tmp_path: Path, gangs: int) -> None:
+    store, sweep = ResultStore.open(str(tmp_path), create=True), sweep_of()
+    run(store, sweep, gangs)
+    rows = store.trial_rows("made")
+    assert {(row.state, row.epoch, row.stopped_early, row.error) for row in rows} == {("TERMINATED", 9, False, None)}
+    copied = [row for row in rows if row.parent_id]
+    assert 0 < len(copied) < len(rows)
+    told = [(event.trial_id, event.text) for event in store.events("made") if event.kind == "exploited"]
+    by_number = sorted(
+        (step.number, row.trial_id, str(step.copy)) for row in rows for step in steps_of(row.lineage) if step.copy
+    )
+    assert told == [(trial, text) for _, trial, text in by_number]
+    for row in rows:
+        epochs = store.epoch_rows("made", row.trial_id)
+        assert [each.epoch for each in epochs] == [*range(1, 10)]
+        assert epochs[-1].metrics["lr"] == settings_of(row).get("optim.lr", row.config["optim_lr"])
+        assert row.config["optim_lr"] in (0.0001, 0.01, 0.1)
+        if row.parent_id:
+            assert steps_of(row.lineage)[-2:][0].copy
+    for row in copied:  # a line of rows is that of the network, which was its parent's at first
+        copy = [step.copy for step in steps_of(row.lineage) if step.copy][-1]
+        epochs = store.epoch_rows("made", row.trial_id)
+        assert {each.metrics["lr"] for each in epochs[copy.epoch :]} == {copy.settings["optim.lr"]}
+    assert store.verify("made") == []
+    assert run(store, sweep) == ["made: nothing to run, all 6 trials have ended"]
+
+
+def test_trials_of_a_population_take_turns(undisturbed: Outcome) -> None:
+    """Else one gang would train the first to its end before there is anything to hold it against."""
+    assert any(steps and any(step.copy for step in steps) for _, _, _, steps, _, _ in undisturbed.values())
+
+
+def test_what_nobody_goes_on_from_is_deleted(tmp_path: Path) -> None:
+    store = ResultStore.open(str(tmp_path), create=True)
+    run(store, sweep_of())
+    for row in store.trial_rows("made"):
+        keys = store.checkpoints(row.trial_id)
+        assert keys[0] == row.checkpoint
+        assert len(keys) <= 3  # the newest two, and what the last write had yet to leave
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("epochs", [3, 13, 17, 22, 28, 35, 41, 50])
+def test_a_sweep_that_is_killed_and_goes_on_makes_the_same_copies_and_the_same_numbers(
+    undisturbed: Outcome, tmp_path: Path, epochs: int
+) -> None:
+    store = ResultStore.open(str(tmp_path), create=True)
+    killed(store, epochs)
+    run(store, sweep_of())
+    assert outcome(store) == undisturbed
+    assert store.verify("made") == []
+
+
+def test_another_sweep_neither_gives_its_results_to_a_population_nor_takes_them(tmp_path: Path) -> None:
+    store, sweep = ResultStore.open(str(tmp_path), create=True), sweep_of()
+    run(store, sweep)
+    for other in (
+        replace_name(sweep_of, "other"),
+        sweeps.parse(sweep.text, source="x", overrides=["scheduler.method=none"]),
+    ):
+        planned = plan.against(store, other)
+        assert planned.counts == {"new": 6}
+
+
+def test_a_population_has_no_shared_results_with_the_same_trials_under_no_scheduler(tmp_path: Path) -> None:
+    store = ResultStore.open(str(tmp_path), create=True)
+    plain = sweeps.parse(sweep_of().text, source="x.yaml", overrides=["scheduler.method=none", "name=plain"])
+    run(store, plain)
+    assert plan.against(store, sweep_of()).counts == {"new": 6}
