@@ -536,6 +536,14 @@ def test_a_checkpoint_from_before_a_copy_and_a_source_that_is_another_are_of_no_
     old = store.checkpoints(row.trial_id)[0]
     foreign = next(key for other in rows.values() if other.trial_id not in (row.trial_id, row.parent_id)
                    for key in store.checkpoints(other.trial_id))  # fmt: skip
+    over = {place: each.replace(state="TERMINATED") for place, each in rows.items()}
+    lineage = (row.lineage or "").replace(row.checkpoint, foreign)
+    lost = Peopled(sweep, store, {**over, row.position: row.replace(lineage=lineage)})
+    work(lost, milestones=(1, 2), checkpoint_every_s=1000)
+    ended = lost.rows()[row.position]
+    assert (ended.state, ended.error_kind) == ("ERROR", "exception")
+    assert f"{foreign}, of which the trial is a copy, is gone or of no use" in str(ended.error_cause)
+
     again = Peopled(sweep, store, rows)
     work(again, milestones=(1, 2), checkpoint_every_s=1000)
     keys = [key for key in store.folder.sizes(f"trials/{row.trial_id}") if "/log-" in key]
@@ -543,11 +551,3 @@ def test_a_checkpoint_from_before_a_copy_and_a_source_that_is_another_are_of_no_
     assert f"checkpoint {old} is of no use: it is of another config" in logs
     assert f"resumed from {row.checkpoint}" in logs
     assert {each.state for each in again.rows().values()} == {"TERMINATED"}
-
-    lost = Peopled(
-        sweep, store, {**rows, row.position: row.replace(lineage=(row.lineage or "").replace(row.checkpoint, foreign))}
-    )
-    work(lost, milestones=(1, 2), checkpoint_every_s=1000)
-    ended = lost.rows()[row.position]
-    assert (ended.state, ended.error_kind) == ("ERROR", "exception")
-    assert f"{foreign}, of which the trial is a copy, is gone or of no use" in str(ended.error_cause)
