@@ -538,7 +538,7 @@ def test_a_checkpoint_from_before_a_copy_and_a_source_that_is_another_are_of_no_
                    for key in store.checkpoints(other.trial_id))  # fmt: skip
     over = {place: each.replace(state="TERMINATED") for place, each in rows.items()}
     lineage = (row.lineage or "").replace(row.checkpoint, foreign)
-    lost = Peopled(sweep, store, {**over, row.position: row.replace(lineage=lineage)})
+    lost = Peopled(sweep, store, {**over, row.position: row.replace(lineage=lineage, checkpoint=foreign)})
     work(lost, milestones=(1, 2), checkpoint_every_s=1000)
     ended = lost.rows()[row.position]
     assert (ended.state, ended.error_kind) == ("ERROR", "exception")

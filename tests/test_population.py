@@ -115,7 +115,7 @@ def test_a_trial_is_made_a_copy_of_whom_tunes_pbt_makes_it_a_copy(
     results: list[tuple[int, int]], interval: int, grace: int, fraction: float
 ) -> None:
     sweep = sweep_of(epochs=LONGEST)
-    rule = {"interval_epochs": interval, "grace_epochs": grace, "quantile_fraction": fraction}
+    rule: Any = {"interval_epochs": interval, "grace_epochs": grace, "quantile_fraction": fraction}
     ours = made(replace(sweep, scheduler=replace(sweep.scheduler, **rule)))
     theirs = OfTune(perturbation_interval=interval, burn_in_period=grace, quantile_fraction=fraction)
     names = {member.trial.trial_id: trial for trial, member in ours._members.items()}
