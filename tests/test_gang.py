@@ -524,7 +524,9 @@ def test_a_checkpoint_from_before_a_copy_and_a_source_that_is_another_are_of_no_
     desk = Peopled(sweep, store)
 
     def begins_copy(name: str, *given: Any) -> bool:
-        return name == "accept" and any(held.order.line.source for held in desk.desk._hands.values())
+        return name == "accept" and any(
+            held.order.line and held.order.line.source for held in desk.desk._hands.values()
+        )
 
     desk.fatal = begins_copy
     with pytest.raises(Killed):

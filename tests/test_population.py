@@ -79,19 +79,19 @@ class OfTune:
     def __init__(self, **rule: Any) -> None:
         from ray.tune.schedulers import PopulationBasedTraining
 
-        outer = self
-
-        class Telling(PopulationBasedTraining):
-            def _exploit(self, controller: Any, trial: Any, parent: Any) -> None:
-                outer.parent = int(parent.trial_id)
-                super()._exploit(controller, trial, parent)
-
         self.parent: int | None = None
         self.search_alg, self.trials = None, [self.Named(each) for each in range(6)]
-        self.scheduler = Telling(time_attr="training_iteration", metric="top1", mode="max", log_config=False,
+        self.scheduler = PopulationBasedTraining(
+            time_attr="training_iteration", metric="top1", mode="max", log_config=False,
                                  hyperparam_mutations={"lr": [0.1, 0.2]}, **rule)  # fmt: skip
+        self._exploit = self.scheduler._exploit
+        self.scheduler._exploit = self._told
         for trial in self.trials:
             self.scheduler.on_trial_add(self, trial)
+
+    def _told(self, controller: Any, trial: Any, parent: Any) -> None:
+        self.parent = int(parent.trial_id)
+        self._exploit(controller, trial, parent)
 
     def get_trials(self) -> list[Any]:
         return self.trials
