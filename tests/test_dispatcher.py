@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from mixmo_core.config import flatten
 from orchestrator import stopping
+from orchestrator import sweep as sweeps
 from orchestrator.dispatcher import (
     REFORM_S,
     Assignment,
@@ -23,6 +25,7 @@ from orchestrator.dispatcher import (
     Update,
     Worker,
 )
+from orchestrator.population import Population, steps_of
 
 T = TypeVar("T")
 GANG = "gang-0"
@@ -272,6 +275,87 @@ def test_a_trial_whose_end_an_earlier_driver_could_not_write_ends_without_a_gang
     desk, _ = judged(orders=[replace(order(0), stopped=WHY), order(1)])
     assert kinds(news(desk)) == [("ended", 0, "TERMINATED")]
     assert take(desk).order.index == 1
+
+
+PBT = """
+name: made
+trial: {data: {dataset: digits}, optim: {epochs: 4}}
+seeds: 3
+scheduler: {method: pbt, interval_epochs: 2, quantile_fraction: 0.5, mutations: {optim.lr: {min: 0.01, max: 1}}}
+"""
+
+
+def peopled() -> Dispatcher:
+    """Three trials that are compared after epoch 2."""
+    sweep = sweeps.parse(PBT, source="x.yaml")
+    population = Population(sweep.scheduler, sweep.trials)
+    orders = [
+        Order(index=trial.position, trial_id=trial.trial_id, settings=flatten(trial.config)) for trial in sweep.trials
+    ]
+    return Dispatcher(orders, fence=7, retries=Retries(crash=1), population=population)
+
+
+def compared(desk: Dispatcher, given: Assignment, top1: float) -> str:
+    """What the gang is told at the milestone."""
+    key = f"trials/{given.order.trial_id}/7-1-aa/epoch-00002-{'0' * 16}.pt"
+    return desk.report(given.token, [report(1), report(2, top1)], key)
+
+
+def test_trials_of_a_population_take_turns_and_nobody_need_submit_them() -> None:
+    desk = peopled()
+    first, second = take(desk), take(desk, "gang-1")
+    assert [first.order.index, second.order.index] == [0, 1]
+    assert compared(desk, first, 0.1) == "save"  # the third is not as far
+    assert desk.give_back(first.token, None)
+    third = take(desk)
+    assert third.order.index == 2
+    assert desk.report(second.token, [report(1)], None) == "go on"
+    assert compared(desk, second, 0.9) == "save"  # the first is as far, and before it
+    assert desk.give_back(second.token, None)
+    assert take(desk, "gang-1").order.index == 0
+    desk.drain()
+    assert compared(desk, third, 0.5) == "go on"  # what is given back would not be handed out again
+    assert [each.kind for each in news(desk) if each.index == 1] == ["started", "epochs", "epochs", "paused"]
+
+
+def test_a_trial_that_is_made_a_copy_is_dropped_and_handed_out_again_from_its_parents_checkpoint() -> None:
+    desk = peopled()
+    for top1 in (0.5, 0.9):
+        given = take(desk)
+        assert compared(desk, given, top1) == "save"
+        assert desk.give_back(given.token, None)
+    parent, worst = given.order, take(desk)
+    assert compared(desk, worst, 0.1) == "drop"
+    assert desk.in_hand() == 0
+    assert not desk.give_back(worst.token, None)
+    epochs, exploited = news(desk)[-2:]
+    assert (epochs.kind, exploited.kind, exploited.index) == ("epochs", "exploited", 2)
+    (step,) = steps_of(epochs.lineage)
+    assert step.copy is not None
+    assert exploited.text == str(step.copy)
+    assert (exploited.parent_id, exploited.checkpoint) == (parent.trial_id, step.copy.checkpoint)
+    for gang in ("gang-0", "gang-1"):
+        assert take(desk, gang).order.index < 2
+    again = take(desk, "gang-2")
+    assert (again.order.index, again.attempt, again.order.checkpoint) == (2, 2, step.copy.checkpoint)
+    assert again.order.settings == {**worst.order.settings, **step.copy.settings}
+    assert again.order.settings["seed"] == 2
+    assert again.order.line is not None
+    assert (again.order.line.source, again.order.line.compared_at) == (step.copy.checkpoint, 2)
+    assert desk.report(again.token, [report(1, 0.9), report(2, 0.9)], step.copy.checkpoint) == "go on"  # its parent's
+    assert news(desk)[-1].lineage is None
+
+
+def test_a_trial_of_a_population_that_has_ended_is_compared_with_nobody() -> None:
+    desk = peopled()
+    for top1 in (0.5, 0.9):
+        given = take(desk)
+        compared(desk, given, top1)
+        desk.give_back(given.token, None)
+    desk.cancel([1], "by somebody")
+    worst = take(desk)
+    assert compared(desk, worst, 0.1) == "save"  # nothing of the first could be copied: it had been alone
+    assert steps_of(news(desk)[-1].lineage)[0].copy is None
 
 
 def test_a_proxy_sees_each_epoch_once_although_an_attempt_repeats_some() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from command_line import Mixmo
 from hypothesis import given
 from hypothesis import strategies as st
 from made_engine import Killing, MadeGang, Threads
@@ -466,3 +467,45 @@ def test_a_population_has_no_shared_results_with_the_same_trials_under_no_schedu
     plain = sweeps.parse(sweep_of().text, source="x.yaml", overrides=["scheduler.method=none", "name=plain"])
     run(store, plain)
     assert plan.against(store, sweep_of()).counts == {"new": 6}
+
+
+# -------------------------------------------------------------------------------------------------------------- on Ray
+
+ON_RAY = """
+name: small
+trial:
+  data: {dataset: digits, train_images: 200, batch_size: 40, augmentation: none}
+  model: {depth: 10, width: 1, subnetworks: 1}
+  optim: {epochs: 5, warmup: 0}
+blocks:
+  - {label: learns, grid: {optim.lr: [0.05, 0.1]}}
+  - {label: learns nothing, grid: {optim.lr: [1.0e-7, 2.0e-7]}}
+resources: {gpus_per_worker: 0}
+scheduler: {method: pbt, metric: nll, interval_epochs: 1, mutations: {optim.lr: {min: 1.0e-7, max: 1}}}
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_pbt_makes_copies_on_ray_and_all_commands_say_so(tmp_path: Path) -> None:
+    mixmo = Mixmo(tmp_path, ON_RAY)
+    assert "1 of 4 trials" in " ".join(mixmo("plan", "sweep.yaml").stdout.split())
+    mixmo("run", "sweep.yaml")
+    rows = mixmo.rows()
+    assert {(row.state, row.epoch, row.split, row.error) for row in rows} == {("TERMINATED", 5, "validation", None)}
+    copied = [row for row in rows if row.parent_id]
+    assert {row.label for row in copied} == {"learns nothing"}
+    store = ResultStore.open(tmp_path / "results")
+    for row in rows:
+        assert [each.epoch for each in store.epoch_rows("small", row.trial_id)] == [1, 2, 3, 4, 5]
+        assert store.checkpoints(row.trial_id, row.checkpoint)[0] == row.checkpoint
+    for row in copied:
+        told = [str(step.copy) for step in steps_of(row.lineage) if step.copy]
+        assert [
+            each.text for each in store.events("small") if (each.trial_id, each.kind) == (row.trial_id, "exploited")
+        ] == told
+        shown = mixmo("show", row.trial_id).stdout
+        assert all(each in " ".join(shown.split()) for each in told)
+        assert "cannot be trained alone" in mixmo("train", "--trial", row.trial_id, code=2).stderr
+    assert mixmo("verify", "small").returncode == 0
+    assert "nothing to run, all 4 trials have ended" in mixmo("run", "sweep.yaml").stderr
