@@ -32,7 +32,7 @@ from orchestrator.lines import (
     spanned,
     sparkline,
 )
-from orchestrator.population import steps_of
+from orchestrator.population import copies_of
 from orchestrator.progress import Progress
 from orchestrator.rows import CONFIG_COLUMNS, EpochRow, TrialRow
 
@@ -189,7 +189,7 @@ def _settings(row: TrialRow) -> dict[str, Any]:
 
 def _copies(row: TrialRow) -> list[Text]:
     """Of a trial of a population: whom it was made a copy of, and what it changed."""
-    told = [Text(f"  {step.copy}") for step in steps_of(row.lineage) if step.copy]
+    told = [Text(f"  {copy}") for copy in copies_of(row)]
     return [Text("Since then a copy of", style=STRONG), *told] if told else []
 
 

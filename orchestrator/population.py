@@ -88,9 +88,15 @@ def steps_of(lineage: str | None) -> list[Step]:
     return [Step(**{**each, "copy": Copy(**each["copy"]) if each["copy"] else None}) for each in told]
 
 
+def copies_of(row: TrialRow) -> list[Copy]:
+    """Those that a row's trial was made, in their order."""
+    return [step.copy for step in steps_of(row.lineage) if step.copy]
+
+
 def settings_of(row: TrialRow) -> Mapping[str, Any]:
     """The settings that a row's trial has by now in place of those that it began with, by dotted name."""
-    return next((step.copy.settings for step in reversed(steps_of(row.lineage)) if step.copy), {})
+    copies = copies_of(row)
+    return copies[-1].settings if copies else {}
 
 
 def line_of(trial_digest: str, steps: Iterable[Step]) -> Line:
