@@ -387,8 +387,10 @@ def _storage(plan: Plan, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     logits = sum(cell["logits_bytes"] * count for cell, count in zip(cells, own, strict=True))
     epochs = sum(item.trial.config.optim.epochs for item in plan.items)
     tables = TABLES_BYTES + len(plan.items) * TRIAL_BYTES + epochs * EPOCH_BYTES
-    running = 2 * max((checkpoint_bytes(trial.config) for trial in plan.to_run), default=0)
-    at_once, end = plan.sweep.resources.max_gangs, checkpoints + logits + tables
+    takes_turns = plan.sweep.scheduler.method == "pbt"  # those that wait keep theirs, and what may be copied besides
+    running = (3 if takes_turns else 2) * max((checkpoint_bytes(trial.config) for trial in plan.to_run), default=0)
+    at_once = len(plan.to_run) if takes_turns else plan.sweep.resources.max_gangs
+    end = checkpoints + logits + tables
     return {
         "checkpoints": checkpoints,
         "logits": logits,

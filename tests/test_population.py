@@ -6,6 +6,7 @@ import math
 import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,8 @@ from mixmo_core.config import trial_id
 from orchestrator import driver, plan
 from orchestrator import sweep as sweeps
 from orchestrator.dispatcher import EpochReport, Order
-from orchestrator.population import Population, Step, needed_by, quantiles, settings_of, steps_of
+from orchestrator.population import Population, Step, copies_of, needed_by, quantiles, settings_of, steps_of
+from orchestrator.rows import TrialRow
 from orchestrator.store import ResultStore, SweepWriter
 
 SWEEP = """
@@ -170,7 +172,7 @@ def test_nobody_is_among_the_worst_and_the_best(values: list[int], fraction: flo
 # -------------------------------------------------------------------------------------------------------- what changes
 
 
-def copies_of(more: str = "", *, results: int = 60) -> list[tuple[dict[str, Any], Step]]:
+def made_copies(more: str = "", *, results: int = 60) -> list[tuple[dict[str, Any], Step]]:
     """What the parents had, and the steps that made copies of them, of trials of which the first are always worst."""
     population, found = made(sweep_of(more, epochs=LONGEST)), []
     for number in range(results):
@@ -185,7 +187,7 @@ def copies_of(more: str = "", *, results: int = 60) -> list[tuple[dict[str, Any]
 
 
 def test_a_copy_has_its_parents_settings_changed_by_a_factor_or_drawn_anew_within_their_range() -> None:
-    found = copies_of()
+    found = made_copies()
     factors = {round(step.copy.settings["optim.lr"] / had["optim.lr"], 4) for had, step in found if step.copy}
     assert {1.2, 0.8} < factors
     assert len(factors) > 10  # drawn anew
@@ -196,7 +198,7 @@ def test_a_copy_has_its_parents_settings_changed_by_a_factor_or_drawn_anew_withi
 
 
 def test_without_resampling_choices_move_to_a_neighbour_and_numbers_by_a_factor() -> None:
-    for had, step in copies_of("  resample_probability: 0\n  perturbation_factors: [2, 0.5]"):
+    for had, step in made_copies("  resample_probability: 0\n  perturbation_factors: [2, 0.5]"):
         assert step.copy
         lr = had["optim.lr"]
         assert step.copy.settings["optim.lr"] in (min(2 * lr, 10), max(lr / 2, 0.001))
@@ -206,10 +208,10 @@ def test_without_resampling_choices_move_to_a_neighbour_and_numbers_by_a_factor(
 
 
 def test_what_a_copy_gets_hangs_on_the_seed_and_the_number_of_the_comparison() -> None:
-    assert copies_of() == copies_of()
-    others = copies_of("  seed: 1")
+    assert made_copies() == made_copies()
+    others = made_copies("  seed: 1")
     assert [step.copy.settings for _, step in others if step.copy] != [
-        step.copy.settings for _, step in copies_of() if step.copy
+        step.copy.settings for _, step in made_copies() if step.copy
     ]
 
 
@@ -352,20 +354,20 @@ class Learning(MadeGang):
         return EpochReport(epoch=epoch, metrics=metrics, wall_s=float(epoch), gpu_seconds=0.0, images_per_s=1000.0)
 
 
-def killed(store: ResultStore, epochs: int) -> None:
+def killed(store: ResultStore, epochs: int, gangs: int = 1) -> None:
     """Run the sweep in a process of its own that is killed after so many epochs."""
-    code = "import sys, test_population; test_population.live(sys.argv[1], int(sys.argv[2]))"
-    done = subprocess.run([sys.executable, "-c", code, store.uri, str(epochs)], cwd=Path(__file__).parent,
+    code = "import sys, test_population; test_population.live(sys.argv[1], *map(int, sys.argv[2:]))"
+    done = subprocess.run([sys.executable, "-c", code, store.uri, str(epochs), str(gangs)], cwd=Path(__file__).parent,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 9, done.stdout + done.stderr
 
 
-def live(uri: str, epochs: int) -> None:
+def live(uri: str, epochs: int, gangs: int) -> None:
     flush = SweepWriter.flush
     SweepWriter.flush = lambda self, *, force=False: flush(self, force=True)  # type: ignore[method-assign]
     store = ResultStore.open(uri, create=True)
     pace = Killing(epochs, lambda: any(row.epoch for row in store.trial_rows("made")))
-    driver.run(sweep_of(), store, engine=Threads(pace, gangs=1, kind=Learning).engine)
+    driver.run(sweep_of(), store, engine=Threads(pace, gangs=gangs, kind=Learning).engine)
 
 
 def run(store: ResultStore, sweep: sweeps.Sweep, gangs: int = 1) -> list[str]:
@@ -410,17 +412,7 @@ def test_a_sweep_under_pbt_makes_copies_and_says_of_whom(tmp_path: Path, gangs: 
         (step.number, row.trial_id, str(step.copy)) for row in rows for step in steps_of(row.lineage) if step.copy
     )
     assert told == [(trial, text) for _, trial, text in by_number]
-    for row in rows:
-        epochs = store.epoch_rows("made", row.trial_id)
-        assert [each.epoch for each in epochs] == [*range(1, 10)]
-        assert epochs[-1].metrics["lr"] == settings_of(row).get("optim.lr", row.config["optim_lr"])
-        assert row.config["optim_lr"] in (0.0001, 0.01, 0.1)
-        if row.parent_id:
-            assert steps_of(row.lineage)[-2:][0].copy
-    for row in copied:  # a line of rows is that of the network, which was its parent's at first
-        copy = [step.copy for step in steps_of(row.lineage) if step.copy][-1]
-        epochs = store.epoch_rows("made", row.trial_id)
-        assert {each.metrics["lr"] for each in epochs[copy.epoch :]} == {copy.settings["optim.lr"]}
+    hold_lineage(store, rows)
     assert store.verify("made") == []
     assert run(store, sweep) == ["made: nothing to run, all 6 trials have ended"]
 
@@ -449,6 +441,32 @@ def test_a_sweep_that_is_killed_and_goes_on_makes_the_same_copies_and_the_same_n
     run(store, sweep_of())
     assert outcome(store) == undisturbed
     assert store.verify("made") == []
+
+
+@pytest.mark.slow
+def test_a_sweep_of_several_gangs_that_is_killed_again_and_again_keeps_all_promises(tmp_path: Path) -> None:
+    store = ResultStore.open(str(tmp_path), create=True)
+    for epochs in (7, 9, 5, 8):
+        killed(store, epochs, gangs=3)
+    run(store, sweep_of(), gangs=3)
+    rows = store.trial_rows("made")
+    assert {(row.state, row.epoch, row.error) for row in rows} == {("TERMINATED", 9, None)}
+    assert any(row.parent_id for row in rows)
+    hold_lineage(store, rows)
+    assert store.verify("made") == []
+
+
+def hold_lineage(store: ResultStore, rows: Sequence[TrialRow]) -> None:
+    """A trial's rows are those of its network: up to its last copy its parent's, from then on with that one's settings."""
+    for row in rows:
+        epochs = store.epoch_rows("made", row.trial_id)
+        assert [each.epoch for each in epochs] == [*range(1, row.epoch + 1)]
+        assert epochs[-1].metrics == row.metrics
+        assert row.config["optim_lr"] in (0.0001, 0.01, 0.1)
+        copies = copies_of(row)
+        rates = {each.metrics["lr"] for each in epochs[copies[-1].epoch if copies else 0 :]}
+        assert rates == {settings_of(row).get("optim.lr", row.config["optim_lr"])}
+        assert row.parent_id == (copies[-1].parent_id if copies else None)
 
 
 def test_another_sweep_neither_gives_its_results_to_a_population_nor_takes_them(tmp_path: Path) -> None:
