@@ -457,7 +457,7 @@ def test_a_sweep_of_several_gangs_that_is_killed_again_and_again_keeps_all_promi
 
 
 def hold_lineage(store: ResultStore, rows: Sequence[TrialRow]) -> None:
-    """A trial's rows are those of its network: up to its last copy its parent's, from then on with that one's settings."""
+    """A trial's rows are those of its network: up to its last copy its parent's, then with that copy's settings."""
     for row in rows:
         epochs = store.epoch_rows("made", row.trial_id)
         assert [each.epoch for each in epochs] == [*range(1, row.epoch + 1)]
