@@ -349,7 +349,7 @@ class Dispatcher:
         if step is not None and step.copy is not None:
             self._exploit(standing, step.copy)
             return "drop"
-        waits = step is not None and self._is_before(standing)
+        waits = step is not None and self._is_ahead(standing)
         leaves = self._paused or standing.stopped or waits or self._gang_of(token) in self._warned
         return "drop" if self._closed else "save" if leaves else "go on"
 
@@ -568,7 +568,7 @@ class Dispatcher:
         self._queue.append(standing.order.index)
         self._work.set()
 
-    def _is_before(self, standing: _Standing) -> bool:
+    def _is_ahead(self, standing: _Standing) -> bool:
         """Whether the trial is further than one of its population that waits for a gang."""
         if self._population is None or self._draining:
             return False

@@ -6,6 +6,7 @@ import math
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,13 @@ import pytest
 from command_line import Mixmo
 from hypothesis import given
 from hypothesis import strategies as st
-from made_engine import Killing, MadeGang, Threads
+from made_engine import Killing, MadeGang, Pace, Threads
 
 from mixmo_core.config import trial_id
 from orchestrator import driver, plan
 from orchestrator import sweep as sweeps
 from orchestrator.dispatcher import EpochReport, Order
+from orchestrator.errors import ExitCode
 from orchestrator.population import Population, Step, copies_of, needed_by, quantiles, settings_of, steps_of
 from orchestrator.rows import TrialRow
 from orchestrator.store import ResultStore, SweepWriter
@@ -467,6 +469,52 @@ def hold_lineage(store: ResultStore, rows: Sequence[TrialRow]) -> None:
         rates = {each.metrics["lr"] for each in epochs[copies[-1].epoch if copies else 0 :]}
         assert rates == {settings_of(row).get("optim.lr", row.config["optim_lr"])}
         assert row.parent_id == (copies[-1].parent_id if copies else None)
+
+
+def test_a_trial_that_fails_ends_alone_and_can_be_tried_again(tmp_path: Path) -> None:
+    store, sweep = ResultStore.open(str(tmp_path), create=True), sweep_of()
+    fails = True
+
+    class Failing(Pace):
+        def epoch(self, order: Order, epoch: int) -> None:
+            if fails and (order.index, epoch) == (3, 5):
+                raise RuntimeError("a bad day")
+
+    engine = Threads(Failing(), gangs=1, kind=Learning).engine
+    assert driver.run(sweep, store, engine=engine, talk=lambda _: None) == ExitCode.FAULTS
+    rows = store.trial_rows("made")
+    assert [(row.state, row.epoch) for row in rows] == [("ERROR" if i == 3 else "TERMINATED", 9 - 5 * (i == 3))
+                                                        for i in range(6)]  # fmt: skip
+    assert not [row for row in rows if row.parent_id == rows[3].trial_id]
+    fails = False
+    assert driver.run(sweep, store, engine=engine, retry_failed=True, talk=lambda _: None) == ExitCode.OK
+    rows = store.trial_rows("made")
+    assert {(row.state, row.epoch, row.error) for row in rows} == {("TERMINATED", 9, None)}
+    hold_lineage(store, rows)
+    assert store.verify("made") == []
+
+
+def test_a_population_that_is_paused_goes_on_as_it_was(tmp_path: Path, undisturbed: Outcome) -> None:
+    store = ResultStore.open(str(tmp_path), create=True)
+    threads, paused = Threads(gangs=1, kind=Learning), list[int]()
+
+    class Pausing(Pace):
+        def epoch(self, order: Order, epoch: int) -> None:
+            if epoch in (3, 6) and order.index not in paused:
+                paused.append(order.index)
+                threads.crews[0].pause()
+                threading.Timer(0.2, threads.crews[0].resume).start()
+
+    threads.pace = Pausing()
+    assert driver.run(sweep_of(), store, engine=threads.engine, talk=lambda _: None) == ExitCode.OK
+    assert len(paused) == 6
+    assert outcome(store) == undisturbed
+
+
+def test_who_chooses_by_test_images_is_told_so() -> None:
+    assert {trial.config.evaluate.split for trial in sweep_of().trials} == {"validation"}
+    told = sweeps.parse(sweep_of().text, source="x.yaml", overrides=["evaluate.split=test"])
+    assert any("scheduler: it chooses by test images" in note for note in told.notes)
 
 
 def test_another_sweep_neither_gives_its_results_to_a_population_nor_takes_them(tmp_path: Path) -> None:
