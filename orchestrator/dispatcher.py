@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
-from orchestrator.population import Copy, Line, Population, Step
+from orchestrator.population import Line, Population
 from orchestrator.stopping import Judge
 
 NAMESPACE = "mixmo"
@@ -341,15 +341,15 @@ class Dispatcher:
             verdicts = [self._judge.decide(standing.order.index, each.epoch, each.metrics) for each in epochs]
             standing.stopped = next(filter(None, verdicts), None)
         told: dict[str, Any] = {"stopped_early": True, "cause": standing.stopped} if standing.stopped else {}
-        step = self._compare(standing, epochs)
-        if step is not None and self._population is not None:
+        is_milestone = self._compare(standing, epochs)
+        if is_milestone and self._population is not None:
             told["lineage"] = self._population.lineage(standing.order.index)
         self._tell("epochs", standing, epochs=tuple(epochs), checkpoint=checkpoint, **told)
         standing.changed.set()
-        if step is not None and step.copy is not None:
-            self._exploit(standing, step.copy)
+        self._exploit()
+        if standing.held is None:
             return "drop"
-        waits = step is not None and self._is_ahead(standing)
+        waits = is_milestone and self._is_ahead(standing)
         leaves = self._paused or standing.stopped or waits or self._gang_of(token) in self._warned
         return "drop" if self._closed else "save" if leaves else "go on"
 
@@ -464,7 +464,7 @@ class Dispatcher:
 
     def roll(self) -> Roll:
         still = self._draining or self._paused or self._closed
-        queued = 0 if still else sum(not self._standings[index].held_back for index in self._queue)
+        queued = 0 if still else sum(map(self._may_begin, self._queue))
         now = self._clock()
         standing = {gang: self._idle_since.get(gang) for gang in self._workers}
         idle = {gang: None if since is None else now - since for gang, since in standing.items()}
@@ -552,28 +552,40 @@ class Dispatcher:
 
     # Inside
 
-    def _compare(self, standing: _Standing, epochs: Iterable[EpochReport]) -> Step | None:
-        """What comes of the trial in its population, if one of these epochs is a milestone that was not decided on."""
+    def _compare(self, standing: _Standing, epochs: Iterable[EpochReport]) -> bool:
+        """Hold the trial against its population. Whether one of these epochs is a milestone that it had not passed."""
         if self._population is None:
-            return None
+            return False
         index, checkpoint = standing.order.index, standing.order.checkpoint
-        steps = (self._population.compare(index, each.epoch, each.metrics, checkpoint) for each in epochs)
-        return next(filter(None, steps), None)
+        return any(self._population.compare(index, each.epoch, each.metrics, checkpoint) for each in epochs)
 
-    def _exploit(self, standing: _Standing, copy: Copy) -> None:
-        """The trial goes on as a copy of a better one, in its turn, under its next attempt."""
-        self._tell("exploited", standing, text=str(copy), checkpoint=copy.checkpoint, parent_id=copy.parent_id)
-        standing.order = replace(standing.order, checkpoint=copy.checkpoint)
-        self._release(standing)
-        self._queue.append(standing.order.index)
-        self._work.set()
+    def _exploit(self) -> None:
+        """Trials that were made copies of better ones go on as such, in their turn, under their next attempts."""
+        population = self._population
+        if population is None:
+            return
+        for index in population.new_copies():
+            standing, copy = self._standings[index], population.copy(index)
+            self._tell("exploited", standing, text=str(copy), checkpoint=copy.checkpoint, parent_id=copy.parent_id,
+                       lineage=population.lineage(index))  # fmt: skip
+            standing.order = replace(standing.order, checkpoint=copy.checkpoint)
+            self._release(standing)
+            if index not in self._queue:
+                self._queue.append(index)
+        self._work.set()  # whoever waited for this one may begin
 
     def _is_ahead(self, standing: _Standing) -> bool:
-        """Whether the trial is further than one of its population that waits for a gang."""
-        if self._population is None or self._draining:
+        """Whether others of its population are to come as far first: those that it waits for, or whose turn it is."""
+        if self._population is None:
             return False
-        waiting = [index for index in self._queue if not self._standings[index].held_back]
-        return any(self._population.turn(index) < self._population.turn(standing.order.index) for index in waiting)
+        index, turn = standing.order.index, self._population.turn
+        waiting = [] if self._draining else filter(self._may_begin, self._queue)
+        return self._population.waits(index) or any(turn(each) < turn(index) for each in waiting)
+
+    def _may_begin(self, index: int) -> bool:
+        """Whether a trial that is queued may be handed out now."""
+        waits = self._population is not None and self._population.waits(index)
+        return not (self._standings[index].held_back or waits)
 
     def _unended(self, indices: Iterable[int]) -> list[_Standing]:
         return [standing for index in indices if not (standing := self._standings[index]).ended]
@@ -595,7 +607,7 @@ class Dispatcher:
         """The next trial to hand out, taken from the queue."""
         if self._draining or self._paused:
             return None
-        free = (index for index in self._queue if not self._standings[index].held_back)
+        free = filter(self._may_begin, self._queue)
         index = next(free, None) if self._population is None else min(free, key=self._population.turn, default=None)
         if index is not None:
             self._queue.remove(index)
@@ -680,9 +692,10 @@ class Dispatcher:
         self._tell(kind, standing, **told)
         self._release(standing)
         standing.ended = True
+        standing.changed.set()
         if self._population is not None:
             self._population.close(standing.order.index)
-        standing.changed.set()
+            self._exploit()
 
     def _release(self, standing: _Standing) -> None:
         self._hands = {gang: held for gang, held in self._hands.items() if held is not standing.held}

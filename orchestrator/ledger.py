@@ -45,7 +45,8 @@ class Ledger:
             case "epochs":
                 row = self._advanced(row, update)
             case "exploited":  # its epochs stand until the next attempt tells those of the copy
-                row = row.replace(state="PENDING", parent_id=update.parent_id, checkpoint=update.checkpoint)
+                told = {"parent_id": update.parent_id, "lineage": update.lineage, "checkpoint": update.checkpoint}
+                row = row.replace(state="PENDING", **told)
             case "lost":
                 row = row.replace(state="PENDING", checkpoint=update.checkpoint or row.checkpoint)
             case "paused":

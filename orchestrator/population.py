@@ -5,9 +5,10 @@ of the worst takes over weights, optimiser and place in the schedule of one of t
 settings, changed a little (Jaderberg et al. 2017, "Population Based Training of Neural Networks"). Who is worst and
 who is best is Ray Tune's rule, to the decision: `tests/test_population.py` holds it to Tune's own class.
 
-What is decided hangs on the order of results and on nothing else: chance is a hash of the scheduler's seed and of the
-number of the comparison. A trial's row keeps what came of it (`Step`), from which another driver takes it up: copies
-overwrite the epochs that they were decided by, so the epochs alone would not do.
+What is decided hangs on the order of results and on nothing else: chance is a hash of the scheduler's seed, the trial
+and its comparison. Where trials wait for one another (`synchronous`) it does not hang on the order either. A trial's
+row keeps what came of it (`Step`), from which another driver takes it up: copies overwrite the epochs that they were
+decided by, so the epochs alone would not do.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mixmo_core.config import digest, flatten
@@ -130,9 +132,11 @@ def quantiles(ascending: Sequence[Any], fraction: float) -> tuple[Sequence[Any],
     return ascending[:count], ascending[len(ascending) - count :]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Member:
     trial: Trial
+    kin: list[_Member]
+    """All that it may be copied from, and itself."""
     milestones: range
     line: Line
     steps: list[Step] = field(default_factory=list)
@@ -143,6 +147,11 @@ class _Member:
     @property
     def last(self) -> Step | None:
         return self.steps[-1] if self.steps else None
+
+    @property
+    def open_kin(self) -> list[_Member]:
+        """Those that have epochs ahead."""
+        return [each for each in self.kin if each.is_open]
 
     @property
     def copies(self) -> list[Copy]:
@@ -156,13 +165,13 @@ class Population:
         self._scheduler = scheduler
         self._sign = 1 if scheduler.mode == "max" else -1
         self._count = 0
+        self._copied: list[int] = []
         self._members: dict[int, _Member] = {}
-        self._kin: dict[Any, list[_Member]] = defaultdict(list)
-        """Trials that may be copied from one another."""
+        kin: dict[Any, list[_Member]] = defaultdict(list)
         for trial in trials:
-            milestones = scheduler.milestones(trial.config.optim.epochs)
-            self._members[trial.position] = _Member(trial, milestones, Line(digest=trial.digest))
-            self._kin[scheduler.kin(trial.config)].append(self._members[trial.position])
+            alike, milestones = kin[scheduler.kin(trial.config)], scheduler.milestones(trial.config.optim.epochs)
+            self._members[trial.position] = _Member(trial, alike, milestones, Line(digest=trial.digest))
+            alike.append(self._members[trial.position])
 
     def take_up(self, trial: int, lineage: str | None) -> None:
         """What earlier drivers have decided on a trial."""
@@ -175,8 +184,23 @@ class Population:
         self._members[trial].is_open = True
 
     def close(self, trial: int) -> None:
-        """It has ended: nobody is compared with it any more, nor copies it."""
-        self._members[trial].is_open = False
+        """It has ended: nobody is compared with it any more, nor copies it, nor waits for it."""
+        member = self._members[trial]
+        was_open, member.is_open = member.is_open, False
+        at = {each.line.compared_at for each in member.open_kin}
+        if self._scheduler.synchronous and was_open and len(at) == 1 and member.line.compared_at < min(at):
+            self._settle(member)
+
+    def waits(self, trial: int) -> bool:
+        """Whether it may not go on before others have come as far."""
+        member = self._members[trial]
+        at = member.line.compared_at
+        return self._scheduler.synchronous and any(each.line.compared_at < at for each in member.open_kin)
+
+    def new_copies(self) -> list[int]:
+        """The trials that were made copies since the last call."""
+        copied, self._copied = self._copied, []
+        return copied
 
     def turn(self, trial: int) -> Place:
         """Of several that wait, the one with the lowest is next, so that all come on together; and which one that is
@@ -191,6 +215,10 @@ class Population:
         began_with = {name: flat[name] for name in self._scheduler.mutations}
         return dict(member.copies[-1].settings) if member.copies else began_with
 
+    def copy(self, trial: int) -> Copy:
+        """What it was made last; it has been made a copy."""
+        return self._members[trial].copies[-1]
+
     def line(self, trial: int) -> Line:
         return self._members[trial].line
 
@@ -202,11 +230,12 @@ class Population:
         self, trial: int, epoch: int, metrics: Mapping[str, float | None], checkpoint: str | None
     ) -> Step | None:
         """What comes of a trial after this epoch; None where it is no milestone, or one that is behind it. `checkpoint`
-        is the trial's newest in the store: one of another moment is not what could be copied.
+        is the trial's newest in the store: one of another moment is not what could be copied. Who is made a copy by
+        that, this one or others that have waited for it, `new_copies` tells.
         """
         member = self._members[trial]
         if epoch >= member.trial.config.optim.epochs:
-            member.is_open = False
+            self.close(trial)
         if epoch not in member.milestones or epoch <= member.line.compared_at:
             return None
         value = metrics.get(self._scheduler.metric)
@@ -216,12 +245,15 @@ class Population:
         step = Step(number=self._count, epoch=epoch, value=reached)
         self._enter(member, step)
         worst, best = self._quantiles(member)
-        if member in best and checkpoint is not None and _is_after(checkpoint, epoch):
-            self._enter(member, replace(step, checkpoint=checkpoint))
-        elif member in worst and len(member.copies) < len(member.milestones):
-            parent = best[int(self._chance("parent") * len(best))]
-            if (copy := self._copied(member, parent)) is not None:
-                self._enter(member, replace(step, copy=copy))
+        saved = replace(step, checkpoint=checkpoint if checkpoint and _is_after(checkpoint, epoch) else None)
+        if self._scheduler.synchronous:
+            self._enter(member, saved)
+            if len({each.line.compared_at for each in member.open_kin}) == 1:
+                self._settle(member)
+        elif member in best:
+            self._enter(member, saved)
+        elif member in worst:
+            self._exploit(member, best)
         return member.last
 
     # Inside
@@ -230,30 +262,44 @@ class Population:
         member.steps = [*(each for each in member.steps if each.copy), step]
         member.line = line_of(member.trial.digest, member.steps)
 
+    def _settle(self, member: _Member) -> None:
+        """All have come to the milestone: the worst are made copies."""
+        worst, best = self._quantiles(member)
+        for each in worst:
+            self._count += 1
+            self._exploit(each, best)
+
+    def _exploit(self, member: _Member, best: Sequence[_Member]) -> None:
+        """Make a trial a copy of one of the best, if what is to be copied was saved. Only who was among the best at its
+        own milestone has saved that.
+        """
+        last = member.last
+        assert last is not None
+        chance = partial(self._chance, member, last.epoch)
+        parent = best[int(chance("parent") * len(best))]
+        step = parent.last
+        if step is None or step.checkpoint is None or len(member.copies) >= len(member.milestones):
+            return
+        own, theirs = self.settings(member.trial.position), self.settings(parent.trial.position)
+        copy = Copy(
+            parent_id=parent.trial.trial_id, line=parent.line.digest, epoch=step.epoch, checkpoint=step.checkpoint,
+            settings={name: self._changed(name, value, chance) for name, value in theirs.items()}, before=own,
+        )  # fmt: skip
+        self._enter(member, Step(number=self._count, epoch=last.epoch, value=last.value, copy=copy))
+        self._copied.append(member.trial.position)
+
     def _quantiles(self, member: _Member) -> tuple[Sequence[_Member], Sequence[_Member]]:
         """Among those like it that have been compared and have epochs ahead; of equals the first is the worse."""
-        kin = [each for each in self._kin[self._scheduler.kin(member.trial.config)] if each.is_open]
+        kin = member.open_kin
         values = [(self._sign * each.last.value, each) for each in kin if each.last and each.last.value is not None]
         ascending = [each for _, each in sorted(values, key=lambda pair: pair[0])]
         return quantiles(ascending, self._scheduler.quantile_fraction)
 
-    def _copied(self, member: _Member, parent: _Member) -> Copy | None:
-        """None where the parent has nothing to be copied: it was not among the best when it was saved."""
-        step = parent.last
-        if step is None or step.checkpoint is None:
-            return None
-        own, theirs = self.settings(member.trial.position), self.settings(parent.trial.position)
-        settings = {name: self._changed(name, value) for name, value in theirs.items()}
-        return Copy(
-            parent_id=parent.trial.trial_id, line=parent.line.digest, epoch=step.epoch, checkpoint=step.checkpoint,
-            settings=settings, before=own,
-        )  # fmt: skip
-
-    def _changed(self, name: str, value: Any) -> Any:
+    def _changed(self, name: str, value: Any, chance: Callable[[str], float]) -> Any:
         """A setting of the parent's as the copy gets it."""
         each = self._scheduler.mutations[name]
-        is_new = self._chance(f"new {name}") < self._scheduler.resample_probability
-        share = self._chance(name)
+        is_new = chance(f"new {name}") < self._scheduler.resample_probability
+        share = chance(name)
         if is_new or (each.choices and value not in each.choices):
             return each.at(share)
         if each.choices:
@@ -262,9 +308,9 @@ class Population:
         factors = self._scheduler.perturbation_factors
         return each.nearest(value * factors[int(share * len(factors))])
 
-    def _chance(self, purpose: str) -> float:
-        """From 0 to 1, 1 excluded."""
-        name = f"{self._scheduler.seed} {self._count} {purpose}"
+    def _chance(self, member: _Member, epoch: int, purpose: str) -> float:
+        """From 0 to 1, 1 excluded. A trial comes to a milestone a second time only as another copy."""
+        name = f"{self._scheduler.seed} {member.trial.trial_id} {epoch} {len(member.copies)} {purpose}"
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
 
 

@@ -71,6 +71,7 @@ class OfTune:
             self.config: dict[str, Any] = {"lr": 0.1}
             self.checkpoint_config = SimpleNamespace(num_to_keep=None)
             self.run_metadata = SimpleNamespace(checkpoint_manager=self)
+            self.temporary_state, self.checkpoint = SimpleNamespace(saving_to=None), "a checkpoint"
 
         def is_finished(self) -> bool:
             return self.status == "TERMINATED"
@@ -85,6 +86,7 @@ class OfTune:
         from ray.tune.schedulers import PopulationBasedTraining
 
         self.parent: int | None = None
+        self.copied: list[tuple[int, int]] = []
         self.search_alg, self.trials = None, [self.Named(each) for each in range(6)]
         self.scheduler = PopulationBasedTraining(
             time_attr="training_iteration", metric="top1", mode="max", log_config=False,
@@ -96,6 +98,7 @@ class OfTune:
 
     def _told(self, controller: Any, trial: Any, parent: Any) -> None:
         self.parent = int(parent.trial_id)
+        self.copied.append((int(trial.trial_id), self.parent))
         self._exploit(controller, trial, parent)
 
     def get_trials(self) -> list[Any]:
@@ -106,6 +109,28 @@ class OfTune:
 
     def _schedule_trial_save(self, trial: Any, result: Any = None) -> str:
         return "a checkpoint"
+
+    def get_live_trials(self) -> list[Any]:
+        return [trial for trial in self.trials if not trial.is_finished()]
+
+    def round(
+        self, order: list[int], epoch: int, values: list[int], chances: dict[int, float]
+    ) -> list[tuple[int, int]]:  # fmt: skip
+        """All trials come to this epoch, and wait. Who is made a copy of whom."""
+        self.copied = []
+        left = [chances[trial] for trial in sorted(order, key=lambda trial: (values[trial], trial))]
+
+        def chosen(some: list[Any]) -> Any:
+            return some[int(left.pop(0) * len(some))] if isinstance(some[0], self.Named) else some[0]
+
+        with mock.patch("random.choice", chosen):
+            for trial in order:
+                result = {"training_iteration": epoch, "top1": values[trial] / 100}
+                self.scheduler.on_trial_result(self, self.trials[trial], result)
+                self.trials[trial].status = "PAUSED"
+        for trial in self.get_live_trials():
+            trial.status = "RUNNING"
+        return self.copied
 
     def compare(self, trial: int, epoch: int, value: float, chance: float) -> tuple[int | None, bool]:
         """Whom the trial is made a copy of, and whether it may be copied itself. `chance` chooses among the best."""
@@ -132,8 +157,9 @@ def test_a_trial_is_made_a_copy_of_whom_tunes_pbt_makes_it_a_copy(
             theirs.trials[trial].status = "TERMINATED"
             continue
         epoch = epochs[trial] = epochs[trial] + 1
+        chance = ours._chance(ours._members[trial], epoch, "parent")
         step = ours.compare(trial, epoch, {"top1": hundredths / 100}, checkpoint(trial, epoch))
-        parent, is_best = theirs.compare(trial, epoch, hundredths / 100, ours._chance("parent"))
+        parent, is_best = theirs.compare(trial, epoch, hundredths / 100, chance)
         if step is None:
             assert parent is None
             continue
@@ -142,6 +168,37 @@ def test_a_trial_is_made_a_copy_of_whom_tunes_pbt_makes_it_a_copy(
         if step.copy:
             epochs[trial] = step.copy.epoch
             assert ours.line(trial).compared_at == epochs[trial]
+
+
+@given(
+    rounds=st.lists(st.lists(st.integers(0, 50), min_size=6, max_size=6), max_size=8),
+    orders=st.lists(st.permutations(range(6)), min_size=8, max_size=8),
+    fraction=st.sampled_from([0.1, 0.25, 0.5]), grace=st.integers(1, 3), ends=st.sampled_from([None, 0, 5]),
+)  # fmt: skip
+def test_trials_that_wait_for_one_another_are_made_copies_of_whom_tunes_synchronous_pbt_makes_them_copies(
+    rounds: list[list[int]], orders: list[list[int]], fraction: float, grace: int, ends: int | None
+) -> None:
+    """All come to each milestone in some order; `ends` is one that is out of it after the first."""
+    sweep = sweep_of("  synchronous: true", epochs=LONGEST)
+    rule: Any = {"grace_epochs": grace, "quantile_fraction": fraction}
+    ours = made(replace(sweep, scheduler=replace(sweep.scheduler, **rule)))
+    theirs = OfTune(perturbation_interval=2, burn_in_period=grace, quantile_fraction=fraction, synch=True)
+    names = {member.trial.trial_id: trial for trial, member in ours._members.items()}
+    for number, (values, order) in enumerate(zip(rounds, orders, strict=False)):
+        epoch = max(grace, 2) + 2 * number
+        there = [trial for trial in order if not (number and trial == ends)]
+        chances = {trial: ours._chance(ours._members[trial], epoch, "parent") for trial in there}
+        told: list[tuple[int, int]] = []
+        for trial in there:
+            ours.compare(trial, epoch, {"top1": values[trial] / 100}, checkpoint(trial, epoch))
+            copied = ours.new_copies()
+            assert not copied or trial == there[-1]
+            told += [(each, names[ours.copy(each).parent_id]) for each in copied]
+            assert all(ours.waits(each) == (trial != there[-1]) for each in there[: there.index(trial) + 1])
+        assert told == theirs.round(there, epoch, values, chances)
+        if ends is not None and not number:
+            ours.close(ends)
+            theirs.trials[ends].status = "TERMINATED"
 
 
 def made(sweep: sweeps.Sweep) -> Population:
@@ -209,7 +266,7 @@ def test_without_resampling_choices_move_to_a_neighbour_and_numbers_by_a_factor(
         assert abs(moved) <= 1
 
 
-def test_what_a_copy_gets_hangs_on_the_seed_and_the_number_of_the_comparison() -> None:
+def test_what_a_copy_gets_hangs_on_the_seed_and_the_comparison() -> None:
     assert made_copies() == made_copies()
     others = made_copies("  seed: 1")
     assert [step.copy.settings for _, step in others if step.copy] != [

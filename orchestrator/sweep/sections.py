@@ -127,6 +127,9 @@ class Scheduler:
         (1.2, 0.8), "pbt: else it is multiplied by one of these, or, of choices, the next or the one before is taken.",
         above=0,
     )  # fmt: skip
+    synchronous: bool = _key(
+        False, "pbt: whether trials wait for one another at each comparison, so that all are held against equals."
+    )
     seed: int = _key(0, "pbt: decides who is copied and how settings change.", at_least=0)
     within: tuple[str, ...] = ()
     """Settings: a trial is compared with those only that have the same values."""
