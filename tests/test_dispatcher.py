@@ -285,9 +285,9 @@ scheduler: {method: pbt, interval_epochs: 2, quantile_fraction: 0.5, mutations: 
 """
 
 
-def peopled() -> Dispatcher:
+def peopled(*, synchronous: bool = False) -> Dispatcher:
     """Three trials that are compared after epoch 2."""
-    sweep = sweeps.parse(PBT, source="x.yaml")
+    sweep = sweeps.parse(PBT, source="x.yaml", overrides=[f"scheduler.synchronous={str(synchronous).lower()}"])
     population = Population(sweep.scheduler, sweep.trials)
     orders = [
         Order(index=trial.position, trial_id=trial.trial_id, settings=flatten(trial.config)) for trial in sweep.trials
@@ -344,6 +344,26 @@ def test_a_trial_that_is_made_a_copy_is_dropped_and_handed_out_again_from_its_pa
     assert (again.order.line.source, again.order.line.compared_at) == (step.copy.checkpoint, 2)
     assert desk.report(again.token, [report(1, 0.9), report(2, 0.9)], step.copy.checkpoint) == "go on"  # its parent's
     assert news(desk)[-1].lineage is None
+
+
+@pytest.mark.parametrize("last", ["compared", "failed"])
+def test_trials_that_wait_for_one_another_are_handed_out_when_the_last_has_come_or_ended(last: str) -> None:
+    desk = peopled(synchronous=True)
+    first, second, third = (take(desk, f"gang-{i}") for i in range(3))
+    assert compared(desk, first, 0.1) == "save"
+    assert desk.give_back(first.token, None)
+    assert compared(desk, second, 0.9) == "save"  # its gang has yet to give it back
+    assert run(desk.next("gang-0", 0.0)) == "wait"
+    assert desk.roll().queued == 0
+    if last == "compared":
+        assert compared(desk, third, 0.5) == "save"  # the first is before it
+    else:
+        assert desk.fail(third.token, "Traceback", "a bad day")
+    told = news(desk)[-1]
+    assert (told.kind, told.index, told.parent_id) == ("exploited", 0, second.order.trial_id)
+    again = take(desk)
+    assert (again.order.index, again.attempt, again.order.checkpoint) == (0, 2, told.checkpoint)
+    assert desk.give_back(second.token, None)
 
 
 def test_a_trial_of_a_population_that_has_ended_is_compared_with_nobody() -> None:

@@ -413,20 +413,23 @@ class Learning(MadeGang):
         return EpochReport(epoch=epoch, metrics=metrics, wall_s=float(epoch), gpu_seconds=0.0, images_per_s=1000.0)
 
 
-def killed(store: ResultStore, epochs: int, gangs: int = 1) -> None:
+TOGETHER = "  synchronous: true"
+
+
+def killed(store: ResultStore, epochs: int, gangs: int = 1, more: str = "") -> None:
     """Run the sweep in a process of its own that is killed after so many epochs."""
-    code = "import sys, test_population; test_population.live(sys.argv[1], *map(int, sys.argv[2:]))"
-    done = subprocess.run([sys.executable, "-c", code, store.uri, str(epochs), str(gangs)], cwd=Path(__file__).parent,
-                          capture_output=True, text=True)  # fmt: skip
+    code = "import sys, test_population; test_population.live(sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4])"
+    words = [sys.executable, "-c", code, store.uri, str(epochs), str(gangs), more]
+    done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode == 9, done.stdout + done.stderr
 
 
-def live(uri: str, epochs: int, gangs: int) -> None:
+def live(uri: str, epochs: int, gangs: int, more: str) -> None:
     flush = SweepWriter.flush
     SweepWriter.flush = lambda self, *, force=False: flush(self, force=True)  # type: ignore[method-assign]
     store = ResultStore.open(uri, create=True)
     pace = Killing(epochs, lambda: any(row.epoch for row in store.trial_rows("made")))
-    driver.run(sweep_of(), store, engine=Threads(pace, gangs=gangs, kind=Learning).engine)
+    driver.run(sweep_of(more), store, engine=Threads(pace, gangs=gangs, kind=Learning).engine)
 
 
 def run(store: ResultStore, sweep: sweeps.Sweep, gangs: int = 1) -> list[str]:
@@ -566,6 +569,71 @@ def test_a_population_that_is_paused_goes_on_as_it_was(tmp_path: Path, undisturb
     assert driver.run(sweep_of(), store, engine=threads.engine, talk=lambda _: None) == ExitCode.OK
     assert len(paused) == 6
     assert outcome(store) == undisturbed
+
+
+def in_any_order(found: Outcome) -> Outcome:
+    """What hangs on no order: of two comparisons at one milestone either may have been the first."""
+    loose: Outcome = {}
+    for trial, (state, epoch, parent, steps, *numbers) in found.items():
+        kept = [replace(step, number=0, copy=step.copy and replace(step.copy, line="")) for step in steps]
+        loose[trial] = (state, epoch, parent, kept, *numbers)
+    return loose
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    store = ResultStore.open(str(tmp_path_factory.mktemp("together")), create=True)
+    run(store, sweep_of(TOGETHER))
+    assert store.verify("made") == []
+    return in_any_order(outcome(store))
+
+
+@pytest.mark.parametrize("gangs", [2, 8])
+def test_trials_that_wait_for_one_another_make_the_same_copies_with_any_number_of_gangs(
+    together: Outcome, tmp_path: Path, gangs: int
+) -> None:
+    store = ResultStore.open(str(tmp_path), create=True)
+    run(store, sweep_of(TOGETHER), gangs)
+    assert in_any_order(outcome(store)) == together
+    rows = store.trial_rows("made")
+    copies = [copy for row in rows for copy in copies_of(row)]
+    assert len(copies) == 4 * 2  # at each milestone the worst two of six
+    assert {copy.epoch for copy in copies} == {2, 4, 6, 8}
+    hold_lineage(store, rows)
+    assert store.verify("made") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blows", [(11,), (12, 3), (30, 8), (47,)])
+def test_trials_that_wait_for_one_another_make_the_same_copies_after_kills(
+    together: Outcome, tmp_path: Path, blows: tuple[int, ...]
+) -> None:
+    store = ResultStore.open(str(tmp_path), create=True)
+    for epochs in blows:
+        killed(store, epochs, 3, TOGETHER)
+    run(store, sweep_of(TOGETHER), 3)
+    assert in_any_order(outcome(store)) == together
+    assert store.verify("made") == []
+
+
+def test_nobody_waits_for_a_trial_that_has_failed_or_was_cancelled(tmp_path: Path) -> None:
+    store = ResultStore.open(str(tmp_path), create=True)
+    threads = Threads(gangs=2, kind=Learning)
+
+    class Failing(Pace):
+        def epoch(self, order: Order, epoch: int) -> None:
+            if (order.index, epoch) == (5, 4):  # the last for whom the others wait
+                raise RuntimeError("a bad day")
+            if (order.index, epoch) == (4, 6):
+                threads.crews[0].cancel([4], "by somebody")
+
+    threads.pace = Failing()
+    driver.run(sweep_of(TOGETHER), store, engine=threads.engine, talk=lambda _: None)
+    rows = store.trial_rows("made")
+    assert [row.state for row in rows] == [*["TERMINATED"] * 4, "CANCELLED", "ERROR"]
+    hold_lineage(store, rows[:4])
+    assert {step.epoch for row in rows[:4] for step in steps_of(row.lineage)} >= {8}
+    assert store.verify("made") == []
 
 
 def test_who_chooses_by_test_images_is_told_so() -> None:
