@@ -29,8 +29,6 @@ from orchestrator.rows import FINAL, TrialRow
 if TYPE_CHECKING:  # commands that only read know populations by their rows
     from orchestrator.sweep import Scheduler, Sweep, Trial
 
-Place = tuple[int, int]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Copy:
@@ -202,7 +200,7 @@ class Population:
         copied, self._copied = self._copied, []
         return copied
 
-    def turn(self, trial: int) -> Place:
+    def turn(self, trial: int) -> tuple[int, int]:
         """Of several that wait, the one with the lowest is next, so that all come on together; and which one that is
         hangs on nothing but what was decided.
         """

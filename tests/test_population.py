@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from made_engine import Killing, MadeGang, Pace, Threads
 
 from mixmo_core.config import trial_id
-from orchestrator import driver, plan
+from orchestrator import driver, pages, plan
 from orchestrator import sweep as sweeps
 from orchestrator.dispatcher import EpochReport, Order
 from orchestrator.errors import ExitCode
@@ -634,6 +635,22 @@ def test_nobody_waits_for_a_trial_that_has_failed_or_was_cancelled(tmp_path: Pat
     hold_lineage(store, rows[:4])
     assert {step.epoch for row in rows[:4] for step in steps_of(row.lineage)} >= {8}
     assert store.verify("made") == []
+
+
+def test_the_page_of_a_copy_says_of_whom_and_offers_no_command_that_could_not_repeat_it(copied_row: TrialRow) -> None:
+    shown = pages.trial([copied_row], [], datetime.now(UTC), 100, repeat="mixmo train").plain
+    for copy in copies_of(copied_row):
+        assert f"  {copy.parent_id} at epoch {copy.epoch}: " in shown
+    assert "Repeat it" not in shown
+    alone = copied_row.replace(lineage=None)
+    assert "Repeat it" in pages.trial([alone], [], datetime.now(UTC), 100, repeat="mixmo train").plain
+
+
+@pytest.fixture
+def copied_row(tmp_path: Path) -> TrialRow:
+    store = ResultStore.open(str(tmp_path), create=True)
+    run(store, sweep_of(TOGETHER), 2)
+    return next(row for row in store.trial_rows("made") if row.parent_id)
 
 
 def test_who_chooses_by_test_images_is_told_so() -> None:
