@@ -1,6 +1,8 @@
 """The dispatcher as a plain object: no Ray, no processes, no clocks."""
 
 import asyncio
+import functools
+import random
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -285,9 +287,15 @@ scheduler: {method: pbt, interval_epochs: 2, quantile_fraction: 0.5, mutations: 
 """
 
 
-def peopled(*, synchronous: bool = False) -> Dispatcher:
-    """Three trials that are compared after epoch 2."""
-    sweep = sweeps.parse(PBT, source="x.yaml", overrides=[f"scheduler.synchronous={str(synchronous).lower()}"])
+@functools.cache
+def population_sweep(*, synchronous: bool, epochs: int) -> sweeps.Sweep:
+    overrides = [f"scheduler.synchronous={str(synchronous).lower()}", f"optim.epochs={epochs}"]
+    return sweeps.parse(PBT, source="x.yaml", overrides=overrides)
+
+
+def peopled(*, synchronous: bool = False, epochs: int = 4) -> Dispatcher:
+    """Three trials that are compared after every second epoch."""
+    sweep = population_sweep(synchronous=synchronous, epochs=epochs)
     population = Population(sweep.scheduler, sweep.trials)
     orders = [
         Order(index=trial.position, trial_id=trial.trial_id, settings=flatten(trial.config)) for trial in sweep.trials
@@ -364,6 +372,48 @@ def test_trials_that_wait_for_one_another_are_handed_out_when_the_last_has_come_
     again = take(desk)
     assert (again.order.index, again.attempt, again.order.checkpoint) == (0, 2, told.checkpoint)
     assert desk.give_back(second.token, None)
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**32), synchronous=st.booleans(), gangs=st.integers(1, 4))
+def test_whatever_becomes_of_its_trials_a_population_comes_to_its_end(seed: int, synchronous: bool, gangs: int) -> None:
+    chance = random.Random(seed)
+    desk, held = peopled(synchronous=synchronous, epochs=7), dict[str, tuple[Assignment, int]]()
+    epochs = 0
+    while len({update.index for update in news(desk) if update.kind == "ended"}) < 3:
+        for gang in (f"gang-{i}" for i in range(gangs) if f"gang-{i}" not in held):
+            given_ = run(desk.next(gang, 0.0))
+            if isinstance(given_, Assignment):
+                desk.accept(given_.token)
+                assert given_.order.line is not None
+                held[gang] = given_, given_.order.line.compared_at
+        assert held, "all wait for one another"
+        gang = chance.choice(sorted(held))
+        happens = chance.random()
+        if happens < 0.05:
+            desk.struck(gang, "preempted", "its machine went")
+            del held[gang]  # its workers were formed anew, and it asks
+        elif happens < 0.07:
+            desk.fail(held.pop(gang)[0].token, "Traceback", "a bad day")
+        else:
+            epochs += 1
+            assert epochs < 200, "it goes round in circles"
+            if (after := one_epoch(desk, *held[gang], chance.random())) is None:
+                del held[gang]
+            else:
+                held[gang] = held[gang][0], after
+
+
+def one_epoch(desk: Dispatcher, given_: Assignment, before: int, top1: float) -> int | None:
+    """Train one on; None where the gang has the trial no more."""
+    epoch = before + 1
+    key = f"trials/{given_.order.trial_id}/7-1-aa/epoch-{epoch:05d}-{'0' * 16}.pt"
+    answer = desk.report(given_.token, [report(epoch, top1)], key)
+    if answer == "go on" or (answer == "save" and epoch == 7):
+        return epoch if epoch < 7 or not desk.finish(given_.token) else None
+    if answer == "save":
+        desk.give_back(given_.token, None)
+    return None
 
 
 def test_a_trial_of_a_population_that_has_ended_is_compared_with_nobody() -> None:
