@@ -36,6 +36,8 @@ class Setting:
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
+    changeable: bool = False
+    """Whether a training may go on from a checkpoint with another value: what it shapes is made anew at every step."""
 
 
 def _setting(default: Any, meaning: str, **limits: Any) -> Any:
@@ -116,7 +118,7 @@ class DataConfig(_Section):
     )
     input_repetition: float = _setting(
         0.0, "Share of the slots in which all subnetworks see the same image (MIMO).", symbol="rho",
-        at_least=0, at_most=1,
+        at_least=0, at_most=1, changeable=True,
     )  # fmt: skip
     augmentation: Augmentation = _setting(
         "standard", "Random crop and, where a mirror image makes sense, flip; augmix: AugMix after these."
@@ -125,11 +127,12 @@ class DataConfig(_Section):
         "none", "Mixed-sample augmentation before the encoders; manifold_mixup mixes hidden maps of a single network."
     )
     msda_probability: float = _setting(
-        0.5, "Share of the images that msda mixes with another one.", at_least=0, at_most=1
+        0.5, "Share of the images that msda mixes with another one.", at_least=0, at_most=1, changeable=True
     )
     msda_alpha: float = _setting(
-        1.0, "Concentration of the Beta that draws lambda, the ratio of mixup, cutmix and manifold_mixup.", above=0
-    )
+        1.0, "Concentration of the Beta that draws lambda, the ratio of mixup, cutmix and manifold_mixup.", above=0,
+        changeable=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super(DataConfig, self).__post_init__()
@@ -188,15 +191,17 @@ class MixingConfig(_Section):
     method: MixingMethod = _setting("cutmix", "How the M encoded images become one feature map.")
     probability: float = _setting(
         0.5, "Chance that a batch is mixed by binary masks; the others are mixed linearly. It decays to 0 over the "
-        "last twelfth of the training.", symbol="p", at_least=0, at_most=1,
+        "last twelfth of the training.", symbol="p", at_least=0, at_most=1, changeable=True,
     )  # fmt: skip
     alpha: float = _setting(
         2.0, "Concentration of the Dirichlet that draws the mixing ratios kappa; 0 fixes them at 1/M.",
-        at_least=0, symbol="alpha",
+        at_least=0, symbol="alpha", changeable=True,
     )  # fmt: skip
     weight_root: float = _setting(
-        3.0, "Loss weights are proportional to kappa^(1/r); large r weighs all inputs alike.", symbol="r", at_least=0.1
-    )  # below, kappa^(1/r) may be 0 of all inputs in fp32
+        3.0, "Loss weights are proportional to kappa^(1/r); large r weighs all inputs alike.", symbol="r", at_least=0.1,
+        changeable=True,
+    )  # fmt: skip
+    # below 0.1, kappa^(1/r) may be 0 of all inputs in fp32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,10 +209,11 @@ class OptimConfig(_Section):
     """SGD with Nesterov momentum; the rate is linear in the warm-up, then falls in steps."""
 
     epochs: int = _setting(300, "Passes over the training images.", symbol="E", at_least=1)
-    lr: float = _setting(0.05, "Learning rate at repetition 1; the optimiser uses lr / repetition.", above=0)
+    lr: float = _setting(0.05, "Learning rate at repetition 1; the optimiser uses lr / repetition.", above=0,
+                         changeable=True)  # fmt: skip
     momentum: float = _setting(0.9, "Momentum of SGD, in Nesterov's form.", at_least=0, at_most=0.9999)
     weight_decay: float = _setting(6e-4, "On all parameters. The recipe's l2 term 3e-4 in the loss is 6e-4 here.",
-                                   at_least=0)  # fmt: skip
+                                   at_least=0, changeable=True)  # fmt: skip
     warmup: float = _setting(
         1.0, "Length of the warm-up in epochs of steps at repetition 1, times repetition.", at_least=0
     )
@@ -432,9 +438,10 @@ def parts(config: TrialConfig) -> dict[str, int]:
     return {name: NUMERICS[name] for name in sorted(names)}
 
 
-def identity(config: TrialConfig, workers: int = 1) -> dict[str, Any]:
+def identity(config: TrialConfig, workers: int = 1, population: str = "") -> dict[str, Any]:
     """What decides the trial's numbers, by dotted name: the settings that take effect and differ from their birth
-    default, the seed, the workers and the numerics versions above 1.
+    default, the seed, the workers and the numerics versions above 1; and the `population` that it belongs to, if any,
+    whose other trials change its settings and its weights.
     """
     silent = ineffective(config)
     values = flatten(config)
@@ -446,6 +453,8 @@ def identity(config: TrialConfig, workers: int = 1) -> dict[str, Any]:
     kept["seed"] = config.seed
     if workers > 1:
         kept["workers"] = workers
+    if population:
+        kept["population"] = population
     raised = {name: version for name, version in parts(config).items() if version > 1}
     if raised:
         kept["numerics"] = raised
@@ -463,9 +472,9 @@ def trial_id(config: TrialConfig, workers: int = 1) -> str:
     return digest(identity(config, workers))[:12]
 
 
-def cell_id(config: TrialConfig, workers: int = 1) -> str:
+def cell_id(config: TrialConfig, workers: int = 1, population: str = "") -> str:
     """12 hex digits: the trial's identity without its seed, shared by all its repetitions."""
-    decides = identity(config, workers)
+    decides = identity(config, workers, population)
     del decides["seed"]
     return digest(decides)[:12]
 

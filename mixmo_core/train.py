@@ -113,6 +113,7 @@ def train(
     data_dir: Path | None = ...,
     resume: Mapping[str, Any] | None = ...,
     save_when: None = ...,
+    known_as: str | None = ...,
 ) -> Iterator[Epoch]: ...
 @overload
 def train(
@@ -122,6 +123,7 @@ def train(
     data_dir: Path | None = ...,
     resume: Mapping[str, Any] | None = ...,
     save_when: Callable[[], bool],
+    known_as: str | None = ...,
 ) -> Iterator[Epoch | Moment]: ...
 def train(
     config: TrialConfig,
@@ -130,6 +132,7 @@ def train(
     data_dir: Path | None = None,
     resume: Mapping[str, Any] | None = None,
     save_when: Callable[[], bool] | None = None,
+    known_as: str | None = None,
 ) -> Iterator[Epoch | Moment]:
     """The epochs of a trial, each when it is done, and the moments between two steps at which to save it.
 
@@ -142,11 +145,16 @@ def train(
     AGREEMENT_STEPS-th step of an epoch and after its last; all of them give `save_when` or none does, and one that says
     True is enough.
 
+    `known_as` is the digest by which checkpoints are known to be of this trial, where more than its config, seed and
+    workers has made it: with `resume` a network goes on that other settings may have begun.
+
     Raises CheckpointError at once where `resume` is not of this trial, ValueError where the batch cannot be split;
     data.DatasetError, when the first epoch is asked for, where the images are not there; DivergedError instead of an
     epoch or moment whose loss or weights are not finite, so that no state is one to go on from in vain.
     """
-    return _alone(steps(config, device=device, data_dir=data_dir, resume=resume, save_when=save_when))
+    return _alone(
+        steps(config, device=device, data_dir=data_dir, resume=resume, save_when=save_when, known_as=known_as)
+    )
 
 
 def steps(
@@ -156,13 +164,14 @@ def steps(
     data_dir: Path | None = None,
     resume: Mapping[str, Any] | None = None,
     save_when: Callable[[], bool] | None = None,
+    known_as: str | None = None,
 ) -> Iterator[Due | Epoch | Moment]:
     """As `train`, for whoever trains several trials in turn (`step.side_by_side`): each step is yielded when it is due,
     and who asks for more has taken it. The seconds of an epoch go on while others take theirs.
     """
     rank, workers = _world()
     _check_split(config, workers)
-    trial = digest(identity(config, workers))
+    trial = known_as or digest(identity(config, workers))
     if resume is not None:
         _check(resume)
         _check_origin(resume, trial, cost.steps_per_epoch(config))

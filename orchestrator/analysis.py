@@ -130,7 +130,8 @@ def table(
 
     Fields are settings (`model.width` or `model_width`), `label`, `sweep`, `workers`, `cell_id`, or `members`, which is
     1 but for ensembles. Without row fields the lines are the labels and those settings that vary. An ensemble never
-    shares a cell with trials: where no field tells them apart, `members` is added. `at` is the last epoch, the best one
+    shares a cell with trials: where no field tells them apart, `members` is added; `sweep` where one of several sweeps
+    trained a population, whose settings are those that its trials began with. `at` is the last epoch, the best one
     (of top1, chosen on the very images it is measured on), or a number: then every trial that has reached that epoch
     counts, whatever became of it, and `epochs` must have its rows (`Results.at_epoch`). A trial of several sweeps
     counts once. `baseline` is the label of the trials that every cell is compared with, at the same values of what
@@ -153,6 +154,9 @@ def table(
     combined = any(isinstance(row, EnsembleRow) for row in rows)
     if combined and {"label", "cell_id", "members"}.isdisjoint(lines + cols):
         lines = (*lines, "members")
+    populated = [row for row in rows if row.lineage is not None]
+    if populated and len({row.sweep for row in rows}) > 1 and {"cell_id", "sweep"}.isdisjoint(lines + cols):
+        lines = (*lines, "sweep")  # what a population made of a setting is no repetition of that
     groups: dict[tuple[Key, Key], list[TrialRow]] = {}
     for row in rows:
         groups.setdefault((_key(row, lines), _key(row, cols)), []).append(row)
@@ -176,6 +180,7 @@ def table(
         splits=tuple(dict.fromkeys(row.split for row in rows if row.split)),
         sweeps=tuple(dict.fromkeys(row.sweep for row in listed)),
         stopped=stopped,
+        populated=len(populated),
         with_stopped=with_stopped,
         commits=tuple(dict.fromkeys(f"{row.git_commit}{'+' * bool(row.git_dirty)}" for row in rows if row.git_commit)),
     )
@@ -433,6 +438,8 @@ def _resolved(row: TrialRow, name: str, value: Any) -> Any:
 
 
 def _names_all(row: TrialRow, where: Mapping[str, Any]) -> bool:
-    """Whether every setting that has an effect is named, the seed apart."""
+    """Whether every setting that has an effect is named, the seed apart, and held from the first epoch to the last."""
+    if row.lineage is not None:
+        return False
     named = {name.replace(".", "_") for name in where}
     return {name for name, value in row.config.items() if value is not None} - {"seed"} <= named

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
+from orchestrator.population import Line, Population
 from orchestrator.stopping import Judge
 
 NAMESPACE = "mixmo"
@@ -59,6 +60,8 @@ class Order:
     """Another sweep may be training it: not to be handed out before it is released."""
     stopped: str | None = None
     """Why its scheduler has stopped it, where an earlier driver was killed before it could write its end."""
+    line: Line | None = None
+    """Of a trial of a population: which checkpoints are its own. Its `settings` are as copies have changed them."""
 
 
 Loss = Literal["crash", "oom", "preempted", "store"]
@@ -80,8 +83,8 @@ class Retries:
 
 
 Answer = Literal["go on", "save", "drop"]
-"""To a gang that reports: train on; save the trial and give it back, since the sweep pauses or the scheduler has seen
-enough of it; it is not yours any more.
+"""To a gang that reports: train on; save the trial and give it back, since the sweep pauses, the scheduler has seen
+enough of it or others of its population are to come as far first; it is not yours any more.
 """
 
 
@@ -112,7 +115,9 @@ class Update:
 
     seq: int
     time: datetime
-    kind: Literal["started", "epochs", "lost", "paused", "ended", "retried", "withdrawn", "gang", "refused"]
+    kind: Literal[
+        "started", "epochs", "exploited", "lost", "paused", "ended", "retried", "withdrawn", "gang", "refused"
+    ]
     index: int | None = None
     attempt: int = 0
     epochs: Sequence[EpochReport] = ()
@@ -125,6 +130,10 @@ class Update:
     cause: str | None = None
     error_kind: Literal["exception"] | Loss | None = None
     """Of a trial that was lost, or ended as ERROR."""
+    lineage: str | None = None
+    """Of a trial that its population has compared: what its row keeps of that (`Population.lineage`)."""
+    parent_id: str | None = None
+    """Whom it was made a copy of."""
     hosts: tuple[str, ...] = ()
     device_name: str | None = None
     torch_version: str | None = None
@@ -219,14 +228,16 @@ class Dispatcher:
         fence: int,
         retries: Retries,
         judge: Judge | None = None,
+        population: Population | None = None,
         missed_within_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`judge` says which trials stop early; None: none. `missed_within_s`: how long Ray may take to notice that a
-        machine is gone.
+        """`judge` says which trials stop early; None: none. A `population` takes turns: all of its orders wait from the
+        beginning, whomever Tune would begin with. `missed_within_s`: how long Ray may take to notice that a machine is
+        gone.
         """
         self._fence, self._retries, self._judge, self._clock = fence, retries, judge, clock
-        self._missed_within_s = missed_within_s
+        self._population, self._missed_within_s = population, missed_within_s
         self._standings = {
             order.index: _Standing(order, order.attempts, held_back=order.held_back, stopped=order.stopped)
             for order in orders
@@ -258,6 +269,8 @@ class Dispatcher:
         self._rehearsals: Counter[str] = Counter()
         self._fits = False
         """Whether a gang has rehearsed the largest trial."""
+        for order in orders if population is not None else ():
+            self.submit(order.index)
 
     # For gangs
 
@@ -367,9 +380,16 @@ class Dispatcher:
         if self._judge is not None and standing.stopped is None:
             verdicts = [self._judge.decide(standing.order.index, each.epoch, each.metrics) for each in epochs]
             standing.stopped = next(filter(None, verdicts), None)
-        told = {"stopped_early": True, "cause": standing.stopped} if standing.stopped else {}
+        told: dict[str, Any] = {"stopped_early": True, "cause": standing.stopped} if standing.stopped else {}
+        is_milestone = self._compare(standing, epochs)
+        if is_milestone and self._population is not None:
+            told["lineage"] = self._population.lineage(standing.order.index)
         self._tell("epochs", standing, epochs=tuple(epochs), checkpoint=checkpoint, **told)
-        leaves = self._paused or standing.stopped or self._gang_of(token) in self._warned
+        self._exploit()
+        if standing.held is None:
+            return "drop"
+        waits = is_milestone and self._is_ahead(standing)
+        leaves = self._paused or standing.stopped or waits or self._gang_of(token) in self._warned
         return "drop" if self._closed else "save" if leaves else "go on"
 
     def give_back(self, token: str, checkpoint: str | None) -> bool:
@@ -434,6 +454,8 @@ class Dispatcher:
         standing = self._standings[index]
         if not (standing.submitted or standing.ended):
             standing.submitted = True
+            if self._population is not None:
+                self._population.open(index)
             if standing.stopped:
                 self._end(standing, "TERMINATED")
                 return
@@ -483,7 +505,7 @@ class Dispatcher:
 
     def roll(self) -> Roll:
         still = self._draining or self._paused or self._closed
-        queued = 0 if still else sum(not self._standings[index].held_back for index in self._queue)
+        queued = 0 if still else sum(map(self._may_begin, self._queue))
         now = self._clock()
         standing = {gang: self._idle_since.get(gang) for gang in self._workers}
         idle = {gang: None if since is None else now - since for gang, since in standing.items()}
@@ -571,6 +593,41 @@ class Dispatcher:
 
     # Inside
 
+    def _compare(self, standing: _Standing, epochs: Iterable[EpochReport]) -> bool:
+        """Hold the trial against its population. Whether one of these epochs is a milestone that it had not passed."""
+        if self._population is None:
+            return False
+        index, checkpoint = standing.order.index, standing.order.checkpoint
+        return any(self._population.compare(index, each.epoch, each.metrics, checkpoint) for each in epochs)
+
+    def _exploit(self) -> None:
+        """Trials that were made copies of better ones go on as such, in their turn, under their next attempts."""
+        population = self._population
+        if population is None:
+            return
+        for index in population.new_copies():
+            standing, copy = self._standings[index], population.copy(index)
+            self._tell("exploited", standing, text=str(copy), checkpoint=copy.checkpoint, parent_id=copy.parent_id,
+                       lineage=population.lineage(index))  # fmt: skip
+            standing.order = replace(standing.order, checkpoint=copy.checkpoint)
+            self._release(standing)
+            if index not in self._queue:
+                self._queue.append(index)
+        self._work.set()  # whoever waited for this one may begin
+
+    def _is_ahead(self, standing: _Standing) -> bool:
+        """Whether others of its population are to come as far first: those that it waits for, or whose turn it is."""
+        if self._population is None:
+            return False
+        index, turn = standing.order.index, self._population.turn
+        waiting = [] if self._draining else filter(self._may_begin, self._queue)
+        return self._population.waits(index) or any(turn(each) < turn(index) for each in waiting)
+
+    def _may_begin(self, index: int) -> bool:
+        """Whether a trial that is queued may be handed out now."""
+        waits = self._population is not None and self._population.waits(index)
+        return not (self._standings[index].held_back or waits)
+
     def _unended(self, indices: Iterable[int]) -> list[_Standing]:
         return [standing for index in indices if not (standing := self._standings[index]).ended]
 
@@ -592,7 +649,8 @@ class Dispatcher:
         if self._draining or self._paused:
             return None
         beside = [self._standings[self._hands[slot].order.index] for slot in self._in_hand_of(gang)]
-        index = next((index for index in self._queue if _goes_with(self._standings[index], beside)), None)
+        free = (each for each in self._queue if self._may_begin(each) and _goes_with(self._standings[each], beside))
+        index = next(free, None) if self._population is None else min(free, key=self._population.turn, default=None)
         if index is not None:
             self._queue.remove(index)
         return index
@@ -609,8 +667,12 @@ class Dispatcher:
         standing.attempts += 1
         standing.accepted = False
         standing.changed.set()
+        order = standing.order
+        if self._population is not None:
+            settings = {**order.settings, **self._population.settings(index)}
+            order = replace(order, settings=settings, line=self._population.line(index))
         standing.held = Assignment(
-            order=standing.order, fence=self._fence, attempt=standing.attempts, token=secrets.token_hex(4)
+            order=order, fence=self._fence, attempt=standing.attempts, token=secrets.token_hex(4)
         )
         self._hands[slot] = standing.held
         ranks = self._workers.get(gang, {})
@@ -719,6 +781,9 @@ class Dispatcher:
         self._release(standing)
         standing.ended = True
         standing.changed.set()
+        if self._population is not None:
+            self._population.close(standing.order.index)
+            self._exploit()
 
     def _release(self, standing: _Standing) -> None:
         self._hands = {slot: held for slot, held in self._hands.items() if held is not standing.held}

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,12 +28,14 @@ from orchestrator.engine import Crew, Engine, Job, Queue, datasets_of, on_ray
 from orchestrator.errors import ExitCode, NotFoundError, RefusedError, UnreachableError
 from orchestrator.ledger import Ledger
 from orchestrator.origin import origin
+from orchestrator.population import needed_by, population_of
 from orchestrator.rows import EPOCHS_SCHEMA, FINAL, NO_ERROR, TrialRow, epoch_rows
 from orchestrator.searching import Guide, check_installed
 from orchestrator.sharing import Sharing
 from orchestrator.steering import Steering
 from orchestrator.stopping import Judge, judge_of
 from orchestrator.store import DamagedError, Inbox, ResultStore, Snapshot, SweepWriter
+from orchestrator.store.attempts import attempt_of, progress_of
 
 PERIOD_S = 0.5
 """Between two looks at what happened, when nothing does."""
@@ -259,6 +261,8 @@ class _Session:
     store_silent_since: float | None = None
     spent: list[str] = field(default_factory=list)
     """Trials that have ended and whose checkpoints this sweep does not want."""
+    passed: set[str] = field(default_factory=set)
+    """Trials of a population that were compared, copied or ended."""
     next_drop: float = 0.0
     predicted: bool = False
     rehearse: bool = True
@@ -281,6 +285,7 @@ class _Session:
         job = Job(
             sweep=self.sweep, orders=self._orders(), fence=self.writer.fence, store_uri=self.store.uri,
             data_dir=None if self.data_dir is None else str(self.data_dir), judge=self._judge(), canary=self._canary(),
+            population=population_of(self.sweep, self.ledger.rows),
         )  # fmt: skip
         with self._watched(), self.engine(job) as (crew, queue):
             self.signals.take_back()
@@ -443,8 +448,7 @@ class _Session:
             trial_id = row.trial_id
             self.writer.add(epochs)
             self.writer.put([row])
-            if update.state == "TERMINATED" and not self.ledger.keep_checkpoint:
-                self.spent.append(row.trial_id)
+            self._mark(update, row)
         if update.kind == "epochs" and update.cause is not None:
             self.writer.event("stopped", update.cause, trial_id=trial_id)
         elif update.kind != "epochs":
@@ -453,6 +457,13 @@ class _Session:
             if update.state == "TERMINATED" and update.stopped_early:
                 kind, text = "saved", "as it was when it was stopped"
             self.writer.event(kind, text, trial_id=trial_id, cause=None if kind == "saved" else update.cause)
+
+    def _mark(self, update: Update, row: TrialRow) -> None:
+        """Whose checkpoints may have become needless."""
+        if update.state == "TERMINATED" and not self.ledger.keep_checkpoint:
+            self.spent.append(row.trial_id)
+        if update.lineage or update.parent_id or (row.lineage and update.state):
+            self.passed |= {row.trial_id, *filter(None, [row.parent_id])}
 
     def _predict(self, device_name: str) -> None:
         """Write down what the sweep is to take, now that it is known on what, and before anything has been trained. A
@@ -468,8 +479,11 @@ class _Session:
         self.heartbeat.check()
         try:
             spent, over = list(self.spent), self.sharing.over()
+            passed = [row for row in self.ledger.rows.values() if row.trial_id in self.passed]
+            needed = needed_by(self.ledger.rows.values()) if passed else set()
             if self.writer.flush(force=force) or force:
                 self._drop_checkpoints(spent, force=force)
+                self._drop_milestones(passed, needed)
                 self.sharing.drop(over)
             if self.store_silent_since is not None:
                 self._say("the store takes writes again")
@@ -489,12 +503,23 @@ class _Session:
             return
         rows = self.store.all_trial_rows()
         self.next_drop = time.monotonic() + 20 * (time.monotonic() - began)
-        named = {row.checkpoint for row in rows if row.sweep != self.sweep.name}
+        named = needed_by(row for row in rows if row.sweep != self.sweep.name or row.trial_id not in trial_ids)
         for trial_id in trial_ids:
             for key in self.store.checkpoints(trial_id):
                 if key not in named:
                     self.store.discard(key)
             self.spent.remove(trial_id)
+
+    def _drop_milestones(self, passed: Sequence[TrialRow], needed: Collection[str]) -> None:
+        """Of trials of a population, what they saved to be compared and no other may go on from any more. `needed` is
+        what the written rows name. What a gang has saved and not told of yet is beyond them, and stays.
+        """
+        for row in passed:
+            for key in self.store.checkpoints(row.trial_id)[2:]:
+                told = attempt_of(key) < (row.fence, row.attempt) or progress_of(key)[0] < row.epoch
+                if told and key not in needed:
+                    self.store.discard(key)
+            self.passed.discard(row.trial_id)
 
     def _show(self) -> None:
         """A screen that fails, its terminal gone say, ends no sweep."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from mixmo_core.config import shape_of, unflatten
 from orchestrator import sweep as sweeps
 from orchestrator.dispatcher import NAMESPACE, Order, Retries, Update
+from orchestrator.population import Population
 from orchestrator.roster import Offer
 from orchestrator.stopping import Judge
 from orchestrator.store import ResultStore
@@ -32,6 +33,8 @@ class Job:
     """Where the datasets lie: a folder, or a bucket."""
     judge: Judge | None = None
     """It stops trials early; it knows what earlier drivers have seen."""
+    population: Population | None = None
+    """It has trials go on as copies of others; it knows what earlier drivers have decided."""
     canary: Mapping[str, Any] | None = None
     """The settings of the trial that is rehearsed before any begins (`canary`)."""
 
@@ -86,7 +89,9 @@ def on_ray(job: Job) -> Iterator[tuple[Crew, Queue]]:
         reach.prove(ResultStore.open(job.store_uri))
         plan = _gang_plan(job, offer)
         offer.refuse_if_never(plan)
-        crew = fleet.Fleet(job.orders, plan, fence=job.fence, retries=retries_of(job.sweep), judge=job.judge)
+        crew = fleet.Fleet(
+            job.orders, plan, fence=job.fence, retries=retries_of(job.sweep), judge=job.judge, population=job.population
+        )
         crew.limit = None if resources.max_gangs == "auto" else resources.max_gangs
         filled = math.ceil((len(job.orders) + job.sweep.to_draw) / plan.slots)
         most = max(1, min(crew.limit or math.inf, offer.room(plan), filled))
@@ -116,6 +121,14 @@ def _canaries(job: Job, slots: int) -> int:
     return min(slots, alike) if alike and not job.sweep.to_draw else slots
 
 
+def milestones_of(job: Job) -> tuple[int, ...]:
+    """The epochs after which a trial of a population is compared with the others, and may be copied."""
+    if job.population is None:
+        return ()
+    longest = max(trial.config.optim.epochs for trial in job.sweep.trials)
+    return tuple(job.sweep.scheduler.milestones(longest))
+
+
 def datasets_of(sweep: sweeps.Sweep) -> list[str]:
     """The names of all that the trials read, also those that a search is yet to draw."""
     from mixmo_core import data
@@ -139,6 +152,7 @@ def _gang_plan(job: Job, offer: Offer) -> Any:
         spot=resources.spot,
         form_within_s=(1800.0 if offer.coming else 600.0) if within_s == "auto" else within_s,
         checkpoint_every_s=None if every_s == "auto" else every_s,
+        milestones=milestones_of(job),
         store=job.store_uri,
         data_dir=job.data_dir if datasets.in_bucket(job.data_dir) else str(datasets.local(job.data_dir) or "") or None,
         datasets=tuple(datasets_of(job.sweep)),

@@ -58,6 +58,7 @@ from orchestrator.casualties import Head, HeadGoneError, Messenger, dead_nodes, 
 from orchestrator.dispatcher import NAMESPACE, Dispatcher, Order, Retries, Roll, Update, Worker  # noqa: E402
 from orchestrator.errors import UnreachableError  # noqa: E402
 from orchestrator.gang import GangPlan  # noqa: E402
+from orchestrator.population import Population  # noqa: E402
 from orchestrator.roster import ACCELERATOR, MARKET, Node, Offer, Scene, coming_of, decide  # noqa: E402
 from orchestrator.stopping import Judge  # noqa: E402
 
@@ -177,7 +178,14 @@ class Fleet:
     """A dispatcher and its gangs, as the driver sees them."""
 
     def __init__(
-        self, orders: Sequence[Order], plan: GangPlan, *, fence: int, retries: Retries, judge: Judge | None = None
+        self,
+        orders: Sequence[Order],
+        plan: GangPlan,
+        *,
+        fence: int,
+        retries: Retries,
+        judge: Judge | None = None,
+        population: Population | None = None,
     ) -> None:
         self.plan = plan
         self._head = Head(ray.get_runtime_context().gcs_address)
@@ -186,7 +194,7 @@ class Fleet:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         placed = actor.options(name=plan.dispatcher, namespace=plan.namespace, scheduling_strategy=here)
         self.dispatcher: Any = placed.remote(
-            orders, fence=fence, retries=retries, judge=judge, missed_within_s=missed_within_s()
+            orders, fence=fence, retries=retries, judge=judge, population=population, missed_within_s=missed_within_s()
         )
         self.limit: int | None = None
         """`max_gangs` of the sweep file."""

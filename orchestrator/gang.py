@@ -10,6 +10,7 @@ two steps is written as if it were alone, as a generator that yields the steps.
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import socket
 import tempfile
@@ -38,7 +39,7 @@ from orchestrator.origin import origin
 from orchestrator.roster import Needs
 from orchestrator.saver import Saver
 from orchestrator.store import DamagedError, Logits, ResultStore
-from orchestrator.store.attempts import LOG_BYTES, AttemptFolder, without_secrets
+from orchestrator.store.attempts import LOG_BYTES, AttemptFolder, progress_of, without_secrets
 
 LOG_PERIOD_S = 30.0
 STORE_PATIENCE_S = 600.0
@@ -77,6 +78,8 @@ class GangPlan(Needs):
     store: str
     data_dir: str | None = None
     """A folder of every host, or the address of a bucket."""
+    milestones: tuple[int, ...] = ()
+    """Epochs after which a trial is saved, and that is waited for: others may go on from there (`population`)."""
     datasets: tuple[str, ...] = ()
     """What the sweep's trials read: each host has it before it takes the first."""
     namespace: str
@@ -262,7 +265,7 @@ class Gang:
         place = f"on {self.name} ({self.host}), code {origin()}"
         log.line(f"trial {assignment.order.trial_id}, attempt {assignment.attempt}, {place}")
         ray.get(self.dispatcher.accept.remote(assignment.token))
-        with Saver(self._store, folder, self.plan.checkpoint_every_s) as saver:
+        with Saver(self._store, folder, self.plan.checkpoint_every_s, self.plan.milestones) as saver:
             hand = Hand(assignment, config, folder, saver, log, share)
             try:
                 yield from self._pass_epochs(hand)
@@ -279,7 +282,7 @@ class Gang:
             return
         for told in train.steps(
             hand.config, device=self.device, data_dir=self._data_dir,
-            resume=hand.state, save_when=lambda: self._is_to_save(hand),
+            resume=hand.state, save_when=lambda: self._is_to_save(hand), known_as=_line_of(hand.assignment.order),
         ):  # fmt: skip
             if isinstance(told, Due):
                 yield told
@@ -307,7 +310,7 @@ class Gang:
         return warned or (self.rank == 0 and hand.saver.due(within=True))
 
     def _take_up(self, hand: "Hand") -> bool:
-        """Go on from the newest checkpoint, if there is one. Whether the trial is this gang's still."""
+        """Go on from the newest checkpoint, if there is one. Whether there is anything to train for this gang."""
         order, log = hand.assignment.order, hand.log
         resume = self._resume_point(order, hand.config, log)
         if resume is None:
@@ -315,7 +318,10 @@ class Gang:
         hand.state, hand.reports, hand.logits = resume.state, list(resume.reports), resume.state.get("logits")
         hand.saver.adopt(resume.key, self._checkpoints(order, log))
         log.line(f"resumed from {resume.key}")
-        return self._report(hand, hand.reports) != "drop"
+        answer = self._report(hand, hand.reports)
+        if answer == "save" and not hand.is_trained and self.rank == 0:
+            self._give_back(hand, None)
+        return answer == "go on" or (answer == "save" and hand.is_trained)
 
     def _record(self, hand: "Hand", told: train.Epoch | train.Moment) -> Turns[tuple[list[EpochReport], bool]]:
         """What there is to report of an epoch, and whether the state is on its way to the store."""
@@ -325,11 +331,13 @@ class Gang:
             new = [self._describe(told, hand)]
             hand.log.line(_line(new[0], hand.config.optim.epochs))
             hand.reports += new
-            due = hand.is_trained or hand.saver.due(within=False)
+            due = hand.is_trained or told.epoch in self.plan.milestones or hand.saver.due(within=False)
         if self.rank == 0 and isinstance(told, train.Epoch) and hand.is_trained:
             yield from self._store_end(hand, told)
         elif self.rank == 0 and due:
             hand.saver.save(told, hand.reports, None)
+            if new and new[0].epoch in self.plan.milestones:  # who is compared says at once what can be copied
+                self._await_upload(hand, min(END_PATIENCE_S, self.plan.group_timeout_s / 2))
         return new, due
 
     def _store_end(self, hand: "Hand", told: train.Epoch) -> Turns[None]:
@@ -366,17 +374,29 @@ class Gang:
         """The newest checkpoint of any attempt that is whole and this config's."""
         found = self._newest(order, config, log) if self.rank == 0 else None
         key = self._from_first(found and found.key)
-        return None if key is None else found or self._patiently(lambda: self._load(key, config), log)
+        return None if key is None else found or self._patiently(lambda: self._load(key, order, config), log)
 
     def _checkpoints(self, order: Order, log: "LogTail") -> list[str]:
-        return self._patiently(lambda: self._store.checkpoints(order.trial_id, order.checkpoint), log)
+        """Those that the trial may go on from, the furthest first. Of a population: none beyond the milestone that it
+        is to be compared at next, and also what it is a copy of.
+        """
+        keys = self._patiently(lambda: self._store.checkpoints(order.trial_id, order.checkpoint), log)
+        line = order.line
+        if line is None:
+            return keys
+        limit = next((each for each in self.plan.milestones if each > line.compared_at), math.inf)
+        within = {key for key in keys if progress_of(key)[0] <= limit}
+        return sorted(within | ({line.source} if line.source else set()), key=progress_of, reverse=True)
 
     def _newest(self, order: Order, config: TrialConfig, log: "LogTail") -> "ResumePoint | None":
         for key in self._checkpoints(order, log):
             try:
-                return self._patiently(partial(self._load, key, config), log)
+                return self._patiently(partial(self._load, key, order, config), log)
             except (train.CheckpointError, DamagedError, NotFoundError) as error:  # the one before it will do
                 log.line(f"checkpoint {key} is of no use: {error}")
+        if order.line is not None and order.line.source:
+            told = f"{order.line.source}, of which the trial is a copy, is gone or of no use"
+            raise NotFoundError(f"{told}: its first epochs cannot be made again. Put it back, then `mixmo retry`")
         return None
 
     def _patiently(self, ask: Callable[[], T], log: "LogTail", wait_s: float = 600.0) -> T:
@@ -392,7 +412,7 @@ class Gang:
                 log.line(f"waiting for the store: {error}")
                 time.sleep(2.0)
 
-    def _load(self, key: str, config: TrialConfig) -> "ResumePoint":
+    def _load(self, key: str, order: Order, config: TrialConfig) -> "ResumePoint":
         try:
             with tempfile.TemporaryDirectory(prefix="mixmo-") as scratch:
                 state = train.load(self._store.fetch(key, Path(scratch) / key.rpartition("/")[2]))
@@ -400,8 +420,11 @@ class Gang:
             raise UnreachableError(
                 f"{self.host} cannot read {key}: {error}. Make room where it has its temporary files (TMPDIR)"
             ) from error
-        if state["digest"] != digest(identity(config, self.world_size)):
-            raise train.CheckpointError("it is of another config, seed or number of workers")
+        own, line = key.startswith(f"trials/{order.trial_id}/"), order.line
+        known_as = _line_of(order) or digest(identity(config, self.world_size))
+        if state["digest"] != (known_as if own or line is None else line.parent):
+            raise train.CheckpointError("it is of another config, seed or number of workers, or from before a copy")
+        state["digest"] = known_as  # a copy is this trial's from here on
         try:
             return ResumePoint(key, state, [EpochReport(**row) for row in state["rows"]])
         except (KeyError, TypeError) as error:
@@ -567,6 +590,11 @@ def _oom_kills() -> int:
             if line.startswith("oom_kill "):
                 return int(line.split()[1])
     return 0
+
+
+def _line_of(order: Order) -> str | None:
+    """By what the checkpoints of a trial of a population are known; any other's config says it."""
+    return None if order.line is None else order.line.digest
 
 
 def _store_away(error: Exception) -> bool:

@@ -44,6 +44,9 @@ class Ledger:
                 row = self._started(row, update)
             case "epochs":
                 row = self._advanced(row, update)
+            case "exploited":  # its epochs stand until the next attempt tells those of the copy
+                told = {"parent_id": update.parent_id, "lineage": update.lineage, "checkpoint": update.checkpoint}
+                row = row.replace(state="PENDING", **told)
             case "lost":
                 row = row.replace(state="PENDING", checkpoint=update.checkpoint or row.checkpoint)
             case "paused":
@@ -86,7 +89,7 @@ class Ledger:
         )  # fmt: skip
 
     def _advanced(self, row: TrialRow, update: Update) -> TrialRow:
-        row = row.replace(checkpoint=update.checkpoint or row.checkpoint)
+        row = row.replace(checkpoint=update.checkpoint or row.checkpoint, lineage=update.lineage or row.lineage)
         if update.stopped_early:  # with the epochs that decided it: a driver killed before the trial's end knows of it
             row = row.replace(stopped_early=True, error_cause=update.cause)
         if not update.epochs:  # a checkpoint in the middle of one

@@ -32,6 +32,7 @@ from orchestrator.lines import (
     spanned,
     sparkline,
 )
+from orchestrator.population import copies_of
 from orchestrator.progress import Progress
 from orchestrator.rows import CONFIG_COLUMNS, EpochRow, TrialRow
 
@@ -125,11 +126,13 @@ def trial(rows: Sequence[TrialRow], epochs: Sequence[EpochRow], now: datetime, w
         _pairs("Results of the last epoch", _metrics(row), inner),
         _curve(epochs, inner),
         _pairs("Settings", _settings(row), inner),
+        _copies(row),
         _pairs("Where it ran", _origin(row), inner),
     ]
     if row.error:
         blocks.append([Text("Error", style=f"{STRONG} {BAD}"), *(Text(line) for line in row.error.splitlines())])
-    blocks.append([Text("Repeat it here, without Ray: ", style=FAINT).append(repeat)])
+    if row.lineage is None:  # what others of its population reach cannot be repeated alone
+        blocks.append([Text("Repeat it here, without Ray: ", style=FAINT).append(repeat)])
     lines = [line for block in blocks if block for line in [*block, Text()]]
     return joined(lines[:-1])
 
@@ -182,6 +185,12 @@ def _settings(row: TrialRow) -> dict[str, Any]:
     names = {column: column.replace("_", ".", 1) for column in CONFIG_COLUMNS}
     shown = {names[column]: row.config.get(column) for column in CONFIG_COLUMNS}
     return {**shown, "workers": row.workers if row.workers > 1 else None}
+
+
+def _copies(row: TrialRow) -> list[Text]:
+    """Of a trial of a population: whom it was made a copy of, and what it changed."""
+    told = [Text(f"  {copy}") for copy in copies_of(row)]
+    return [Text("Since then a copy of", style=STRONG), *told] if told else []
 
 
 def _origin(row: TrialRow) -> dict[str, Any]:

@@ -168,13 +168,14 @@ def make(sweep: Sweep, rows: Iterable[TrialRow], *, retry_failed: bool = False, 
     own = _highest(row for row in rows if row.sweep == sweep.name)
     others = _highest(row for row in rows if row.sweep != sweep.name and _is_whole(row))
     begun = _unfinished(rows, sweep.name)
-    outdated = {_settings_of(row): row for row in rows if row.trial_id not in planned and _is_whole(row)}
+    others_too = [row for row in rows if row.trial_id not in planned and row.lineage is None]
+    outdated = {_settings_of(row): row for row in others_too if _is_whole(row)}
     items = []
     for trial in sweep.trials:
         held, elsewhere = own.get(trial.trial_id), others.get(trial.trial_id)
         for row in filter(None, (held, elsewhere)):
             _hold_same(trial, row)
-        stale = outdated.get(_settings_key(trial)) if outdated else None
+        stale = outdated.get(_settings_key(trial)) if outdated and not trial.population else None
         item = _judge(trial, _Known(held, elsewhere, stale), sweep, retry_failed=retry_failed)
         items.append(replace(item, begun_in=tuple(begun[trial.trial_id])) if trial.trial_id in begun else item)
     stale_ids = {item.stale.trial_id for item in items if item.stale}
@@ -189,6 +190,7 @@ def initial_row(trial: Trial, sweep: Sweep) -> TrialRow:
         sweep=sweep.name, label=trial.label, position=trial.position, trial_id=trial.trial_id, digest=trial.digest,
         cell_id=trial.cell_id, workers=trial.workers, epochs=trial.config.optim.epochs,
         split=trial.config.evaluate.split, numerics=_numerics(trial), config=config_columns(trial.config),
+        lineage="[]" if trial.population else None,
     )  # fmt: skip
 
 
@@ -400,8 +402,10 @@ def _storage(plan: Plan, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     logits = sum(cell["logits_bytes"] * count for cell, count in zip(cells, own, strict=True))
     epochs = sum(item.trial.config.optim.epochs for item in plan.items)
     tables = TABLES_BYTES + len(plan.items) * TRIAL_BYTES + epochs * EPOCH_BYTES
-    running = 2 * max((checkpoint_bytes(trial.config) for trial in plan.to_run), default=0)
-    at_once, end = _at_once(plan, None)["trials"], checkpoints + logits + tables
+    takes_turns = plan.sweep.scheduler.method == "pbt"  # those that wait keep theirs, and what may be copied besides
+    running = (3 if takes_turns else 2) * max((checkpoint_bytes(trial.config) for trial in plan.to_run), default=0)
+    at_once = len(plan.to_run) if takes_turns else _at_once(plan, None)["trials"]
+    end = checkpoints + logits + tables
     return {
         "checkpoints": checkpoints,
         "logits": logits,

@@ -135,13 +135,21 @@ class ResultTable:
     """Of the code that trained them; `+` where it had changes."""
     stopped: int = 0
     """Trials that a scheduler stopped early."""
+    populated: int = 0
+    """Trials of populations (`scheduler.method: pbt`)."""
     with_stopped: bool = False
     """Whether they count, with what they had reached."""
 
     @property
     def heading(self) -> str:
         """What stands above every form of it; empty where there is nothing to warn of."""
-        return "; ".join(filter(None, (heading(self.sweeps), self._told_of_stopped())))
+        told = (heading(self.sweeps), self._told_of_stopped(), self._told_of_populations())
+        return "; ".join(filter(None, told))
+
+    def _told_of_populations(self) -> str:
+        if not self.populated:
+            return ""
+        return "populations: settings are those that trials began with, and trials are partly copies of one another"
 
     def _told_of_stopped(self) -> str:
         if not self.stopped:

@@ -81,6 +81,11 @@ class TrialRow:
     seq: int = 0
     """Order of arrival at the driver, over the whole sweep."""
     parent_id: str | None = None
+    """The trial of which it is a copy since its population last decided so."""
+    lineage: str | None = None
+    """Of a trial of a population, as JSON: each copy (of whom, after which epoch, with which settings from then on),
+    and what came of its last comparison. Its settings here are those that it began with.
+    """
     cached_from: str | None = None
     git_commit: str | None = None
     git_dirty: bool | None = None

@@ -4,7 +4,7 @@ import dataclasses
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -14,6 +14,7 @@ from mixmo_core import train
 from orchestrator.dispatcher import EpochReport
 from orchestrator.errors import MixmoError, UnreachableError
 from orchestrator.store import AttemptFolder, DamagedError, ResultStore
+from orchestrator.store.attempts import progress_of
 
 _T = TypeVar("_T")
 
@@ -43,10 +44,14 @@ class Saver:
         store: ResultStore,
         folder: AttemptFolder,
         every_s: float | None = None,
+        milestones: Collection[int] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`every_s` is the time from one state that is saved to the next; None: as the rules above have it."""
+        """`every_s` is the time from one state that is saved to the next; None: as the rules above have it. What is
+        saved after one of the `milestones` stays: another trial may go on from it, and the driver knows when none does.
+        """
         self._store, self._folder, self._every_s, self._clock = store, folder, every_s, clock
+        self._milestones = milestones
         self._saved_at = clock()  # when the newest state was copied
         self._blocked_s = self._upload_s = 0.0  # what the last one took
         self._changed = threading.Condition()  # holds all that follows
@@ -119,7 +124,7 @@ class Saver:
         written the trial's row.
         """
         for key in self._keys[:-1]:
-            if key != self._named:  # the last one came too late for the row
+            if key != self._named and self._is_ours(key):  # the last one came too late for the row
                 self._store.discard(key)
 
     def _pause_s(self, within: bool) -> float:
@@ -186,10 +191,18 @@ class Saver:
                 if self._closed or len(self._keys) <= 2 or self._keys[0] == self._named:
                     return
                 key = self._keys.pop(0)
+            if not self._is_ours(key):
+                continue
             try:
                 self._store.discard(key)
             except (MixmoError, OSError) as error:
                 self._say(f"{key} is not deleted: {error}")
+
+    def _is_ours(self, key: str) -> bool:
+        """Whether it is this trial's, and of no use to any other."""
+        epoch, step, _ = progress_of(key)
+        is_milestone = epoch in self._milestones and step == float("inf")
+        return not is_milestone and key.split("/")[:2] == self._folder.key.split("/")[:2]
 
     def _say(self, line: str) -> None:
         with self._changed:

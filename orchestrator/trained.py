@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixmo_core import networks, train
-from mixmo_core.config import TrialConfig
+from mixmo_core.config import TrialConfig, flatten, unflatten
 from orchestrator.errors import NotFoundError, UnreachableError
+from orchestrator.population import line_of, settings_of, steps_of
 from orchestrator.rows import TrialRow, config_of
 from orchestrator.store import DamagedError, ResultStore
 
@@ -67,9 +68,9 @@ def _load(store: ResultStore, row: TrialRow, key: str) -> Trained:
             state = train.load(store.fetch(key, Path(scratch) / key.rpartition("/")[2]))
         except OSError as error:
             raise UnreachableError(f"{scratch}: cannot write a copy of the checkpoint: {error.strerror}") from error
-    if state["digest"] != row.digest:
+    if state["digest"] != line_of(row.digest, steps_of(row.lineage)).digest:
         raise train.CheckpointError(f"it is of trial {state['digest'][:12]}")
-    config = config_of(row)
+    config = unflatten({**flatten(config_of(row)), **settings_of(row)})
     net = networks.build(config)
     net.load_state_dict(state["model"])
     step = state["part"]["step"] if "part" in state else None

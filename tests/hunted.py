@@ -148,7 +148,7 @@ class InsuredGang(MadeGang):
 
     def _train(self, given: Assignment) -> None:
         order, epochs = given.order, given.order.settings["optim.epochs"]
-        reports = self._resumed(order)
+        reports, _ = self._resumed(order)
         if reports and self._told(given, reports, None):
             return
         for epoch in range(len(reports) + 1, epochs + 1):
@@ -174,7 +174,7 @@ class InsuredGang(MadeGang):
         folder = self._store.attempt(given.order.trial_id, given.fence, given.attempt, given.token)
         return folder.put_logits(Logits.of(np.zeros((1, 2, 3)), np.array([0, 1])))
 
-    def _resumed(self, order: Order) -> list[EpochReport]:
+    def _resumed(self, order: Order) -> tuple[list[EpochReport], str | None]:
         while True:
             try:
                 return super()._resumed(order)

@@ -13,14 +13,16 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from orchestrator.dispatcher import Assignment, Dispatcher, EpochReport, Order, Update, Worker, gang_of
-from orchestrator.engine import Job, retries_of
+from orchestrator.engine import Job, milestones_of, retries_of
 from orchestrator.errors import MixmoError, NotFoundError, UnreachableError
 from orchestrator.store import DamagedError, ResultStore
+from orchestrator.store.attempts import progress_of
 
 AT_ONCE = 2
 
@@ -116,7 +118,9 @@ class Threads:
     @contextlib.contextmanager
     def engine(self, job: Job) -> Iterator[tuple["MadeCrew", "MadeQueue"]]:
         loop = _Loop()
-        desk = Dispatcher(job.orders, fence=job.fence, retries=retries_of(job.sweep), judge=job.judge)
+        desk = Dispatcher(
+            job.orders, fence=job.fence, retries=retries_of(job.sweep), judge=job.judge, population=job.population
+        )
         crew = MadeCrew(self, job, loop, desk)
         self.crews.append(crew)
         crew.form(self.gangs)
@@ -315,12 +319,16 @@ class MadeGang:
 
     def _train(self, given: Assignment) -> None:
         order, epochs = given.order, given.order.settings["optim.epochs"]
-        reports = self._resumed(order)
-        if reports and self._loop.call(self.desk.report, given.token, reports, None) == "drop":
-            return
+        reports, key = self._resumed(order)
+        if reports:
+            answer = self._loop.call(self.desk.report, given.token, reports, key)
+            if answer == "save" and len(reports) < epochs:
+                self._loop.call(self.desk.give_back, given.token, None)
+            if answer == "drop" or (answer == "save" and len(reports) < epochs):
+                return
         for epoch in range(len(reports) + 1, epochs + 1):
             self.pace.epoch(order, epoch)
-            reports.append(report(order.trial_id, epoch))
+            reports.append(self.trained(order, reports))
             key = self._save(given, reports)
             answer = self._loop.call(self.desk.report, given.token, reports[-1:], key)
             if answer == "save" and epoch < epochs:
@@ -329,8 +337,13 @@ class MadeGang:
                 return
         self._loop.call(self.desk.finish, given.token, None)
 
+    def trained(self, order: Order, before: list[EpochReport]) -> EpochReport:
+        """The epoch that follows these."""
+        return report(order.trial_id, len(before) + 1)
+
     def _save(self, given: Assignment, reports: list[EpochReport]) -> str:
-        data = json.dumps({"epoch": len(reports)}).encode()
+        line = given.order.line and given.order.line.digest
+        data = json.dumps({"line": line, "rows": [asdict(each) for each in reports]}).encode()
         folder = self._store.attempt(given.order.trial_id, given.fence, given.attempt, given.token)
         name = f"epoch-{len(reports):05d}-{hashlib.sha256(data).hexdigest()[:16]}.pt"
         with TemporaryDirectory() as scratch:
@@ -338,13 +351,21 @@ class MadeGang:
             path.write_bytes(data)
             return folder.put_file(path, name)
 
-    def _resumed(self, order: Order) -> list[EpochReport]:
-        """The epochs behind the newest whole checkpoint."""
-        for key in self._store.checkpoints(order.trial_id, order.checkpoint):
+    def _resumed(self, order: Order) -> tuple[list[EpochReport], str | None]:
+        """The epochs behind the newest whole checkpoint that is the trial's, or of which it is a copy; and its key."""
+        line, keys = order.line, self._store.checkpoints(order.trial_id, order.checkpoint)
+        if line is not None:
+            limit = next((each for each in milestones_of(self._job) if each > line.compared_at), 10**9)
+            within = {key for key in keys if progress_of(key)[0] <= limit} | ({line.source} if line.source else set())
+            keys = sorted(within, key=progress_of, reverse=True)
+        for key in keys:
             with TemporaryDirectory() as scratch, contextlib.suppress(DamagedError, NotFoundError):
                 state = json.loads(self._store.fetch(key, Path(scratch) / "state").read_bytes())
-                return [report(order.trial_id, epoch) for epoch in range(1, state["epoch"] + 1)]
-        return []
+                own = key.startswith(f"trials/{order.trial_id}/")
+                if line is None or state["line"] == (line.digest if own else line.parent):
+                    return [EpochReport(**row) for row in state["rows"]], key
+        assert line is None or line.source is None, f"{line} is not there"
+        return [], None
 
 
 def report(trial_id: str, epoch: int) -> EpochReport:

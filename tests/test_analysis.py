@@ -20,11 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_rows import NOTHING, epoch, reached, trial
 
-from mixmo_core.config import leaves
+from mixmo_core.config import flatten, leaves
 from orchestrator import analysis
 from orchestrator.analysis import Cell, EnsembleRow, ResultTable, table, varied
 from orchestrator.errors import UsageError
-from orchestrator.rows import EPOCHS_SCHEMA, TRIALS_SCHEMA, TrialRow
+from orchestrator.rows import EPOCHS_SCHEMA, TRIALS_SCHEMA, TrialRow, config_of
 from orchestrator.store import ResultStore
 from orchestrator.sweep import Published
 
@@ -157,6 +157,19 @@ def test_trials_that_a_scheduler_stopped_are_told_of_in_the_heading_and_count_wh
         assert json.loads(each.to_json())["heading"] == each.heading
     assert (cell(left_out, None, 2, 2, "linear").n, cell(included, None, 2, 2, "linear").n) == (2, 3)
     assert table(rows()).heading == table(rows(), with_stopped=True).heading == ""
+
+
+def test_a_population_shares_no_cell_with_trials_of_another_sweep_and_is_told_of() -> None:
+    people = [row.replace(sweep="people", trial_id=f"p{row.trial_id}", lineage="[]") for row in rows()]
+    made = table([*rows(), *people], row_fields=["model.width"])
+    assert made.row_fields == ("model_width", "sweep")
+    assert made.heading.startswith("populations: settings are those that trials began with")
+    assert table(people, row_fields=["model.width"]).row_fields == ("model_width",)
+    where = {name: value for name, value in flatten(config_of(people[0])).items() if name != "seed"}
+    told = [Published(label=None, where=where, metrics={"top1": 0.5}, source="Table 1")]
+    for these, same in ((rows(), True), (people, False)):
+        cells = table(these, row_fields=["cell_id"], published=told).cells.values()
+        assert [each.published.same for each in cells if each.published] == [same]
 
 
 def test_at_an_epoch_by_its_number_whoever_reached_it_counts_stopped_or_not() -> None:

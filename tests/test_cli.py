@@ -499,9 +499,9 @@ def test_a_plan_says_what_would_run_and_writes_nothing(mixmo: Shell, sweep_file:
 
 
 def test_a_plan_notes_what_a_run_would_refuse(mixmo: Shell, sweep_file: Path, tmp_path: Path) -> None:
-    sweep_file.write_text(TINY + "scheduler: {method: pbt, metric: top1, grace_epochs: 1}\n")
+    sweep_file.write_text(TINY + "resources: {slots: 4}\n")
     none = tmp_path / "none"
-    told = "scheduler.method: pbt: understood, but not yet possible in a run"
+    told = "resources.slots: 4: understood, but not yet possible in a run"
     ended = mixmo("plan", sweep_file, "--results", none)
     assert ended.code == 0
     assert f"note: {told}" in ended.out

@@ -1,6 +1,8 @@
 """The dispatcher as a plain object: no Ray, no processes, no clocks."""
 
 import asyncio
+import functools
+import random
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -10,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from mixmo_core.config import flatten
 from orchestrator import stopping
+from orchestrator import sweep as sweeps
 from orchestrator.dispatcher import (
     REFORM_S,
     Assignment,
@@ -23,6 +27,7 @@ from orchestrator.dispatcher import (
     Update,
     Worker,
 )
+from orchestrator.population import Population, steps_of
 
 T = TypeVar("T")
 GANG = "gang-0"
@@ -266,6 +271,155 @@ def test_a_trial_whose_end_an_earlier_driver_could_not_write_ends_without_a_gang
     desk, _ = judged(orders=[replace(order(0), stopped=WHY), order(1)])
     assert kinds(news(desk)) == [("ended", 0, "TERMINATED")]
     assert take(desk).order.index == 1
+
+
+PBT = """
+name: made
+trial: {data: {dataset: digits}, optim: {epochs: 4}}
+seeds: 3
+scheduler: {method: pbt, interval_epochs: 2, quantile_fraction: 0.5, mutations: {optim.lr: {min: 0.01, max: 1}}}
+"""
+
+
+@functools.cache
+def population_sweep(*, synchronous: bool, epochs: int) -> sweeps.Sweep:
+    overrides = [f"scheduler.synchronous={str(synchronous).lower()}", f"optim.epochs={epochs}"]
+    return sweeps.parse(PBT, source="x.yaml", overrides=overrides)
+
+
+def peopled(*, synchronous: bool = False, epochs: int = 4) -> Dispatcher:
+    """Three trials that are compared after every second epoch."""
+    sweep = population_sweep(synchronous=synchronous, epochs=epochs)
+    population = Population(sweep.scheduler, sweep.trials)
+    orders = [
+        Order(index=trial.position, trial_id=trial.trial_id, settings=flatten(trial.config)) for trial in sweep.trials
+    ]
+    return Dispatcher(orders, fence=7, retries=Retries(crash=1), population=population)
+
+
+def compared(desk: Dispatcher, given: Assignment, top1: float) -> str:
+    """What the gang is told at the milestone."""
+    key = f"trials/{given.order.trial_id}/7-1-aa/epoch-00002-{'0' * 16}.pt"
+    return desk.report(given.token, [report(1), report(2, top1)], key)
+
+
+def test_trials_of_a_population_take_turns_and_nobody_need_submit_them() -> None:
+    desk = peopled()
+    first, second = take(desk), take(desk, "gang-1")
+    assert [first.order.index, second.order.index] == [0, 1]
+    assert compared(desk, first, 0.1) == "save"  # the third is not as far
+    assert desk.give_back(first.token, None)
+    third = take(desk)
+    assert third.order.index == 2
+    assert desk.report(second.token, [report(1)], None) == "go on"
+    assert compared(desk, second, 0.9) == "save"  # the first is as far, and before it
+    assert desk.give_back(second.token, None)
+    assert take(desk, "gang-1").order.index == 0
+    desk.drain()
+    assert compared(desk, third, 0.5) == "go on"  # what is given back would not be handed out again
+    assert [each.kind for each in news(desk) if each.index == 1] == ["started", "epochs", "epochs", "paused"]
+
+
+def test_a_trial_that_is_made_a_copy_is_dropped_and_handed_out_again_from_its_parents_checkpoint() -> None:
+    desk = peopled()
+    for top1 in (0.5, 0.9):
+        given = take(desk)
+        assert compared(desk, given, top1) == "save"
+        assert desk.give_back(given.token, None)
+    parent, worst = given.order, take(desk)
+    assert compared(desk, worst, 0.1) == "drop"
+    assert desk.in_hand() == 0
+    assert not desk.give_back(worst.token, None)
+    epochs, exploited = news(desk)[-2:]
+    assert (epochs.kind, exploited.kind, exploited.index) == ("epochs", "exploited", 2)
+    (step,) = steps_of(epochs.lineage)
+    assert step.copy is not None
+    assert exploited.text == str(step.copy)
+    assert (exploited.parent_id, exploited.checkpoint) == (parent.trial_id, step.copy.checkpoint)
+    for gang in ("gang-0", "gang-1"):
+        assert take(desk, gang).order.index < 2
+    again = take(desk, "gang-2")
+    assert (again.order.index, again.attempt, again.order.checkpoint) == (2, 2, step.copy.checkpoint)
+    assert again.order.settings == {**worst.order.settings, **step.copy.settings}
+    assert again.order.settings["seed"] == 2
+    assert again.order.line is not None
+    assert (again.order.line.source, again.order.line.compared_at) == (step.copy.checkpoint, 2)
+    assert desk.report(again.token, [report(1, 0.9), report(2, 0.9)], step.copy.checkpoint) == "go on"  # its parent's
+    assert news(desk)[-1].lineage is None
+
+
+@pytest.mark.parametrize("last", ["compared", "failed"])
+def test_trials_that_wait_for_one_another_are_handed_out_when_the_last_has_come_or_ended(last: str) -> None:
+    desk = peopled(synchronous=True)
+    first, second, third = (take(desk, f"gang-{i}") for i in range(3))
+    assert compared(desk, first, 0.1) == "save"
+    assert desk.give_back(first.token, None)
+    assert compared(desk, second, 0.9) == "save"  # its gang has yet to give it back
+    assert run(desk.next("gang-0", 0.0)) == "wait"
+    assert desk.roll().queued == 0
+    if last == "compared":
+        assert compared(desk, third, 0.5) == "save"  # the first is before it
+    else:
+        assert desk.fail(third.token, "Traceback", "a bad day")
+    told = news(desk)[-1]
+    assert (told.kind, told.index, told.parent_id) == ("exploited", 0, second.order.trial_id)
+    again = take(desk)
+    assert (again.order.index, again.attempt, again.order.checkpoint) == (0, 2, told.checkpoint)
+    assert desk.give_back(second.token, None)
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**32), synchronous=st.booleans(), gangs=st.integers(1, 4))
+def test_whatever_becomes_of_its_trials_a_population_comes_to_its_end(seed: int, synchronous: bool, gangs: int) -> None:
+    chance = random.Random(seed)
+    desk, held = peopled(synchronous=synchronous, epochs=7), dict[str, tuple[Assignment, int]]()
+    epochs = 0
+    while len({update.index for update in news(desk) if update.kind == "ended"}) < 3:
+        for gang in (f"gang-{i}" for i in range(gangs) if f"gang-{i}" not in held):
+            given_ = run(desk.next(gang, 0.0))
+            if isinstance(given_, Assignment):
+                desk.accept(given_.token)
+                assert given_.order.line is not None
+                held[gang] = given_, given_.order.line.compared_at
+        assert held, "all wait for one another"
+        gang = chance.choice(sorted(held))
+        happens = chance.random()
+        if happens < 0.05:
+            desk.struck(gang, "preempted", "its machine went")
+            del held[gang]  # its workers were formed anew, and it asks
+        elif happens < 0.07:
+            desk.fail(held.pop(gang)[0].token, "Traceback", "a bad day")
+        else:
+            epochs += 1
+            assert epochs < 200, "it goes round in circles"
+            if (after := one_epoch(desk, *held[gang], chance.random())) is None:
+                del held[gang]
+            else:
+                held[gang] = held[gang][0], after
+
+
+def one_epoch(desk: Dispatcher, given_: Assignment, before: int, top1: float) -> int | None:
+    """Train one on; None where the gang has the trial no more."""
+    epoch = before + 1
+    key = f"trials/{given_.order.trial_id}/7-1-aa/epoch-{epoch:05d}-{'0' * 16}.pt"
+    answer = desk.report(given_.token, [report(epoch, top1)], key)
+    if answer == "go on" or (answer == "save" and epoch == 7):
+        return epoch if epoch < 7 or not desk.finish(given_.token) else None
+    if answer == "save":
+        desk.give_back(given_.token, None)
+    return None
+
+
+def test_a_trial_of_a_population_that_has_ended_is_compared_with_nobody() -> None:
+    desk = peopled()
+    for top1 in (0.5, 0.9):
+        given = take(desk)
+        compared(desk, given, top1)
+        desk.give_back(given.token, None)
+    desk.cancel([1], "by somebody")
+    worst = take(desk)
+    assert compared(desk, worst, 0.1) == "save"  # nothing of the first could be copied: it had been alone
+    assert steps_of(news(desk)[-1].lineage)[0].copy is None
 
 
 def test_an_offer_holds_until_each_of_its_trials_is_taken_up_over_or_held_back() -> None:

@@ -5,9 +5,10 @@ import importlib
 import inspect
 import itertools
 import os
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +23,12 @@ from made_rows import in_a_folder
 from mixmo_core import train
 from mixmo_core.config import TrialConfig, cell_id, digest, flatten, identity, shape_of, unflatten
 from mixmo_core.step import Due
+from orchestrator import plan, trained
+from orchestrator import sweep as sweeps
 from orchestrator.dispatcher import Dispatcher, EpochReport, Order, Retries, Update
 from orchestrator.errors import UnreachableError
 from orchestrator.ledger import Ledger
+from orchestrator.population import line_of, population_of, steps_of
 from orchestrator.rows import TrialRow, config_columns
 from orchestrator.saver import Saver
 from orchestrator.store import ResultStore
@@ -660,3 +664,104 @@ def test_a_truncated_or_foreign_checkpoint_is_refused_and_the_one_before_it_used
     row, whole = desk.row(), undisturbed(config())
     assert (row.state, row.metrics) == ("TERMINATED", whole[-1].metrics)
     assert desk.losses() == {epoch.epoch: epoch.metrics["loss"] for epoch in whole}
+
+
+# ------------------------------------------------------------------------------------------------------ populations
+
+POPULATION = """
+name: made
+trial:
+  data: {dataset: digits, train_images: 200, batch_size: 40, augmentation: none}
+  model: {depth: 10, width: 1, subnetworks: 1}
+  optim: {epochs: 3, warmup: 0}
+blocks: [{grid: {optim.lr: [1.0e-3, 0.2, 1.0e-7]}}]
+scheduler:
+  {method: pbt, metric: nll, interval_epochs: 1, quantile_fraction: 0.4, mutations: {optim.lr: {min: 1.0e-7, max: 1}}}
+"""
+
+
+class Peopled(Desk):
+    """Of a population, and of one gang: trials take turns."""
+
+    def __init__(self, sweep: sweeps.Sweep, store: ResultStore, rows: Mapping[int, TrialRow] | None = None) -> None:
+        held = rows or {trial.position: plan.initial_row(trial, sweep) for trial in sweep.trials}
+        orders = [
+            Order(index=trial.position, trial_id=trial.trial_id, settings=flatten(trial.config),
+                  attempts=held[trial.position].attempts, checkpoint=held[trial.position].checkpoint)
+            for trial in sweep.trials if held[trial.position].state != "TERMINATED"
+        ]  # fmt: skip
+        self._store, self.told, self.saver, self.waits = store, [], None, False
+        self.fatal = lambda name, *given: False
+        self.desk = Dispatcher(orders, fence=1, retries=Retries(), population=population_of(sweep, held))
+        configs = {trial.position: trial.config for trial in sweep.trials}
+        self._ledger, self._read = Ledger(dict(held), configs, fence=1, first_seq=0), 0
+
+    def rows(self) -> dict[int, TrialRow]:
+        self.row()
+        return self._ledger.rows
+
+
+@in_a_folder
+def test_a_copy_goes_on_from_its_parents_weights_with_settings_of_its_own(
+    store: ResultStore, work: Callable[..., None]
+) -> None:
+    sweep = sweeps.parse(POPULATION, source="x.yaml")
+    desk = Peopled(sweep, store)
+    work(desk, milestones=(1, 2))
+    rows = desk.rows()
+    assert {(row.state, row.epoch) for row in rows.values()} == {("TERMINATED", 3)}
+    row = rows[2]
+    copy = [step.copy for step in steps_of(row.lineage) if step.copy][-1]
+    assert row.parent_id == copy.parent_id == sweep.trials[1].trial_id
+    config_ = unflatten({**flatten(sweep.trials[2].config), **copy.settings})
+    state = train.load(store.fetch(copy.checkpoint, Path(tempfile.mkdtemp()) / copy.checkpoint.rpartition("/")[2]))
+    assert (state["digest"], state["epoch"]) == (copy.line, copy.epoch)
+    line = line_of(row.digest, steps_of(row.lineage)).digest
+    expected = list(train.train(config_, resume={**state, "digest": line}, known_as=line))
+    assert row.metrics == expected[-1].metrics
+    told = [each for each in desk.told if each.index == 2]
+    curve = {report.epoch: report.metrics for update in told for report in update.epochs}
+    assert [curve[epoch] for epoch in range(1, 4)] == list(expected[-1].history)
+    with store.writer("made", sweep_text=POPULATION) as writer:
+        writer.put(rows.values())
+    assert trained.network(store, row.trial_id).config == config_
+
+
+@in_a_folder
+def test_a_checkpoint_from_before_a_copy_and_a_source_that_is_another_are_of_no_use(
+    store: ResultStore, work: Callable[..., None]
+) -> None:
+    """Killed when it has said that it begins its copy: its own checkpoint is as far as what it is a copy of."""
+    sweep = sweeps.parse(POPULATION, source="x.yaml")
+    desk = Peopled(sweep, store)
+
+    def begins_copy(name: str, *given: Any) -> bool:
+        return name == "accept" and any(
+            held.order.line and held.order.line.source for held in desk.desk._hands.values()
+        )
+
+    desk.fatal = begins_copy
+    with pytest.raises(Killed):
+        work(desk, milestones=(1, 2), checkpoint_every_s=1000)
+    rows = dict(desk.rows())
+    row = next(row for row in rows.values() if row.parent_id)
+    assert row.checkpoint is not None
+    assert row.checkpoint.split("/")[1] == row.parent_id
+    old = store.checkpoints(row.trial_id)[0]
+    foreign = next(key for other in rows.values() if other.trial_id not in (row.trial_id, row.parent_id)
+                   for key in store.checkpoints(other.trial_id))  # fmt: skip
+    over = {place: each.replace(state="TERMINATED") for place, each in rows.items()}
+    lineage = (row.lineage or "").replace(row.checkpoint, foreign)
+    lost = Peopled(sweep, store, {**over, row.position: row.replace(lineage=lineage, checkpoint=foreign)})
+    work(lost, milestones=(1, 2), checkpoint_every_s=1000)
+    ended = lost.rows()[row.position]
+    assert (ended.state, ended.error_kind) == ("ERROR", "exception")
+    assert f"{foreign}, of which the trial is a copy, is gone or of no use" in str(ended.error_cause)
+
+    again = Peopled(sweep, store, rows)
+    work(again, milestones=(1, 2), checkpoint_every_s=1000)
+    keys = [key for key in store.folder.sizes(f"trials/{row.trial_id}") if "/log-" in key]
+    logs = " ".join(stored.data.decode() for key in keys if (stored := store.folder.read(key)) is not None)
+    assert f"checkpoint {old} is of no use: it is of another config" in logs
+    assert f"resumed from {row.checkpoint}" in logs
+    assert {each.state for each in again.rows().values()} == {"TERMINATED"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import os
 import statistics
 from collections.abc import Callable
@@ -286,6 +287,13 @@ def test_failures_are_grouped_by_cause() -> None:
 # ------------------------------------------------------------------------------------------------------ plain lines
 
 
+COPIED = json.dumps([{
+    "number": 3, "epoch": 8, "value": 0.5, "checkpoint": None,
+    "copy": {"parent_id": "aaaa", "line": "", "epoch": 8, "checkpoint": "key", "settings": {"optim.lr": 0.12},
+             "before": {"optim.lr": 0.1}},
+}])  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
@@ -300,6 +308,8 @@ def test_failures_are_grouped_by_cause() -> None:
         ({"state": "RUNNING"}, {"state": "PENDING"}, "given back cutmix, seed 0"),
         ({"state": "RUNNING"}, {"state": "PAUSED"}, "paused    cutmix, seed 0"),
         ({}, {"state": "CANCELLED"}, "cancelled cutmix, seed 0"),
+        ({"state": "RUNNING"}, {"state": "PENDING", "checkpoint": "key", "lineage": COPIED},
+         "exploited cutmix, seed 0 · aaaa at epoch 8: optim.lr 0.1 -> 0.12"),
     ],
 )  # fmt: skip
 def test_a_change_is_one_line(before: dict[str, Any], after: dict[str, Any], said: str) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from made_rows import DEAD, ELSEWHERE, advance, at, epoch, finished, in_a_folder
 
 from orchestrator import cli
 from orchestrator.errors import NotFoundError, RefusedError, UnreachableError
+from orchestrator.population import Copy, Step
 from orchestrator.rows import TrialRow
 from orchestrator.store import Folder, LeaseLostError, Leftovers, ResultStore
 from orchestrator.store.space import AGE_S, ASLEEP_S, STARTING_S, remove
@@ -107,6 +108,21 @@ def test_a_trial_that_is_not_finished_keeps_its_newest_two_whole_checkpoints(
     clean(store)
     kept = [keys[0], *(keys[2:4] if newest == "damaged" else keys[3:])]
     assert store.checkpoints(row.trial_id) == sorted(kept, reverse=True)
+
+
+def test_what_other_trials_of_a_population_may_go_on_from_stays(
+    store: ResultStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best, copy = trial(0), trial(1)
+    keys = [put(store, best.trial_id, 1, number) for number in range(1, 7)]
+    made = Copy(parent_id=best.trial_id, line="", epoch=1, checkpoint=keys[0], settings={}, before={})
+    steps = Step(number=1, epoch=2, value=0.9, checkpoint=keys[1]), Step(number=2, epoch=2, value=0.1, copy=made)
+    told = [json.dumps([asdict(step)]) for step in steps]
+    with store.writer("made", sweep_text="") as writer:
+        writer.put([best.replace(lineage=told[0]), copy.replace(lineage=told[1])])
+    later(store, monkeypatch)
+    clean(store)
+    assert store.checkpoints(best.trial_id) == [*keys[:-3:-1], keys[1], keys[0]]
 
 
 def test_nothing_of_a_sweep_that_runs_goes(store: ResultStore, monkeypatch: pytest.MonkeyPatch) -> None:

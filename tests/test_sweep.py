@@ -375,6 +375,13 @@ def drawn(ranges: str) -> str:
     return add(f"search: {{method: random, num_samples: 3, ranges: {{{ranges}}}}}")
 
 
+def population(mutations: str, more: str = "") -> str:
+    """Of PBT, compared every 4 epochs unless `more` says otherwise."""
+    keys = [f"mutations: {{{mutations}}}", *([more] if more else []),
+            *([] if "interval_epochs" in more else ["interval_epochs: 4"])]  # fmt: skip
+    return add(f"scheduler: {{method: pbt, {', '.join(keys)}}}")
+
+
 def rule(text: str) -> str:
     return add(f"exclude: ['{text}']")
 
@@ -696,6 +703,49 @@ BAD: dict[str, tuple[str, str]] = {
         add("scheduler: {method: median, reduction_factor: 3}"),
         "scheduler.reduction_factor: belongs to method asha; method is median",
     ),
+    "a population without interval": (
+        add("scheduler: {method: pbt, mutations: {optim.lr: {min: 0.1, max: 1}}}"),
+        "x.yaml:11: scheduler.interval_epochs: is missing, which method pbt needs",
+    ),
+    "a population that changes nothing": (
+        add("scheduler: {method: pbt, interval_epochs: 4}"),
+        "scheduler.mutations: is missing, which method pbt needs",
+    ),
+    "a mutation of what a training cannot change": (
+        population("model.width: {min: 1, max: 4}"),
+        "x.yaml:11: scheduler.mutations.model.width: cannot change during a training; those that can are "
+        "data.input_repetition, data.msda_probability, data.msda_alpha, mixing.probability, mixing.alpha, "
+        "mixing.weight_root, optim.lr, optim.weight_decay",
+    ),
+    "a mutation under a condition": (
+        population("optim.lr: {min: 0.1, max: 1, when: 'seed == 0'}"),
+        "x.yaml:11: scheduler.mutations.optim.lr.when: belongs to a search",
+    ),
+    "a mutation beyond a setting's limits": (
+        population("mixing.probability: {min: 0, max: 2}"),
+        "scheduler.mutations.mixing.probability.max: must be a number, at least 0 and at most 1 (got 2)",
+    ),
+    "mutations of another method": (
+        add("scheduler: {method: asha, mutations: {optim.lr: {min: 0.1, max: 1}}}"),
+        "scheduler.mutations: belongs to method pbt; method is asha",
+    ),
+    "a population within a setting": (
+        population("optim.lr: {min: 0.1, max: 1}", "within: [model.width]"),
+        "scheduler.within: belongs to method asha and median; method is pbt",
+    ),
+    "a population that is never compared": (
+        population("optim.lr: {min: 0.1, max: 1}", "interval_epochs: 300"),
+        "scheduler.interval_epochs: no trial is ever compared: the first time is after epoch 300",
+    ),
+    "a population of which milestones are not measured": (
+        population("optim.lr: {min: 0.1, max: 1}").replace("  model:", "  evaluate: {every: 3}\n  model:"),
+        "scheduler.interval_epochs: evaluate.every 3 leaves out epochs after which trials are compared",
+    ),
+    "a population that is drawn as it goes": (
+        population("optim.lr: {min: 0.1, max: 1}")
+        + "search: {method: optuna, num_samples: 2, ranges: {optim.weight_decay: {min: 0, max: 1}}}\n",
+        "scheduler.method: pbt changes what optuna has drawn, which would learn nothing true from it",
+    ),
     "a range without end": (drawn("optim.lr: {min: 1}"), "search.ranges.optim.lr: max must be given"),
     "a range over what a grid varies": (drawn("model.subnetworks: {min: 1, max: 3}"), "the blocks vary it too"),
     "an unknown metric": (
@@ -882,7 +932,10 @@ def test_a_byte_order_mark_is_no_matter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rest", "told"),
     [
-        ("scheduler: {method: pbt}\n", "scheduler.method: pbt"),
+        (
+            "scheduler: {method: pbt, mutations: {optim.lr: [0.1, 0.2]}}\nresources: {slots: 4}\n",
+            "resources.slots: 4 with scheduler.method: pbt",
+        ),
     ],
 )
 def test_what_a_run_cannot_honour_yet_is_refused_by_name(rest: str, told: str) -> None:

@@ -284,7 +284,13 @@ def _config_of_trial(prefix: str, results: str) -> TrialConfig:
     from orchestrator.rows import config_of
     from orchestrator.store import ResultStore
 
-    return config_of(ResultStore.open(results).find(prefix)[0])
+    row = ResultStore.open(results).find(prefix)[0]
+    if row.lineage is not None:
+        raise UsageError(
+            f"trial {row.trial_id} belongs to the population of {row.sweep} and cannot be trained alone: what others "
+            f"reach decides what becomes of it. `mixmo run` trains the sweep"
+        )
+    return config_of(row)
 
 
 def _train(config: TrialConfig, device: str, threads: int, place: str | None) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator import progress
 from orchestrator.lines import clock, duration, percent
+from orchestrator.population import copies_of
 from orchestrator.rows import TrialRow
 from orchestrator.screen.panes import in_one_line
 
@@ -36,6 +37,8 @@ def _change(before: TrialRow | None, row: TrialRow) -> tuple[str, str] | None:
     top1 = f" · top-1 {percent(row.metrics.get('top1'))}"
     if row.state == "RUNNING":
         return "started", again + (f" · from epoch {row.epoch}" if row.epoch else "")
+    if row.state == "PENDING" and (copy := next(iter(copies_of(row)[-1:]), None)) and row.checkpoint == copy.checkpoint:
+        return "exploited", f" · {copy}"
     if row.state == "TERMINATED" and row.cached_from is not None:
         return "cached", f"{top1} · from {row.cached_from}"
     if row.state == "TERMINATED" and row.stopped_early:

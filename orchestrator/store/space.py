@@ -5,6 +5,7 @@ lease before the look counts as at work, and nothing that it may name is touched
 by the rows that are there then, and what these name is never deleted. Each look is taken again right before files go.
 """
 
+import functools
 import itertools
 import json
 import re
@@ -15,6 +16,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
 
 from orchestrator.errors import NotFoundError, RefusedError, UnreachableError
+from orchestrator.population import needed_by
 from orchestrator.rows import EPOCHS_SCHEMA, TRIALS_SCHEMA, TrialRow, to_table, trial_rows
 from orchestrator.store.attempts import ATTEMPT, CHECKPOINT, LOG, LOGITS, matches, progress_of
 from orchestrator.store.lease import HeldLease, Lease, Process, read_lease
@@ -83,7 +85,7 @@ class Belongings:
 # ------------------------------------------------------------------------------------------------ who needs what, now
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Look:
     """Who needs what, at one moment."""
 
@@ -97,6 +99,11 @@ class _Look:
     """Of every trial, in all sweeps that have it."""
     notes: tuple[str, ...]
     """Why all of `trials/` is to be left alone; empty where it need not be."""
+
+    @functools.cached_property
+    def needed(self) -> set[str]:
+        """The checkpoints that trials go on from: those of a population may be other trials'."""
+        return needed_by(row for rows in self.rows.values() for row in rows)
 
     def is_busy(self, sweep: str) -> bool:
         lease = self.leases.get(sweep)
@@ -115,7 +122,7 @@ class _Look:
         _, name, *rest = item.key.split("/")
         if item.kind in ("superseded", "orphaned"):
             rows = self.rows.get(name, ())
-            named = {key for row in rows for key in (row.checkpoint, row.logits)}
+            named = self.needed | {key for row in rows for key in (row.checkpoint, row.logits)}
             free = item.key not in named and not any(self.is_busy(row.sweep) for row in rows)
             return free and not self.notes and (item.kind == "superseded") == bool(rows)
         if item.kind == "claims":
@@ -281,7 +288,7 @@ def _of_trials(folder: Objects, look: _Look) -> Iterator[Leftover]:
             by_trial[key.split("/")[1]][key] = size
     for trial_id, files in by_trial.items():
         rows = look.rows.get(trial_id, ())
-        needed = _needed(folder, files, rows) if rows else set()
+        needed = look.needed | _needed(folder, files, rows) if rows else look.needed
         for key, size in files.items():
             item = Leftover(key, size, "superseded" if rows else "orphaned")
             if key not in needed and look.frees(item):

@@ -5,6 +5,7 @@ allowed and the nearest word that would do.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,6 +197,7 @@ class _Parser:
             base, over, excludes, seeds, self._workers(sections["resources"]), self.faults, exchanges,
             self.members, space=Space(search.ranges, self.top["search"].place) if search and search.ranges else Space(),
             draws=[at_random(search.seed, number) for number in range(search.num_samples or 0)] if search else (),
+            population=sections["scheduler"].population(name) if sections["scheduler"] else "",
         )  # fmt: skip
         is_open = search is not None and search.method == "optuna"
         open_cells = expansion.open_cells(blocks) if is_open else ()
@@ -390,9 +392,26 @@ class _Parser:
         if scheduler.method != "none" and scheduler.grace_epochs > shortest:
             told = f"must be at most the epochs of every trial, {shortest} (got {scheduler.grace_epochs})"
             self.faults.add(self.top["scheduler"].place, "scheduler.grace_epochs", told)
+        if scheduler.method == "pbt":
+            self._check_population(trials, scheduler, search)
         for name in search.ranges:
             if any(name in block.varied for block in blocks):
                 self.faults.add(self.top["search"].place, f"search.ranges.{name}", "the blocks vary it too; give one")
+
+    def _check_population(self, trials: Sequence[Trial], scheduler: Scheduler, search: Search) -> None:
+        place = self.top["scheduler"].place
+        if search.method == "optuna":
+            told = "pbt changes what optuna has drawn, which would learn nothing true from it; use search.method random"
+            self.faults.add(place, "scheduler.method", told)
+        longest = max((trial.config.optim.epochs for trial in trials), default=0)
+        if trials and not scheduler.milestones(longest):
+            told = f"no trial is ever compared: the first time is after epoch {scheduler.milestones(longest).start}"
+            self.faults.add(place, "scheduler.interval_epochs", f"{told}, and the longest has {longest}")
+        every = {trial.config.evaluate.every for trial in trials}
+        unseen = [each for each in every if any(epoch % each for epoch in scheduler.milestones(longest))]
+        if unseen:
+            told = f"evaluate.every {unseen[0]} leaves out epochs after which trials are compared"
+            self.faults.add(place, "scheduler.interval_epochs", f"{told}; give multiples of it, also as grace_epochs")
 
     def _notes(
         self,
@@ -410,12 +429,23 @@ class _Parser:
             notes.append(
                 f"{self.top['search'].place}: search: each cell stands for {search.num_samples} draws of ranges"
             )
+        if sections["scheduler"].method == "pbt":
+            notes += self._notes_on_populations(sections["scheduler"], trials)
         for key in (key for key in ("search", "scheduler") if _chooses(sections[key])):
             if any(_split(trial) == "test" for trial in trials):
                 notes.append(
                     f"{self.top[key].place}: {key}: it chooses by test images, so what it finds looks better than it "
                     f"is; evaluate.split: validation chooses by others"
                 )
+        return notes
+
+    def _notes_on_populations(self, scheduler: Scheduler, trials: Sequence[Trial | OpenCell]) -> list[str]:
+        kin = Counter(scheduler.kin(trial.config) for trial in trials if isinstance(trial, Trial))
+        sizes = ", ".join(f"{count} of {size}" for size, count in sorted(Counter(kin.values()).items()))
+        place = f"{self.top['scheduler'].place}: scheduler"
+        notes = [f"{place}: populations of trials that differ in seed and mutations only: {sizes} trials"]
+        if alone := sum(size == 1 for size in kin.values()):
+            notes.append(f"{place}: {alone} trials have no other to be compared with; give more seeds, or more values")
         return notes
 
 
@@ -459,6 +489,8 @@ def check_runnable(sweep: Sweep) -> None:
 def not_runnable(sweep: Sweep) -> list[str]:
     """What the sweep asks for and a run cannot honour yet, a line for each."""
     wanted = {
-        "scheduler.method: pbt": sweep.scheduler.method == "pbt",
+        f"resources.slots: {sweep.resources.slots} with scheduler.method: pbt": (
+            sweep.scheduler.method == "pbt" and sweep.resources.slot_count > 1
+        ),
     }
     return [f"{what}: understood, but not yet possible in a run" for what, is_wanted in wanted.items() if is_wanted]

@@ -30,10 +30,14 @@ class Trial:
     workers: int
     position: int
     """0 is the first: every cell gets its first seed before any gets its second."""
+    population: str = ""
+    """Of a trial whose scheduler changes it by what others reach: the digest of that scheduler and its sweep. So it is
+    no other trial, though it begins with the same settings.
+    """
 
     @functools.cached_property
     def digest(self) -> str:
-        return digest_of(identity(self.config, self.workers))
+        return digest_of(identity(self.config, self.workers, self.population))
 
     @property
     def trial_id(self) -> str:
@@ -41,7 +45,7 @@ class Trial:
 
     @functools.cached_property
     def cell_id(self) -> str:
-        return cell_id_of(self.config, self.workers)
+        return cell_id_of(self.config, self.workers, self.population)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +164,8 @@ class Expansion:
     space: Space = field(default_factory=Space)
     draws: Sequence[Draw] = ()
     """Each cell is built once for each of these; where the space is empty, once."""
+    population: str = ""
+    """Of all trials; see `Trial`."""
     found: dict[str, Trial] = field(default_factory=dict)
     """By trial id, in order."""
     applied: Counter[str] = field(default_factory=Counter)
@@ -249,8 +255,8 @@ class Expansion:
             )  # fmt: skip
             cell.broken = True
             return False
-        cell.decides = identity(cell.config, self.workers.value)
-        cell.cell_id = cell_id_of(cell.config, self.workers.value)
+        cell.decides = identity(cell.config, self.workers.value, self.population)
+        cell.cell_id = cell_id_of(cell.config, self.workers.value, self.population)
         return True
 
     def _blame(self, cell: _Cell, message: str) -> None:
@@ -269,7 +275,7 @@ class Expansion:
         held = self.found.get(whole[:12])
         if held is None:
             config = cell.config if cell.config.seed == seed else replace(cell.config, seed=seed)
-            trial = Trial(config, cell.block.label, self.workers.value, len(self.found))
+            trial = Trial(config, cell.block.label, self.workers.value, len(self.found), self.population)
             # Where the cached properties would put them: hashing each trial anew doubles the time of a large sweep.
             vars(trial).update(digest=whole, cell_id=cell.cell_id)
             self.found[whole[:12]] = trial

@@ -84,6 +84,12 @@ class Range:
         steps = (value - self.min) / self.step if self.step else 0.0
         return abs(steps - round(steps)) < 1e-8
 
+    def nearest(self, value: float) -> Any:
+        """The value of a range between limits that lies closest to this one."""
+        assert self.min is not None
+        step = self.step or (1 if self.whole else None)
+        return self.tidy(self.min + step * round((value - self.min) / step) if step else value)
+
     def tidy(self, value: float) -> Any:
         """The value as a config has it: of six digits, which a person can type again, between the limits."""
         assert self.min is not None

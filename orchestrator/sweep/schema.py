@@ -76,16 +76,24 @@ def _published() -> Schema:
 
 def _section(key: str, kind: Any) -> Schema:
     properties = {name: of_field(field) for name, field in fields_of(kind).items()}
-    if any(spec.name == "ranges" for spec in dataclasses.fields(kind)):
-        ends = {"min": {"type": "number"}, "max": {"type": "number"}, "scale": of_field(SCALE), "step": of_field(STEP),
-                "choices": {"type": "array", "minItems": 1, "description": "Values to choose from, instead of limits."},
-                "when": {**_TEXT, "description": "A condition: drawn only where it holds."}}  # fmt: skip
-        properties["ranges"] = {"type": "object", "description": "Settings to be drawn: limits, or choices.",
-                                "additionalProperties": {"anyOf": [_object(ends), {"type": "object"}]}}  # fmt: skip
-    if any(spec.name == "within" for spec in dataclasses.fields(kind)):
+    own = {spec.name for spec in dataclasses.fields(kind)}
+    if "ranges" in own:
+        when = {"when": {**_TEXT, "description": "A condition: drawn only where it holds."}}
+        properties["ranges"] = _ranges("Settings to be drawn: limits, or choices.", when)
+    if "mutations" in own:
+        properties["mutations"] = _ranges("pbt: settings that may change in a copy: limits, or choices.", {})
+    if "within" in own:
         properties["within"] = {**_list({"enum": [*settings()]}),
                                 "description": "Settings: only trials of the same values are compared."}  # fmt: skip
     return _object(properties) | {"description": f"The section {key}."}
+
+
+def _ranges(description: str, more: Mapping[str, Schema]) -> Schema:
+    ends = {"min": {"type": "number"}, "max": {"type": "number"}, "scale": of_field(SCALE), "step": of_field(STEP),
+            "choices": {"type": "array", "minItems": 1, "description": "Values to choose from, instead of limits."},
+            **more}  # fmt: skip
+    return {"type": "object", "description": description,
+            "additionalProperties": {"anyOf": [_object(ends), {"type": "object"}]}}  # fmt: skip
 
 
 def _given(

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mixmo_core.config import RECIPES, Setting
+from mixmo_core.config import RECIPES, Setting, TrialConfig, digest, flatten, ineffective
 from mixmo_core.metrics import BY_NAME
 from orchestrator.sweep.document import Node, nearest, show
 from orchestrator.sweep.fields import MISSING, Field, Given, Reader, fields_of, settings
@@ -120,20 +120,44 @@ class Search:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scheduler:
-    method: Literal["none", "asha", "pbt", "median"] = _key("none", "Which trials are stopped before their last epoch.")
+    method: Literal["none", "asha", "pbt", "median"] = _key(
+        "none", "Which trials are stopped before their last epoch, or go on from a copy of a better one (pbt)."
+    )
     metric: str = _key("top1", "What decides, for schedulers and searches.")
     mode: Literal["max", "min"] | None = _key(None, "Left out: max where higher is better, min where lower is.")
-    grace_epochs: int = _key(1, "Epochs that every trial gets.", at_least=1)
+    grace_epochs: int = _key(1, "Epochs that every trial gets before it is compared.", at_least=1)
     reduction_factor: float = _key(4.0, "asha: one in so many goes on at each rung; rungs are grace_epochs * "
                                    "reduction_factor^k epochs.", above=1)  # fmt: skip
     min_trials: int = _key(3, "median: so many others must have come as far before any trial is stopped.", at_least=1)
+    interval_epochs: int | None = _key(None, "pbt: epochs from one comparison of a trial to its next.", at_least=1)
+    quantile_fraction: float = _key(
+        0.25, "pbt: so much of the population is worst, and goes on from copies of as many that are best.",
+        above=0, at_most=0.5,
+    )  # fmt: skip
+    resample_probability: float = _key(
+        0.25, "pbt: chance that a setting of a copy is drawn anew from its whole range.", at_least=0, at_most=1
+    )
+    perturbation_factors: tuple[float, ...] = _key(
+        (1.2, 0.8), "pbt: else it is multiplied by one of these, or, of choices, the next or the one before is taken.",
+        above=0,
+    )  # fmt: skip
+    synchronous: bool = _key(
+        False, "pbt: whether trials wait for one another at each comparison, so that all are held against equals."
+    )
+    seed: int = _key(0, "pbt: decides who is copied and how settings change.", at_least=0)
     within: tuple[str, ...] = ()
     """Settings: a trial is compared with those only that have the same values."""
+    mutations: Mapping[str, Range] = field(default_factory=dict)
+    """pbt: what may change in a copy, and within which limits."""
 
     def __post_init__(self) -> None:
-        for name, method in (("reduction_factor", "asha"), ("min_trials", "median")):
-            if self.method not in ("none", method) and getattr(self, name) != fields_of(Scheduler)[name].default:
+        given = [name for name, default in self._defaults().items() if getattr(self, name) != default]
+        for name in given:
+            method = _OF_METHOD.get(name, "asha and median" if name == "within" else "pbt")
+            if self.method not in ("none", *method.split(" and ")):
                 raise ValueError(f"{name} belongs to method {method}; method is {self.method}")
+        if self.method == "pbt":
+            self._check_population()
         deciding = [metric.name for metric in BY_NAME.values() if metric.better]
         if self.metric not in deciding:
             raise ValueError(f"metric must be one of {', '.join(deciding)}, got {show(self.metric)}"
@@ -144,6 +168,44 @@ class Scheduler:
                 f"mode must be {right} for {self.metric}, of which {BY_NAME[self.metric].better} is better"
             )
         object.__setattr__(self, "mode", right)
+
+    def _defaults(self) -> dict[str, Any]:
+        """Of the keys that belong to some methods only."""
+        shared = ("method", "metric", "mode", "grace_epochs")
+        own = {name: each.default for name, each in fields_of(Scheduler).items() if name not in shared}
+        return {**own, "within": (), "mutations": {}}
+
+    def _check_population(self) -> None:
+        for name in ("interval_epochs", "mutations"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing, which method pbt needs")
+        if not self.perturbation_factors:
+            raise ValueError("perturbation_factors must name at least one factor")
+
+    def population(self, sweep: str) -> str:
+        """pbt: what a trial is besides its config; else nothing. It is made with the other trials of its sweep, so the
+        name of that belongs to it: no other sweep has this trial.
+        """
+        if self.method != "pbt":
+            return ""
+        spoken = {name: getattr(self, name) for name, default in self._defaults().items()
+                  if name != "mutations" and getattr(self, name) != default}  # fmt: skip
+        told = {"metric": self.metric, "grace_epochs": self.grace_epochs, **spoken}
+        mutations = {name: dataclasses.asdict(each) for name, each in self.mutations.items()}
+        return digest({"sweep": sweep, "scheduler": told, "mutations": mutations})
+
+    def kin(self, config: TrialConfig) -> tuple[tuple[str, Any], ...]:
+        """pbt: what a trial has in common with those that it may be copied from: all that a copy does not change."""
+        silent = ineffective(config) | self.mutations.keys() | {"seed"}
+        return tuple((name, value) for name, value in flatten(config).items() if name not in silent)
+
+    def milestones(self, epochs: int) -> range:
+        """pbt: the epochs after which a trial of so many is compared with the others; the last is none."""
+        first, every = max(self.grace_epochs, self.interval_epochs or 1), self.interval_epochs or epochs
+        return range(first, epochs, every)
+
+
+_OF_METHOD = {"reduction_factor": "asha", "min_trials": "median"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,6 +266,8 @@ def read_section(key: str, node: Node | None, reader: Reader) -> Any:
         given["ranges"] = read_ranges(entries["ranges"], f"{key}.ranges", reader)
     if "within" in entries:
         given["within"] = _read_within(entries["within"], f"{key}.within", reader)
+    if "mutations" in entries:
+        given["mutations"] = _read_mutations(entries["mutations"], f"{key}.mutations", reader)
     return _made(kind, given, Node(entries, node.place), key, reader)
 
 
@@ -236,6 +300,20 @@ def _read_within(node: Node, path: str, reader: Reader) -> Any:
             reader.faults.add(each.place, path, f"must be settings (got {show(name)}){nearest(name, settings())}")
         names.append(name)
     return tuple(names) if len(reader.faults.lines) == before else MISSING
+
+
+def _read_mutations(node: Node, path: str, reader: Reader) -> Any:
+    """Ranges, as a search has them, of settings that may change while a network is trained."""
+    before = len(reader.faults.lines)
+    changeable = [name for name, each in settings().items() if each.setting.changeable]
+    for name, child in reader.named(node, path):
+        if name not in changeable:
+            told = f"cannot change during a training; those that can are {', '.join(changeable)}"
+            reader.faults.add(child.place, f"{path}.{name}", told)
+        elif isinstance(child.value, dict) and "when" in child.value:
+            told = "belongs to a search: a trial keeps the settings that its condition would look at"
+            reader.faults.add(child.value["when"].place, f"{path}.{name}.when", told)
+    return read_ranges(node, path, reader) if len(reader.faults.lines) == before else MISSING
 
 
 def read_ensembles(node: Node | None, groups: Collection[str] | None, reader: Reader) -> tuple[Ensemble, ...]:
