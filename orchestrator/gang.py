@@ -278,7 +278,8 @@ class Gang:
                 raise
 
     def _pass_epochs(self, hand: "Hand") -> Turns[None]:
-        if not self._take_up(hand):
+        is_ours = yield from self._take_up(hand)
+        if not is_ours:
             return
         for told in train.steps(
             hand.config, device=self.device, data_dir=self._data_dir,
@@ -309,7 +310,7 @@ class Gang:
         warned = self._watch is not None and self._watch.given
         return warned or (self.rank == 0 and hand.saver.due(within=True))
 
-    def _take_up(self, hand: "Hand") -> bool:
+    def _take_up(self, hand: "Hand") -> Turns[bool]:
         """Go on from the newest checkpoint, if there is one. Whether there is anything to train for this gang."""
         order, log = hand.assignment.order, hand.log
         resume = self._resume_point(order, hand.config, log)
@@ -320,7 +321,7 @@ class Gang:
         log.line(f"resumed from {resume.key}")
         answer = self._report(hand, hand.reports)
         if answer == "save" and not hand.is_trained and self.rank == 0:
-            self._give_back(hand, None)
+            yield from self._give_back(hand, None)
         return answer == "go on" or (answer == "save" and hand.is_trained)
 
     def _record(self, hand: "Hand", told: train.Epoch | train.Moment) -> Turns[tuple[list[EpochReport], bool]]:
@@ -337,7 +338,7 @@ class Gang:
         elif self.rank == 0 and due:
             hand.saver.save(told, hand.reports, None)
             if new and new[0].epoch in self.plan.milestones:  # who is compared says at once what can be copied
-                self._await_upload(hand, min(END_PATIENCE_S, self.plan.group_timeout_s / 2))
+                yield from self._await_upload(hand, min(END_PATIENCE_S, self.plan.group_timeout_s / 2))
         return new, due
 
     def _store_end(self, hand: "Hand", told: train.Epoch) -> Turns[None]:

@@ -933,7 +933,7 @@ def test_a_byte_order_mark_is_no_matter(tmp_path: Path) -> None:
     ("rest", "told"),
     [
         (
-            "scheduler: {method: pbt, mutations: {optim.lr: [0.1, 0.2]}}\nresources: {slots: 4}\n",
+            "scheduler: {method: pbt, interval_epochs: 1, mutations: {optim.lr: {choices: [0.1, 0.2]}}}\nresources: {slots: 4}\n",
             "resources.slots: 4 with scheduler.method: pbt",
         ),
     ],
