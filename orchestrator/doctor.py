@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import unquote, urlsplit
 
 from orchestrator.errors import ExitCode, MixmoError
 
@@ -68,14 +67,19 @@ def examine(results: str, data: Path | None) -> Iterator[Check]:
 
 def place(results: str) -> Iterator[Check]:
     """The place of the results: whether it can be written, and what it can do."""
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", results)
-    if scheme and scheme[1].lower() != "file":
+    from orchestrator.store import folder_of
+
+    try:
+        folder = folder_of(results)
+    except MixmoError as error:
+        yield Check("results", "bad", str(error), _ELSEWHERE, error.exit_code)
+        return
+    if folder is None:
         writable = results_bucket(results)
         yield writable
         if writable.verdict == "good":
             yield from _bucket(results)
         return
-    folder = Path(unquote(urlsplit(results).path) if scheme else results)
     writable = results_folder(folder)
     yield writable
     yield _space(shutil.disk_usage(_existing(folder)).free, folder)

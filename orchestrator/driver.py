@@ -9,11 +9,14 @@ import signal
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import pyarrow.compute as pc
 
 from mixmo_core.config import flatten, shape_of
 from orchestrator import budget, canary
@@ -25,7 +28,7 @@ from orchestrator.engine import Crew, Engine, Job, Queue, datasets_of, on_ray
 from orchestrator.errors import ExitCode, NotFoundError, RefusedError, UnreachableError
 from orchestrator.ledger import Ledger
 from orchestrator.origin import origin
-from orchestrator.rows import FINAL, NO_ERROR, TrialRow
+from orchestrator.rows import EPOCHS_SCHEMA, FINAL, NO_ERROR, TrialRow, epoch_rows
 from orchestrator.searching import Guide, check_installed
 from orchestrator.sharing import Sharing
 from orchestrator.steering import Steering
@@ -38,6 +41,8 @@ FORMING_S = 90.0
 """After which the user is told that no worker group has formed yet."""
 STORE_PATIENCE_S = 60.0
 """How long the end of a sweep waits for a store that takes nothing. While trials run, the wait has no limit."""
+TAKEN_TOGETHER = 256
+"""Trials of other sweeps that are written together: the epochs of so many are in memory, row by row, and not of all."""
 
 Observer = Callable[[Snapshot], None]
 _STOPPING = "stopping: running trials finish, nothing new starts. Ctrl-C again stops now."
@@ -72,12 +77,11 @@ def run(
         return _verdict(store.trial_rows(sweep.name))
     with (
         Signals() as signals,
-        store.writer(sweep.name, sweep_text=sweep.text) as writer,
+        store.writer(sweep.name, sweep_text=sweep.text, lenient=True) as writer,
         Heartbeat(writer) as heartbeat,
     ):
-        planned = planning.against(
-            store, sweep, retry_failed=retry_failed
-        )  # once more, now that no other driver writes
+        # Once more, now that no other driver writes.
+        planned = planning.against(store, sweep, retry_failed=retry_failed, own=writer.rows)
         sweep = planned.sweep
         ledger = _open_books(sweep, planned, store, writer)
         cancelled = more = False
@@ -140,9 +144,7 @@ def _open_books(sweep: sweeps.Sweep, planned: planning.Plan, store: ResultStore,
     for item in planned.items:
         position, label = item.trial.position, item.trial.label
         held[position] = held[position].replace(position=position, label=label, sweep=sweep.name)
-        if item.action == "cached" and held[position].cached_from:
-            with contextlib.suppress(NotFoundError, DamagedError):  # its curve is lost, its result is not
-                writer.add(store.epoch_rows(held[position].cached_from or "", item.trial.trial_id))
+    _take_cached(store, writer, [held[item.trial.position] for item in planned.items if item.action == "cached"])
     writer.forget(row.trial_id for row in planned.removed)
     begun = [row for row in planned.removed if row.epoch and row.state not in FINAL]
     writer.put(row.replace(state="CANCELLED", error_cause=planning.REMOVED, seq=first_seq) for row in begun)
@@ -151,6 +153,26 @@ def _open_books(sweep: sweeps.Sweep, planned: planning.Plan, store: ResultStore,
     configs = {trial.position: trial.config for trial in sweep.trials}
     came_from = asdict(origin()) | {"ray_version": version("ray")}
     return Ledger(held, configs, writer.fence, first_seq, came_from, keep_checkpoint=sweep.checkpoints.keep == "last")
+
+
+def _take_cached(store: ResultStore, writer: SweepWriter, rows: Sequence[TrialRow]) -> None:
+    """Trials that other sweeps have finished, and their epochs. Each of those sweeps is read once, and some trials at a
+    time are written with the epochs that they count: there may be millions.
+    """
+    sources: dict[str, list[TrialRow]] = defaultdict(list)
+    for row in rows:
+        sources[row.cached_from or ""].append(row)
+    for source, taken in sources.items():
+        try:
+            curves = store.epochs(source)
+        except (NotFoundError, DamagedError) as error:  # their curves are lost, their results are not
+            curves = EPOCHS_SCHEMA.empty_table()
+            writer.event("damaged", f"the epochs of {len(taken):,} trials taken from {source} are not here: {error}")
+        for start in range(0, len(taken), TAKEN_TOGETHER):
+            some = taken[start : start + TAKEN_TOGETHER]
+            writer.add(epoch_rows(curves.filter(pc.field("trial_id").isin([row.trial_id for row in some]))))
+            writer.put(some)
+            writer.flush(force=True)
 
 
 class Signals:

@@ -140,15 +140,20 @@ class Plan:
         return [told] if to_draw else []
 
 
-def against(store: ResultStore, sweep: Sweep, *, retry_failed: bool = False) -> Plan:
+def against(
+    store: ResultStore, sweep: Sweep, *, retry_failed: bool = False, own: Sequence[TrialRow] | None = None
+) -> Plan:
     """The plan, given all that a store holds: a trial that another sweep has finished is taken over.
 
-    Each sweep's trials are read once, and the calibration table; a damaged one costs the estimates alone.
+    Each sweep's trials are read once, and the calibration table; a damaged one costs the estimates alone. `own` are the
+    sweep's rows as the one who writes them has them, where somebody does.
     """
     timings: Sequence[Timing] = ()
     with contextlib.suppress(DamagedError):
         timings = store.timings()
     rows = store.all_trial_rows(sweep.name)
+    if own is not None:
+        rows = [*(row for row in rows if row.sweep != sweep.name), *own]
     return make(searching.taken_up(sweep, rows), rows, retry_failed=retry_failed, timings=timings)
 
 

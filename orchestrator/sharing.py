@@ -172,7 +172,8 @@ class Sharing:
 
     def _free(self, room: int) -> list[int]:
         """Claim up to so many of those that wait. What others have finished is put among the taken."""
-        rows, at_work = self._rows_elsewhere(), {name for name in self._partners if self._fence_of(name) is not None}
+        at_work = {name for name in self._partners if self._fence_of(name) is not None}
+        rows = self._rows_elsewhere()  # in this order: who has gone by then has written all that there will be
         free: list[int] = []
         for position, trial_id in self._waiting.items():
             elsewhere = rows.get(trial_id, {})

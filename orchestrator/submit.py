@@ -32,6 +32,7 @@ import mixmo_core.config
 from orchestrator.doctor import PYTHON, numbers
 from orchestrator.errors import ExitCode, RefusedError, UnreachableError, UsageError
 from orchestrator.origin import Origin, origin
+from orchestrator.store import folder_of
 from orchestrator.sweep import Sweep
 
 POLL_S = 2.0
@@ -285,8 +286,9 @@ def packaged(request: Request | None) -> Iterator[Path]:
 
 def place(results: str) -> str:
     """Results as the cluster's hosts find them: a folder by its whole path."""
-    return results if urlsplit(results).scheme not in ("",) else str(Path(results).absolute())
+    folder = folder_of(results)
+    return results if folder is None else str(folder)
 
 
 def is_folder(results: str) -> bool:
-    return urlsplit(results).scheme in ("", "file")
+    return folder_of(results) is not None

@@ -15,12 +15,17 @@ from typing import Any
 
 import ray
 import ray.tune
+from ray.tune.execution import class_cache
 from ray.tune.search import Searcher
 
 PAGE = 256
 """Trials that one proxy queues: the next proxy, whose process takes a second or two to start, is there in time."""
 PAGES = 2
 """Proxies at once."""
+
+# Tune passes AWS's keys on as a runtime environment, which Ray writes into its logs. A proxy has no use for them, and
+# gangs find credentials as every process of their host does.
+class_cache.ENV_VARS_TO_PROPAGATE = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")}
 
 
 class Proxy(ray.tune.Trainable):

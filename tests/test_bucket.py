@@ -75,7 +75,14 @@ def test_an_address_says_where_and_no_more() -> None:
         ("s3://bucket/a?sse=on", "sse is AES256 or aws:kms"),
         ("s3://bucket/a?sse=aws:kms&sse_kms_key_id=a%20b", "the id, the ARN or the alias of a key"),
         ("s3://bucket/a?sse=AES256&sse_kms_key_id=a", "names a key of sse=aws:kms"),
+        (f"s3://bucket/a?{SECRET}", r"\.\.\. means nothing here"),
+        (f"s3:key:{SECRET}@bucket/a", "has a user name or a password"),
         (f"gs://key:{SECRET}@bucket/a", "at s3://bucket/prefix"),
+        (f"file://key:{SECRET}@host/a", "is file:///path, with three slashes"),
+        ("file://results", "is file:///path, with three slashes"),
+        ("file://results/a", "is file:///path, with three slashes"),
+        ("file:results", "is file:///path, with three slashes"),
+        ("file:///results?region=a", "is file:///path, with three slashes"),
     ],
 )
 def test_an_address_that_is_none_is_refused_without_its_secrets(uri: str, match: str) -> None:
@@ -125,6 +132,19 @@ def test_a_password_in_the_endpoint_of_the_environment_is_refused(monkeypatch: p
     with pytest.raises(UsageError, match="AWS_ENDPOINT_URL has a user name or a password") as caught:
         Bucket.open("s3://bucket/a")
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("endpoint", ["http://store:9000/gateway", "http://store:9000?a=b", "ftp://store"])
+def test_an_endpoint_that_is_more_than_a_server_is_refused(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is given the address would go to another place."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(UsageError, match="http://host:port or https://host:port"):
+        ResultStore.open("s3://bucket/a")
+
+
+def test_a_slash_behind_the_server_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://store:9000/")
+    assert Bucket.open("s3://bucket/a").uri.startswith("s3://bucket/a?endpoint_override=store:9000&scheme=https")
 
 
 def test_amazons_own_buckets_are_addressed_as_amazon_wants(monkeypatch: pytest.MonkeyPatch) -> None:

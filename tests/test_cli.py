@@ -24,6 +24,7 @@ from orchestrator import cli, doctor
 from orchestrator.cli import guard, reading
 from orchestrator.cli.program import with_results
 from orchestrator.errors import ExitCode, MixmoError, NotFoundError, RefusedError, SweepError, UnreachableError
+from orchestrator.rows import State
 from orchestrator.store import Fault, ResultStore
 
 ROOT = Path(__file__).parent.parent
@@ -277,6 +278,16 @@ def test_what_is_refused_is_one_clear_message(
     assert "Traceback" not in ended.err
     assert ended.out == ""
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(("state", "left"), [("PENDING", 1), ("RUNNING", 1), ("TERMINATED", 0)])
+def test_trials_that_have_not_ended_are_told_by_verify(mixmo: Shell, tmp_path: Path, state: State, left: int) -> None:
+    with made_rows.begin(ResultStore.open(tmp_path, create=True)) as writer:
+        made_rows.advance(writer, made_rows.trial(epochs=1), 1)
+        writer.put([made_rows.trial(1, epochs=0, state=state)])
+    ended = mixmo("verify", "made", "--results", tmp_path)
+    assert (ended.code, "1 of its trials have not ended" in ended.err) == (0, left == 1)
+    assert json.loads(mixmo("verify", "made", "--json", "--results", tmp_path).out)["trials_left"] == left
 
 
 def test_a_sweep_that_is_verified_with_faults_ends_with_3(mixmo: Shell, results: Path) -> None:

@@ -120,11 +120,16 @@ def test_what_is_no_command_is_passed_over(store: ResultStore) -> None:
     for name, data in {
         "000001-01234567.json": b"", "000002-01234567.json": b"[]", "000003-01234567.json": b'{"verb": "stop"}',
         "000004-01234567.json": b'{"verb": "stop", "fence": "1", "given_by": "a", "given_at": "2026-01-01T00:00:00"}',
+        "000005-01234567.json": b'{"verb": ["stop"], "fence": 1, "given_by": "a", "given_at": "2026-01-01T00:00:00"}',
+        "000006-01234567.json": b'{"verb": "stop", "fence": 1, "given_by": {}, "given_at": "2026-01-01T00:00:00"}',
+        "000007-01234567.json": (
+            b'{"verb": "share", "fence": 1, "given_by": "a", "given_at": "2026-01-01T00:00:00", "sweep": 1}'
+        ),
         "notes.txt": b"not mine",
     }.items():  # fmt: skip
         store.folder.put(f"sweeps/made/commands/{name}", data)
     command = store.commands("made").give("stop", fence=1, given_by="ada@lab")
-    assert command.id.startswith("000005-")
+    assert command.id.startswith("000008-")
     assert Inbox(store.commands("made"), fence=1).new() == [command]
     assert store.folder.read("sweeps/made/commands/notes.txt") is not None
 

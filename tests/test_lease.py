@@ -1,14 +1,15 @@
 """One driver at a time, and none that is dead."""
 
+import json
 import os
 import subprocess
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from made_rows import DEAD, ELSEWHERE, at, begin, in_a_folder, trial
+from made_rows import DEAD, ELSEWHERE, at, begin, content, in_a_folder, trial
 
 from orchestrator.errors import RefusedError
 from orchestrator.store import (
@@ -87,8 +88,17 @@ def test_a_fence_is_never_given_twice_even_if_the_lease_is_gone(store: ResultSto
         assert writer.fence == 3
 
 
-def test_a_lease_that_is_no_lease_is_not_guessed_at(store: ResultStore) -> None:
-    store.folder.put("sweeps/made/lease.json", b"{}")
+NO_LEASES = [
+    ("fence", "1"), ("process", {**asdict(DEAD), "pid": None}), ("duration_s", "60"), ("taken_at", "2026-11-21"),
+    ("renewed_at", "2026-11-21"), ("surprise", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), NO_LEASES)
+def test_a_lease_that_is_no_lease_is_not_guessed_at(store: ResultStore, name: str, value: object) -> None:
+    begin(store, process=DEAD).close()
+    held = json.loads(content(store, "sweeps/made/lease.json"))
+    store.folder.put("sweeps/made/lease.json", json.dumps({**held, name: value}).encode())
     with pytest.raises(DamagedError, match="delete it"):
         begin(store)
 

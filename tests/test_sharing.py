@@ -5,6 +5,7 @@ import threading
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from made_engine import Pace, Steps, Threads
 from made_rows import DEAD, at, in_a_folder
@@ -14,7 +15,9 @@ from orchestrator import driver
 from orchestrator import plan as planning
 from orchestrator.dispatcher import Order
 from orchestrator.errors import ExitCode, UnreachableError
-from orchestrator.store import Claim, Folder, ResultStore
+from orchestrator.rows import TrialRow
+from orchestrator.sharing import Sharing
+from orchestrator.store import Claim, Folder, ResultStore, SweepWriter
 
 __all__ = ["hurried", "mixmo", "steps"]  # fixtures
 
@@ -117,6 +120,71 @@ def test_a_sweep_that_is_removed_while_its_result_is_taken_costs_the_curve_alone
     assert second.end() == ExitCode.OK
     assert store.sweeps() == ["second"]
     assert [(row.state, row.cached_from) for row in second.rows()] == [("TERMINATED", "first")]
+    assert store.verify("second") == []
+
+
+@in_a_folder
+def test_the_result_of_a_sweep_that_ends_while_it_is_looked_at_is_taken(
+    tmp_path: Path, store: ResultStore, steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial of a driver that has gone is free: but not by rows that are older than its going."""
+    rows_elsewhere = Sharing._rows_elsewhere
+    first = Running(load(tmp_path, name="first", seeds=1), store, Threads(steps))
+    steps.until(lambda begun: begun == [(0, 1)])
+
+    def overtaken(self: Sharing) -> dict[str, dict[str, TrialRow]]:
+        rows = rows_elsewhere(self)
+        if threading.current_thread().name == "second":
+            steps.open()
+            first.end()
+        return rows
+
+    monkeypatch.setattr(Sharing, "_rows_elsewhere", overtaken)
+    pace = Counting()
+    second = Running(load(tmp_path, name="second", seeds=1), store, Threads(pace))
+    assert second.end() == ExitCode.OK
+    assert [(row.state, row.cached_from) for row in second.rows()] == [("TERMINATED", "first")]
+    assert pace.epochs == {}
+
+
+def test_what_another_sweep_has_finished_is_read_once_and_taken_in_pieces_that_are_whole(
+    tmp_path: Path, store: ResultStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Running(load(tmp_path, name="first", seeds=5), store, Threads(Counting())).end() == ExitCode.OK
+    pace, epochs, flush = Counting(), ResultStore.epochs, SweepWriter.flush
+    asked: list[str] = []
+    stored: list[tuple[int, int]] = []
+
+    def watched(self: ResultStore, sweep: str) -> pa.Table:
+        asked.append(sweep)
+        return epochs(self, sweep)
+
+    def flushed(self: SweepWriter, *, force: bool = False) -> bool:
+        written = flush(self, force=force)
+        rows = [row for row in store.trial_rows("second") if row.cached_from == "first"]
+        stored.append((len(rows), sum(len(curve(store, "second", row.trial_id)) for row in rows)))
+        return written
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "TAKEN_TOGETHER", 2)
+        patch.setattr(ResultStore, "epochs", watched)
+        patch.setattr(SweepWriter, "flush", flushed)
+        assert Running(load(tmp_path, name="second", seeds=5), store, Threads(pace)).end() == ExitCode.OK
+    assert asked == ["first"]
+    assert stored == [(2, 8), (4, 16), (5, 20), (5, 20)]
+    assert pace.epochs == {}
+    assert store.verify("second") == []
+
+
+def test_curves_that_cannot_be_taken_over_are_missed_and_told(tmp_path: Path, store: ResultStore) -> None:
+    assert Running(load(tmp_path, name="first", seeds=2), store, Threads(Counting())).end() == ExitCode.OK
+    part = next(iter(store.snapshot("first").header.parts))
+    store.folder.put(f"sweeps/first/epochs/{part}", b"junk")
+    assert Running(load(tmp_path, name="second", seeds=2), store, Threads(Counting())).end() == ExitCode.OK
+    assert [(row.cached_from, row.epoch) for row in store.trial_rows("second")] == [("first", 4)] * 2
+    (told,) = [event.text for event in store.events("second") if event.kind == "damaged"]
+    assert told.startswith("the epochs of 2 trials taken from first are not here: ")
+    assert part in told
     assert store.verify("second") == []
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from made_engine import Pace, Steps, Threads
-from made_rows import in_a_folder
+from made_rows import ELSEWHERE, in_a_folder
 
 from orchestrator import cli, driver, sharing, steering
 from orchestrator import sweep as sweeps
@@ -17,7 +17,7 @@ from orchestrator.cli import steering as commands
 from orchestrator.dispatcher import Order
 from orchestrator.errors import ExitCode, NotFoundError
 from orchestrator.rows import TrialRow
-from orchestrator.store import ResultStore
+from orchestrator.store import DamagedError, Folder, ResultStore
 
 SWEEP = """
 name: {name}
@@ -212,6 +212,33 @@ def test_a_paused_sweep_saves_its_trials_and_goes_on_from_there(
 
 
 @in_a_folder
+@pytest.mark.parametrize("harm", [None, b"junk"], ids=["gone", "junk"])
+def test_a_sweep_whose_live_file_is_lost_goes_on_from_its_checkpoints(
+    tmp_path: Path, store: ResultStore, steps: Steps, mixmo: Shell, harm: bytes | None
+) -> None:
+    threads = Threads(steps)
+    running = Running(load(tmp_path, seeds=2), store, threads)
+    steps.allow(4)
+    running.until(lambda: sum(row.epoch for row in running.rows()) == 4)
+    mixmo("stop", "made", "--now")
+    assert threads.crews[0].closed.wait(60)
+    steps.open()
+    running.end()
+    begun = len(steps.begun)
+    reached = {row.position: row.epoch for row in running.rows()}
+    key = f"sweeps/made/epochs/live-{store.snapshot('made').header.fence}.parquet"
+    store.folder.delete(key) if harm is None else store.folder.put(key, harm)
+    with pytest.raises(DamagedError, match=r"Run the sweep again: .* come again with their checkpoints"):
+        store.compact("made")
+    assert {fault.advice.partition(":")[0] for fault in store.verify("made")} >= {"run the sweep again"}
+    again = Running(load(tmp_path, seeds=2), store, Threads(steps))
+    assert again.end() == ExitCode.OK
+    assert [(row.state, row.epoch) for row in again.rows()] == [("TERMINATED", 4)] * 2
+    assert store.verify("made") == []
+    assert [each.kind for each in store.events("made")].count("damaged") == 1
+    assert all(epoch > reached[index] for index, epoch in steps.begun[begun:])
+
+
 def test_a_paused_sweep_can_be_stopped_and_its_next_driver_does_not_pause(
     tmp_path: Path, store: ResultStore, steps: Steps, mixmo: Shell
 ) -> None:
@@ -410,6 +437,17 @@ def test_what_a_driver_does_not_know_or_cannot_do_is_refused(
     steps.open()
     assert running.end() == ExitCode.STOPPED
     assert json.loads(mixmo("status", "made", "--json"))["status"] == "stopped"
+
+
+@in_a_folder
+def test_a_driver_lives_by_the_clock_of_its_results_and_not_by_that_of_who_asks(
+    store: ResultStore, mixmo: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modified, clock = Folder.modified, Folder.clock
+    monkeypatch.setattr(Folder, "modified", lambda *asked: modified(*asked) - 95.0)
+    monkeypatch.setattr(Folder, "clock", lambda *asked: clock(*asked) - 95.0)
+    with store.writer("made", sweep_text="name: made\n", process=ELSEWHERE):
+        assert "given to the driver" in mixmo("stop", "made", "--no-wait")
 
 
 @in_a_folder

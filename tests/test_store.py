@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,14 @@ def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     pq.write_table(change(pq.ParquetFile(path).read()), path)
 
 
+def put_footer(path: Path, footer: str) -> None:
+    rewrite(path, lambda table: table.replace_schema_metadata({"mixmo": footer}))
+
+
+FOOTERS = (
+    '{"parts": 3}', '{"parts": {"../../x": 3}}', '{"parts": {"part-1-000000.parquet": "3"}}', '{"fence": "1"}',
+    '{"retired": {"../lease.json": "2026-11-21T12:00:00+00:00"}}', '{"retired": {"live-1.parquet": "x"}}',
+)  # fmt: skip
 FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "junk": (lambda path: path.write_bytes(b"junk"), "is no Parquet file"),
     "another table": (lambda path: pq.write_table(pa.table({"a": [1]}), path), "it has no cell_id, digest, epochs, "),
@@ -95,9 +104,7 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
         "epochs is of type string, not int64",
     ),
     "no footer": (lambda path: rewrite(path, lambda t: t.replace_schema_metadata(None)), "footer is not ours"),
-    "another footer": (
-        lambda path: rewrite(path, lambda t: t.replace_schema_metadata({"mixmo": '{"parts": 3}'})), "footer is not",
-    ),
+    **{f"the footer {footer}": (partial(put_footer, footer=footer), "footer is not ours") for footer in FOOTERS},
 }  # fmt: skip
 
 

@@ -62,6 +62,15 @@ def cut(store: ResultStore, key: str) -> None:
     store.folder.put(key, content(store, key)[:-9])
 
 
+def flip(store: ResultStore, key: str) -> None:
+    """One bit of a number, as a disk may lose it."""
+    data = bytearray(content(store, key))
+    file = pq.ParquetFile(pa.BufferReader(bytes(data)))
+    chunk = file.metadata.row_group(0).column(file.schema_arrow.names.index("top1"))
+    data[chunk.data_page_offset + chunk.total_compressed_size - 2] ^= 1
+    store.folder.put(key, bytes(data))
+
+
 def change_trials(store: ResultStore, change: Callable[[list[TrialRow]], list[TrialRow]]) -> None:
     table = table_at(store, TRIALS)
     changed = to_table(change(trial_rows(table)), TRIALS_SCHEMA)
@@ -127,6 +136,8 @@ PLANTED: dict[str, tuple[Callable[[ResultStore], object], list[str], str]] = {
     "trials that are cut short": (
         lambda s: cut(s, TRIALS), ["damaged"], "is no Parquet file",
     ),
+    "a bit of a part": (lambda s: flip(s, part(s)), ["damaged"], "is not what was written"),
+    "a bit of the trials": (lambda s: flip(s, TRIALS), ["damaged"], "is not what was written"),
     "a part of another kind": (
         lambda s: put_table(s, part(s), pa.table({"a": [1]})), ["damaged"], "was not written by mixmo",
     ),

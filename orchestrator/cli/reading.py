@@ -247,18 +247,35 @@ def verify(sweep: SweepName, results: Results = "results", as_json: Json = False
     """Hold a stored sweep to its promises.
 
     One final state for each trial, no epoch missing or double, checkpoints whole. Ends with 3 if there are
-    faults, and says what to do about each.
+    faults, and says what to do about each. Trials that have not ended are no fault, but are told.
     """
     from orchestrator import pages
     from orchestrator.store import ResultStore
 
-    found = ResultStore.open(results).verify(sweep)
+    store = ResultStore.open(results)
+    found, left = store.verify(sweep), _left(store, sweep)
     if as_json:
-        streams.print_json("verify", {"sweep": sweep, "faults": [streams.plain(fault) for fault in found]})
+        faults = [streams.plain(fault) for fault in found]
+        streams.print_json("verify", {"sweep": sweep, "faults": faults, "trials_left": left})
     elif found:
         streams.console().print(pages.faults(found), soft_wrap=True)
     streams.say(f"{sweep}: {len(found) or 'no'} fault{'' if len(found) == 1 else 's'}")
+    if left:
+        streams.say(
+            f"note: {left:,} of its trials have not ended: `mixmo status {sweep}` says whether a driver runs them"
+        )
     return ExitCode.FAULTS if found else ExitCode.OK
+
+
+def _left(store: ResultStore, sweep: str) -> int | None:
+    """Trials that have not ended; None where the table cannot be read."""
+    from orchestrator.rows import FINAL
+    from orchestrator.store import DamagedError
+
+    try:
+        return sum(state not in FINAL for state in store.trials(sweep).column("state").to_pylist())
+    except DamagedError:
+        return None
 
 
 def _terms(store: ResultStore, sweep: str) -> Terms:

@@ -193,8 +193,10 @@ class _Asking:
         return _Reply(changed + then)
 
     def _fence(self) -> int | None:
-        """Of the living driver."""
+        """Of the living driver. By this machine's clock, if that is wrong, one that lives may look dead."""
         lease = self._store.lease(self._sweep)
+        if lease is not None and lease.expired:
+            lease = self._store.lease(self._sweep, exact=True)
         return None if lease is None or lease.expired else lease.fence
 
 

@@ -25,6 +25,7 @@ trials once: readers take the copy then, whose name has the higher fence, and a 
 """
 
 import re
+import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,8 +87,8 @@ if TYPE_CHECKING:
 __all__ = [
     "LOG_BYTES", "Answer", "AttemptFolder", "Belongings", "Claim", "Claims", "Command", "Commands", "Compaction",
     "DamagedError", "Event", "Fault", "Folder", "Following", "Header", "Inbox", "Lease", "LeaseLostError", "Leftover",
-    "Leftovers", "Logits", "Objects", "Process", "ResultStore", "Snapshot", "SweepWriter", "encode", "merge", "totals",
-    "who", "without_secrets",
+    "Leftovers", "Logits", "Objects", "Process", "ResultStore", "Snapshot", "SweepWriter", "encode", "folder_of",
+    "merge", "totals", "who", "without_secrets",
 ]  # fmt: skip
 
 
@@ -126,9 +127,14 @@ class ResultStore:
         """The sweep file of the latest run, as it was given."""
         return SweepFiles(self.folder, sweep).text()
 
-    def lease(self, sweep: str) -> Lease | None:
-        """Who runs the sweep, or did and died; None when nobody does. `expired` tells the two apart."""
-        held = read_lease(self.folder, f"{SweepFiles(self.folder, sweep).key}/lease.json")
+    def lease(self, sweep: str, *, exact: bool = False) -> Lease | None:
+        """Who runs the sweep, or did and died; None when nobody does. `expired` tells the two apart.
+
+        Its age is by this machine's clock; where it is to be `exact`, by the place's, for which a small object is
+        written.
+        """
+        key = f"{SweepFiles(self.folder, sweep).key}/lease.json"
+        held = read_lease(self.folder, key, (lambda: self.folder.clock(key)) if exact else time.time)
         return None if held is None or held.released else held
 
     def commands(self, sweep: str) -> Commands:
@@ -359,10 +365,16 @@ class ResultStore:
         holder: str | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         process: Process | None = None,
+        lenient: bool = False,
     ) -> "SweepWriter":
-        """The one writer of a sweep. Raises RefusedError while another process holds its lease."""
+        """The one writer of a sweep. Raises RefusedError while another process holds its lease, DamagedError where what
+        is there cannot be read.
+
+        `lenient` takes a sweep over though the live file is lost: for who trains its trials on, whose checkpoints have
+        the same rows. Those of trials that have ended are not in it alone.
+        """
         files, process = SweepFiles(self.folder, sweep), process or Process.current()
-        return SweepWriter(files, sweep_text=sweep_text, holder=holder, now=now, process=process)
+        return SweepWriter(files, sweep_text=sweep_text, holder=holder, now=now, process=process, lenient=lenient)
 
 
 def _why_no_logits(row: TrialRow) -> str:
@@ -377,18 +389,39 @@ def _why_no_logits(row: TrialRow) -> str:
 
 
 def _place(uri: str) -> Objects:
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", uri)  # one slash too few is no folder with a password in its name
-    if scheme and scheme[1].lower() == "s3":
+    path = folder_of(uri)
+    if path is None:
         from orchestrator.store.bucket import Bucket
 
         return Bucket.open(uri)
-    if scheme and scheme[1].lower() != "file":
-        known = "results lie in a folder, or in a bucket at s3://bucket/prefix"
-        raise UsageError(f"{scheme[1]}://...: {known}")
-    folder = Folder(Path(unquote(urlsplit(uri).path)) if scheme else _absolute(uri))
+    folder = Folder(path)
     if folder.is_file():
         raise UnreachableError(f"{folder} is a file; --results (or MIXMO_RESULTS) names a folder")
     return folder
+
+
+def folder_of(uri: str) -> Path | None:
+    """The folder that a path or a `file://` URI names; None for a bucket's address.
+
+    Raises UsageError, which repeats nothing that may be a password, for any other address.
+    """
+    scheme = re.match(
+        r"([A-Za-z][A-Za-z0-9+.-]+):/|(?i:(s3|file)):", uri
+    )  # too few slashes make no folder of that name
+    if scheme is None:
+        return _absolute(uri)
+    name = (scheme[1] or scheme[2]).lower()
+    if name == "s3":
+        return None
+    if name != "file":
+        raise UsageError(f"{scheme[1]}://...: results lie in a folder, or in a bucket at s3://bucket/prefix")
+    parts = urlsplit(uri)
+    if parts.netloc.lower() not in ("", "localhost") or not parts.path.startswith("/") or parts.query or parts.fragment:
+        raise UsageError(
+            "file://...: a folder of this machine is file:///path, with three slashes, no host, and nothing behind a ? "
+            "or # (in a name these are %3F and %23)"
+        )
+    return Path(unquote(parts.path))
 
 
 def _absolute(path: str) -> Path:

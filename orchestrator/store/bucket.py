@@ -122,7 +122,10 @@ class Address:
         given = dict(parse_qsl(parts.query, keep_blank_values=True))
         unknown = sorted(given.keys() - _SAID.keys())
         if unknown or parts.fragment:
-            raise UsageError(f"s3://...: {' '.join(unknown) or 'what follows #'} means nothing here. {_FORM}")
+            told = [
+                name if re.fullmatch(r"[a-z_]+", name) and given[name] else "..." for name in unknown
+            ]  # no key alone
+            raise UsageError(f"s3://...: {' '.join(told) or 'what follows #'} means nothing here. {_FORM}")
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]", parts.netloc):
             raise UsageError(f"s3://...: what follows is no name of a bucket. {_FORM}")
         for name, value in given.items():
@@ -228,7 +231,13 @@ class Bucket(Objects):
         if address.endpoint is None and not _AMAZON.search(endpoint):  # the environment or the profile names a server
             if "@" in endpoint:
                 raise UsageError("AWS_ENDPOINT_URL has a user name or a password in it. " + ADVICE["credentials"])
-            address = replace(address, endpoint=endpoint)
+            where = urlsplit(endpoint)
+            if where.scheme not in ("http", "https") or where.path.strip("/") or where.query or where.fragment:
+                raise UsageError(  # what a worker is told has no more than these, and it would go elsewhere
+                    "AWS_ENDPOINT_URL, or the profile's endpoint_url, is a server: http://host:port or "
+                    "https://host:port, and nothing behind that"
+                )
+            address = replace(address, endpoint=f"{where.scheme}://{where.netloc}")
             client = _client(session, address)
         return cls(address, session, client, authorities)
 

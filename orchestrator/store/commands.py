@@ -66,8 +66,9 @@ class Command:
         record: dict[str, Any] = json.loads(data)
         known = {name: record[name] for name in ("verb", "fence", "given_by")}
         trials, answer = record.get("trials"), record.get("answer")
-        if not isinstance(known["fence"], int):
-            raise TypeError("the fence is no number")
+        words = (known["verb"], known["given_by"], record.get("sweep") or "")
+        if not isinstance(known["fence"], int) or not all(isinstance(word, str) for word in words):
+            raise TypeError("the fence is no number, or a word is none")
         return cls(
             id=name, **known, given_at=datetime.fromisoformat(record["given_at"]), sweep=record.get("sweep"),
             trials=None if trials is None else tuple(map(str, trials)),

@@ -21,7 +21,7 @@ from orchestrator.rows import (
 )
 from orchestrator.store.lease import Lease, Process, decoded, read_lease
 from orchestrator.store.objects import Change, Objects
-from orchestrator.store.tables import Event, Header, Snapshot, SweepFiles, Wanted, decode, fit, numbers
+from orchestrator.store.tables import RERUN, Event, Header, Snapshot, SweepFiles, Wanted, decode, fit, numbers
 
 SHOWN = ("sweep", "trial_id", "epoch", "attempt", "fence", "seq", "updated_at", "wall_s", "gpu_seconds", "images_per_s",
          "top1")  # fmt: skip
@@ -114,7 +114,7 @@ class Following:
         if change.stored is None:
             return
         name = f"{self._folder}/{self._files.live_key(self._header.fence)}"
-        table = decode(change.stored.data, name, EPOCHS_SCHEMA, EPOCHS_REQUIRED, Wanted(columns=SHOWN))
+        table = decode(change.stored.data, name, EPOCHS_SCHEMA, EPOCHS_REQUIRED, Wanted(columns=SHOWN), advice=RERUN)
         columns = [table.column(name).to_pylist() for name in ("trial_id", "epoch", "fence", "attempt", "seq")]
         keys = list(zip(*columns, strict=True))
         unknown = [i for i, key in enumerate(keys) if key not in self._live]

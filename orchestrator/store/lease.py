@@ -107,7 +107,12 @@ class Lease:
         record["process"] = Process(**record["process"])
         for name in ("taken_at", "renewed_at"):
             record[name] = datetime.fromisoformat(record[name])
-        return cls(**record, age_s=age_s)
+        lease = cls(**record, age_s=age_s)
+        if not all(isinstance(each, int) for each in (lease.fence, lease.process.pid)):
+            raise ValueError("its fence or its process is no number")
+        if not isinstance(lease.duration_s, int | float) or None in (lease.taken_at.tzinfo, lease.renewed_at.tzinfo):
+            raise ValueError("its times are none")
+        return lease
 
 
 def read_lease(folder: Objects, key: str, clock: Callable[[], float] = time.time) -> Lease | None:

@@ -76,7 +76,13 @@ class Header:
         if known.get("written_at"):
             known["written_at"] = datetime.fromisoformat(known["written_at"])
         header = cls(**known)
-        dict(header.parts), dict(header.retired), dict(header.totals)
+        dict(header.totals)
+        if not all(isinstance(each, int) for each in (header.fence, header.generation, *header.parts.values())):
+            raise ValueError("a fence, a generation or a number of rows is no number")
+        if not all(map(EPOCHS_FILE.fullmatch, (*header.parts, *header.retired))):  # readers and deletions go by them
+            raise ValueError("it names what is no file of epochs")
+        for since in header.retired.values():
+            datetime.fromisoformat(since)
         return header
 
 
@@ -128,6 +134,7 @@ ROW_GROUP = 1 << 17
 def encode(table: pa.Table) -> bytes:
     """Parquet bytes. Measured on curves of 17 metrics that are as good as noise, in bytes a row: 194 plain, 135 zstd as
     it comes, 107 with dictionaries for words only, 95 with byte streams for floats, 91 with differences for the rest.
+    Without a checksum for each page, two in five flipped bits give other numbers and no error.
     """
     kinds = {spec.name: _ENCODINGS.get(str(spec.type)) for spec in table.schema}
     sink = pa.BufferOutputStream()
@@ -138,6 +145,7 @@ def encode(table: pa.Table) -> bytes:
         use_dictionary=[spec.name for spec in table.schema if spec.type == pa.string()],
         column_encoding={name: kind for name, kind in kinds.items() if kind},
         row_group_size=ROW_GROUP,
+        write_page_checksum=True,
     )
     return bytes(sink.getvalue().to_pybytes())
 
@@ -159,6 +167,8 @@ _ENCODINGS = {
     "timestamp[us, tz=UTC]": "DELTA_BINARY_PACKED",
 }
 _RESTORE = "Put it back from a copy"
+_NO_RESULT = "No result hangs on it: delete it, or run the sweep again"
+RERUN = "Run the sweep again: rows of trials that have not ended come again with their checkpoints"
 
 
 def decode(
@@ -167,13 +177,15 @@ def decode(
     schema: pa.Schema,
     required: Collection[str],
     wanted: Wanted = ALL,
+    *,
+    advice: str = _RESTORE,
 ) -> pa.Table:
     """The table of an object: the columns it has of this schema in their types, and any that the schema lacks.
 
-    Raises DamagedError if it is no Parquet file, or has no table of this kind in it.
+    Raises DamagedError if it is no Parquet file, is not what was written, or has no table of this kind in it.
     """
     try:
-        file = pq.ParquetFile(pa.BufferReader(data))
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         have = file.schema_arrow.names
         fault = _shape_fault(have, required)
         if fault is None:
@@ -184,10 +196,11 @@ def decode(
             fault = _null_fault(table, required)
     except (pa.ArrowException, OSError) as error:
         line = str(error).partition("\n")[0].rstrip(".")
-        raise DamagedError(f"{name} is no Parquet file ({line})", _RESTORE) from error
+        kind = "not what was written" if "CRC" in line else "no Parquet file"
+        raise DamagedError(f"{name} is {kind} ({line})", advice) from error
     if fault:
-        raise DamagedError(f"{name} was not written by mixmo: {fault}", _RESTORE)
-    return _typed(table, name, schema)
+        raise DamagedError(f"{name} was not written by mixmo: {fault}", advice)
+    return _typed(table, name, schema, advice)
 
 
 def _shape_fault(have: Sequence[str], required: Collection[str]) -> str | None:
@@ -215,7 +228,7 @@ def _groups_with(metadata: pq.FileMetaData, trial_id: str) -> list[int]:
     ]
 
 
-def _typed(table: pa.Table, name: str, schema: pa.Schema) -> pa.Table:
+def _typed(table: pa.Table, name: str, schema: pa.Schema, advice: str) -> pa.Table:
     for index, spec in enumerate(table.schema):
         wanted = schema.field(spec.name) if spec.name in schema.names else spec
         if wanted.type != spec.type:
@@ -223,7 +236,7 @@ def _typed(table: pa.Table, name: str, schema: pa.Schema) -> pa.Table:
                 table = table.set_column(index, wanted, table.column(index).cast(wanted.type))
             except pa.ArrowException as error:
                 text = f"its column {spec.name} is of type {spec.type}, not {wanted.type}"
-                raise DamagedError(f"{name} was not written by mixmo: {text}", _RESTORE) from error
+                raise DamagedError(f"{name} was not written by mixmo: {text}", advice) from error
     return table
 
 
@@ -355,7 +368,8 @@ class SweepFiles:
         """The events of what lies where they should."""
         if stored is None:
             return []
-        table = decode(stored.data, f"{self.folder}/{self.key}/events.parquet", EVENTS_SCHEMA, ("time", "kind", "text"))
+        name, required = f"{self.folder}/{self.key}/events.parquet", ("time", "kind", "text")
+        table = decode(stored.data, name, EVENTS_SCHEMA, required, advice=_NO_RESULT)
         return [Event(**record) for record in records(fit(table, EVENTS_SCHEMA))]
 
     def trials(self) -> tuple[pa.Table, Header, str]:
@@ -455,8 +469,8 @@ class SweepFiles:
         return self._epochs(stored, key, wanted)
 
     def _epochs(self, stored: Stored, key: str, wanted: Wanted) -> pa.Table:
-        name = f"{self.folder}/{key}"
-        return decode(stored.data, name, EPOCHS_SCHEMA, EPOCHS_REQUIRED, wanted)
+        name, advice = f"{self.folder}/{key}", RERUN if "/live-" in key else _RESTORE
+        return decode(stored.data, name, EPOCHS_SCHEMA, EPOCHS_REQUIRED, wanted, advice=advice)
 
     def files(self) -> list[re.Match[str]]:
         """The files of epochs that lie there, whether they count or not: (kind, fence, seq)."""
@@ -467,7 +481,7 @@ class SweepFiles:
         return [name for name in self.folder.names(f"{self.key}/epochs") if not EPOCHS_FILE.fullmatch(name)]
 
     def _gone(self, key: str) -> ChangedError:
-        return ChangedError(f"{self.folder}/{key} is named but not there", _RESTORE)
+        return ChangedError(f"{self.folder}/{key} is named but not there", RERUN if "/live-" in key else _RESTORE)
 
     def _missing(self) -> NotFoundError:
         begun = sweep_names(self.folder)

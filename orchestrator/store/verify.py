@@ -26,6 +26,7 @@ from orchestrator.store.lease import read_lease
 from orchestrator.store.objects import DamagedError, Objects
 from orchestrator.store.tables import (
     COPY,
+    RERUN,
     ChangedError,
     Header,
     NewerError,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _ROWS_LOST = "its rows are lost to this table: put the file back from a copy, or run those trials under a new store"
+_COME_AGAIN = f"{RERUN[0].lower()}{RERUN[1:]}"
 _HARMLESS = "harmless: no reader takes it, and the next run deletes it after an hour"
 _LOST = (
     "its numbers stand and nothing else is lost. For the weights it would have to be trained anew, and there is no "
@@ -98,12 +100,13 @@ def _table_faults(files: SweepFiles, tries: int = 4) -> tuple[list[TrialRow], He
 
 def _tables(files: SweepFiles, header: Header) -> tuple[dict[str, pa.Table], list[Fault]]:
     def read(name: str) -> pa.Table | Fault:
+        advice = _COME_AGAIN if name.startswith("live-") else _ROWS_LOST
         try:
             return files.part(name)
         except ChangedError as gone:
-            return Fault("missing", None, gone.what, _ROWS_LOST)
+            return Fault("missing", None, gone.what, advice)
         except DamagedError as error:
-            return Fault("damaged", None, error.what, _ROWS_LOST)
+            return Fault("damaged", None, error.what, advice)
 
     names = [f"live-{header.fence}.parquet", *header.parts]
     found = dict(zip(names, at_once(read, names), strict=True))

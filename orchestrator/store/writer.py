@@ -117,7 +117,9 @@ class SweepWriter:
         holder: str | None,
         now: Callable[[], datetime],
         process: Process,
+        lenient: bool = False,
     ) -> None:
+        """`lenient`: as `ResultStore.writer` says."""
         self.sweep, self._files, self._folder, self._key, self._now = files.sweep, files, files.folder, files.key, now
         self._lock = threading.RLock()  # what is remembered
         self._writing = threading.RLock()  # one flush at a time
@@ -135,7 +137,7 @@ class SweepWriter:
             {},
             [],
         )  # a merge that no trials name yet: its part, its sources
-        self._live_bytes, self._done, self._closed = 0.0, False, False
+        self._live_bytes, self._done, self._closed, self._lenient = 0.0, False, False, lenient
         self._next_flush = self._next_merge = 0.0
         self._next_look = time.monotonic() + LOOK_S
         self._lease = HeldLease(
@@ -492,11 +494,17 @@ class SweepWriter:
         for prefix in (self._key, f"{self._key}/epochs"):
             self._folder.tidy(prefix)
         left = [match[0] for match in self._files.files() if int(match[2]) < self.fence]
+        lost = ""
         try:
             seen = self._files.look(None)
         except NotFoundError:
             self._header, self._tag = Header(retired=dict.fromkeys(left, self._now().isoformat())), None
             return
+        except DamagedError as error:
+            if not self._lenient:
+                raise
+            trials, header, tag = self._files.trials()  # raises if it is these
+            seen, lost = Look(header, trials, tag, EPOCHS_SCHEMA.empty_table()), error.what
         if seen.header.fence > self.fence:
             raise self._lease.lost()
         _check_columns(seen)
@@ -507,6 +515,8 @@ class SweepWriter:
         self._live = {(row.trial_id, row.epoch): row for row in newest(live)}
         with contextlib.suppress(DamagedError):  # no result hangs on them
             self._events = self._files.events()
+        if lost:
+            self.event("damaged", f"rows of trials that had not ended come again with their checkpoints: {lost}")
         counted, now = {*seen.header.parts, *seen.header.retired}, self._now().isoformat()
         retired = {**seen.header.retired, **{name: now for name in left if name not in counted}}
         self._done = seen.header.done
