@@ -184,14 +184,19 @@ class Scheduler:
 
     def population(self, sweep: str) -> str:
         """pbt: what a trial is besides its config; else nothing. It is made with the other trials of its sweep, so the
-        name of that belongs to it: no other sweep has this trial.
+        name of that belongs to it: no other sweep has this trial. As in any identity, what has its default is left out,
+        so that a new key keeps old ids; a default that changes does not.
         """
         if self.method != "pbt":
             return ""
         spoken = {name: getattr(self, name) for name, default in self._defaults().items()
                   if name != "mutations" and getattr(self, name) != default}  # fmt: skip
         told = {"metric": self.metric, "grace_epochs": self.grace_epochs, **spoken}
-        mutations = {name: dataclasses.asdict(each) for name, each in self.mutations.items()}
+        least = {spec.name: spec.default for spec in dataclasses.fields(Range)}
+        mutations = {
+            name: {key: value for key, value in dataclasses.asdict(each).items() if value != least[key]}
+            for name, each in self.mutations.items()
+        }
         return digest({"sweep": sweep, "scheduler": told, "mutations": mutations})
 
     def kin(self, config: TrialConfig) -> tuple[tuple[str, Any], ...]:
