@@ -929,19 +929,12 @@ def test_a_byte_order_mark_is_no_matter(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------- understood, but not yet
 
 
-@pytest.mark.parametrize(
-    ("rest", "told"),
-    [
-        (
-            "scheduler: {method: pbt, interval_epochs: 1, mutations: {optim.lr: {choices: [0.1, 0.2]}}}\nresources: {slots: 4}\n",
-            "resources.slots: 4 with scheduler.method: pbt",
-        ),
-    ],
-)
-def test_what_a_run_cannot_honour_yet_is_refused_by_name(rest: str, told: str) -> None:
-    sweep = small(rest)
+def test_what_a_run_cannot_honour_yet_is_refused_by_name() -> None:
+    mutations = "mutations: {optim.lr: {choices: [0.1, 0.2]}}"
+    sweep = small(f"scheduler: {{method: pbt, interval_epochs: 1, {mutations}}}\nresources: {{slots: 4}}\n")
     with pytest.raises(SweepError) as error:
         check_runnable(sweep)
+    told = "resources.slots: 4 with scheduler.method: pbt"
     assert str(error.value) == f"x.yaml: {told}: understood, but not yet possible in a run"
 
 
