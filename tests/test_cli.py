@@ -499,9 +499,10 @@ def test_a_plan_says_what_would_run_and_writes_nothing(mixmo: Shell, sweep_file:
 
 
 def test_a_plan_notes_what_a_run_would_refuse(mixmo: Shell, sweep_file: Path, tmp_path: Path) -> None:
-    sweep_file.write_text(TINY + "resources: {slots: 4}\n")
+    population = "{method: pbt, interval_epochs: 1, mutations: {optim.lr: {choices: [0.1, 0.2]}}}"
+    sweep_file.write_text(TINY + f"resources: {{slots: 4}}\nscheduler: {population}\n")
     none = tmp_path / "none"
-    told = "resources.slots: 4: understood, but not yet possible in a run"
+    told = "resources.slots: 4 with scheduler.method: pbt: understood, but not yet possible in a run"
     ended = mixmo("plan", sweep_file, "--results", none)
     assert ended.code == 0
     assert f"note: {told}" in ended.out

@@ -97,13 +97,13 @@ def answers(store: ResultStore) -> list[str]:
 def test_a_sweep_that_is_removed_while_its_result_is_taken_costs_the_curve_alone(
     tmp_path: Path, store: ResultStore, steps: Steps, monkeypatch: pytest.MonkeyPatch, *, waits: bool
 ) -> None:
-    names, removable = Folder.names, threading.Event()
+    names, over, to_remove = Folder.names, threading.Event(), ["first"]
 
     def watched(self: Folder, prefix: str, *, folders: bool = False) -> list[str]:
         """Who takes an epoch lists them, after it has read the trials."""
-        if prefix == "sweeps/first/epochs" and threading.current_thread().name == "second" and removable.is_set():
-            removable.clear()
-            store.remove("first")
+        if prefix == "sweeps/first/epochs" and threading.current_thread().name == "second" and to_remove:
+            assert over.wait(60), "the first sweep does not end"
+            store.remove(to_remove.pop())
         return names(self, prefix, folders=folders)
 
     monkeypatch.setattr(Folder, "names", watched)
@@ -114,7 +114,7 @@ def test_a_sweep_that_is_removed_while_its_result_is_taken_costs_the_curve_alone
         second.until(lambda: answers(store) != [])
     steps.open()
     assert first.end() == ExitCode.OK
-    removable.set()
+    over.set()
     if not waits:
         second = Running(load(tmp_path, name="second", seeds=1), store, Threads(Counting()))
     assert second.end() == ExitCode.OK
