@@ -305,7 +305,8 @@ class Dispatcher:
                 self.struck(worker.gang, "oom", f"the kernel of {worker.host} ended a process for want of memory")
         before[worker.rank] = worker
         if worker.slots > 1:  # before any slot asks: none is to find a neighbour that is no more
-            self._lose_all(worker.gang, f"the process of {worker.gang} died; Ray Train formed it again")
+            why = f"the process of {worker.gang} died; Ray Train formed it again"
+            self._lose_all(worker.gang, why, frozenset({worker.node}))
 
     def struck(self, gang: str, kind: Loss, why: str) -> None:
         """A gang lost a worker, and Ray Train forms it anew. What it holds waits for that a while; it does not wait

@@ -90,9 +90,10 @@ def report(epoch: int) -> EpochReport:
     return EpochReport(epoch=epoch, metrics={"top1": 0.5}, wall_s=1.0, gpu_seconds=0, images_per_s=1)
 
 
-def stands_again(desk: Dispatcher, gang: str = "gang-0", slots: int = 3) -> None:
+def stands_again(desk: Dispatcher, gang: str = "gang-0", slots: int = 3, node: str = "") -> None:
     """Its process has died, and the one that Ray Train has formed introduces itself."""
-    desk.join(Worker(gang=gang, rank=0, world_size=1, pid=1, host="h", device_name="d", torch_version="t", slots=slots))
+    worker = Worker(gang=gang, rank=0, world_size=1, pid=1, host="h", device_name="d", torch_version="t", node=node)
+    desk.join(replace(worker, slots=slots))
 
 
 def losses(desk: Dispatcher) -> Counter[tuple[int | None, str | None]]:
@@ -209,6 +210,18 @@ def test_a_death_alone_is_a_crash_of_the_trial() -> None:
     stands_again(desk)
     ended = [update for update in news(desk) if update.kind == "ended"]
     assert [(update.index, update.state, update.error_kind) for update in ended] == [(1, "ERROR", "crash")]
+
+
+@pytest.mark.parametrize(("node", "ended"), [("a", ["ERROR"]), ("b", [])])
+def test_a_death_alone_is_in_doubt_only_where_the_machine_may_be_gone(node: str, ended: list[str]) -> None:
+    desk = Dispatcher([order(0)], fence=1, retries=Retries(crash=0), missed_within_s=60.0)
+    desk.submit(0)
+    stands_again(desk, node="a")
+    filled(desk)
+    stands_again(desk, node=node)
+    assert [update.state for update in news(desk) if update.kind == "ended"] == ended
+    desk.nodes_lost(["a"])
+    assert [take(desk, "gang-1") is None, desk.in_hand()] == ([True, 0] if ended else [False, 1])
 
 
 def test_memory_that_is_short_for_several_is_no_fault_of_one() -> None:
