@@ -706,8 +706,11 @@ class Dispatcher:
 
     def _lose_all(self, gang: str, why: str, alive: frozenset[str] = frozenset()) -> None:
         """A gang has lost all that it had in hand, by what is known to have struck it; else it has crashed. `alive`:
-        machines that are known to be there.
+        machines that are known to be there. A gang that was told to drop all, since nobody trains any more, has lost
+        nothing: the next driver goes on with it.
         """
+        if self._closed:
+            return
         shared, slots = self._is_shared(gang), self._in_hand_of(gang)
         for slot in slots:
             self._lose_struck(slot, self._struck.get(slot) or _Blow("crash", why, self._clock(), shared), alive)

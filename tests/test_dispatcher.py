@@ -719,6 +719,17 @@ def test_an_offer_ends_when_nobody_trains_any_more() -> None:
     run(scenario())
 
 
+def test_a_gang_that_drops_its_trial_since_all_is_over_has_not_crashed() -> None:
+    desk = dispatcher(1, crash_retries=0)
+    token = take(desk).token
+    desk.accept(token)
+    desk.close()
+    assert desk.report(token, [report(1)], "key") == "drop"
+    assert asyncio.run(desk.next(GANG, 0.0)) == "leave"
+    desk.gang_ended(GANG, "it was sent home")
+    assert [update.kind for update in news(desk)] == ["started", "epochs", "gang"]
+
+
 def test_a_closed_dispatcher_takes_a_last_report_and_sends_the_gang_away() -> None:
     desk = dispatcher(1)
     token = take(desk).token

@@ -36,6 +36,7 @@ def server_killed(head: Any) -> None:
     os.kill(server.process.pid, signal.SIGKILL)
 
 
+@made_raylets.asked
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
@@ -64,6 +65,7 @@ def test_a_head_that_ends_under_a_sweep_is_told_and_the_same_command_goes_on(
             kill(driver)
 
 
+@made_raylets.asked
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_ray_of_our_own_that_is_stopped_is_told_and_the_same_command_goes_on(tmp_path: Path) -> None:
@@ -75,7 +77,7 @@ def test_a_ray_of_our_own_that_is_stopped_is_told_and_the_same_command_goes_on(t
         assert len(stopped) == 2
         for pid in stopped:
             os.kill(pid, signal.SIGKILL)
-        before = told_of_its_end(driver, sweep)
+        before = told_of_its_end(driver, sweep, may_be_ended=True)
     finally:
         kill(driver)
     goes_on(sweep, before)
@@ -91,13 +93,16 @@ def children(parent: int) -> list[tuple[int, str]]:
     return found
 
 
-def told_of_its_end(driver: Any, sweep: Mixmo) -> dict[str, TrialRow]:
-    """The trials that had finished by then."""
+def told_of_its_end(driver: Any, sweep: Mixmo, *, may_be_ended: bool = False) -> dict[str, TrialRow]:
+    """The trials that had finished by then. `may_be_ended`: Ray ends a process whose raylet is gone, with 1 and without
+    a word, if it comes to that first.
+    """
     _, said = driver.communicate(timeout=60)
-    assert driver.returncode == 7, said
-    assert "Ray's head, " in said
-    assert "Finished trials are safe" in said
-    assert "run the same command again" in said
+    assert driver.returncode in ((1, 7) if may_be_ended else (7,)), said
+    if driver.returncode == 7:
+        assert "Ray's head, " in said
+        assert "Finished trials are safe" in said
+        assert "run the same command again" in said
     return {row.trial_id: row for row in sweep.rows() if row.state == "TERMINATED"}
 
 

@@ -134,6 +134,7 @@ def test_what_no_machine_has_is_refused_and_what_others_use_is_waited_for_and_th
             assert crew.ended(0).state == "TERMINATED"
 
 
+@made_raylets.asked
 def test_a_gang_that_cannot_form_in_its_time_is_told_and_the_same_command_goes_on(
     machines: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +146,13 @@ def test_a_gang_that_cannot_form_in_its_time_is_told_and_the_same_command_goes_o
     machines.wait_for_nodes()
     monkeypatch.setenv("RAY_ADDRESS", machines.address)
     sweep = Mixmo(tmp_path / "sweep", LATE)
+
+    class Holder:  # here, so that it travels by value
+        """What somebody else runs on the cluster."""
+
+        def here(self) -> bool:
+            return True
+
     held = ray.remote(num_cpus=1)(Holder).remote()
     ray.get(held.here.remote())
     said = sweep("run", "sweep.yaml", "--yes", code=7).stderr
@@ -166,13 +174,7 @@ resources: {gpus_per_worker: 0, form_within_s: 5}
 """
 
 
-class Holder:
-    """What somebody else runs on the cluster."""
-
-    def here(self) -> bool:
-        return True
-
-
+@made_raylets.asked
 def test_a_worker_whose_disk_is_full_trains_on_and_saves_when_there_is_room(machines: Any, tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         try:
