@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-
 asked = pytest.mark.skipif(
     not os.environ.get("MIXMO_TEST_FAULTS"),
     reason="FIVE MINUTES OF FAULTS OF RAY WERE NOT TRIED: MIXMO_TEST_FAULTS=1 runs them",
