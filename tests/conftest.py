@@ -106,6 +106,7 @@ def store(place: str) -> ResultStore:
     return ResultStore.open(place, create=True)
 
 
+JOINING = {"test_nodes.py", "test_faults.py"}
 CONTRACTS = {
     "test_objects.py",
     "test_store.py",
@@ -118,8 +119,10 @@ CONTRACTS = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts a Ray cluster runs last, so that a quick fault is seen first."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
+    """What starts a Ray cluster runs last, so that a quick fault is seen first; and last of all what ends the head of one
+    that this process has joined: Ray ends such a process a minute later.
+    """
+    items.sort(key=lambda item: (item.path.name in JOINING, item.get_closest_marker("ray") is not None))
     for item in items:
         case = getattr(item, "callspec", None)
         if case is not None and case.params.get("place") == "bucket" and item.path.name not in CONTRACTS:
