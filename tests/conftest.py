@@ -119,8 +119,8 @@ CONTRACTS = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts a Ray cluster runs last, so that a quick fault is seen first; and last of all what ends the head of one
-    that this process has joined: Ray ends such a process a minute later.
+    """What starts a Ray cluster runs last, so that a quick fault is seen first; and last of all what ends the head of
+    one that this process has joined: Ray may end such a process a minute later.
     """
     items.sort(key=lambda item: (item.path.name in JOINING, item.get_closest_marker("ray") is not None))
     for item in items:

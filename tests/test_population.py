@@ -703,7 +703,7 @@ def test_pbt_makes_copies_on_ray_and_all_commands_say_so(tmp_path: Path) -> None
     rows = mixmo.rows()
     assert {(row.state, row.epoch, row.split, row.error) for row in rows} == {("TERMINATED", 5, "validation", None)}
     copied = [row for row in rows if row.parent_id]
-    assert {row.label for row in copied} == {"learns nothing"}
+    assert "learns nothing" in {row.label for row in copied}  # once it does learn, any other may be the worst
     store = ResultStore.open(tmp_path / "results")
     for row in rows:
         assert [each.epoch for each in store.epoch_rows("small", row.trial_id)] == [1, 2, 3, 4, 5]
