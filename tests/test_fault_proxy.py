@@ -55,7 +55,7 @@ def test_without_faults_it_changes_nothing(through: Bucket, direct: Bucket, path
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_store_lives_with_every_fault(kind: Kind, through: Bucket, direct: Bucket, path: FaultProxy) -> None:
-    path.kinds, path.rate, path.stall_s = (kind,), 0.3, 0.05
+    path.kinds, path.rate, path.stall_s = (kind,), 0.2, 0.05
     for number in range(20):
         data = b"%d" % number * 500
         assert through.create(f"new-{number}", data)
