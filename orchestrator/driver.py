@@ -294,12 +294,12 @@ class _Session:
                 inbox=inbox, writer=self.writer, ledger=self.ledger, crew=crew, sharing=self.sharing,
                 order_of=self._order_of, talk=self._say,
             )  # fmt: skip
-            lost = True
             try:
                 self._follow(crew, queue, steering)
-                lost = False
-            finally:
-                self._part(crew, queue, patience_s=0.0 if lost else 5.0)
+            except BaseException:
+                self._part(crew, queue, patience_s=0.0)
+                raise
+            self._part(crew, queue, patience_s=5.0)
         self.signals.take_back()
         self._settle()
         if self.refusal:

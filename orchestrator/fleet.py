@@ -115,15 +115,14 @@ def _joined_ray(address: str) -> Iterator[None]:
         raise UnreachableError(
             f"no Ray cluster answers at RAY_ADDRESS={address}: {error}. Start it, or unset RAY_ADDRESS to run here."
         ) from error
-    gone = False
     try:
         yield
     except HeadGoneError:
-        gone = True
+        raise  # nobody is there to say goodbye to
+    except BaseException:
+        ray.shutdown()
         raise
-    finally:
-        if not gone:
-            ray.shutdown()
+    ray.shutdown()
 
 
 @contextlib.contextmanager

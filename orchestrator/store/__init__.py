@@ -405,9 +405,8 @@ def folder_of(uri: str) -> Path | None:
 
     Raises UsageError, which repeats nothing that may be a password, for any other address.
     """
-    scheme = re.match(
-        r"([A-Za-z][A-Za-z0-9+.-]+):/|(?i:(s3|file)):", uri
-    )  # too few slashes make no folder of that name
+    # With too few slashes it is an address still, not a folder of that name.
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/|(?i:(s3|file)):", uri)
     if scheme is None:
         return _absolute(uri)
     name = (scheme[1] or scheme[2]).lower()

@@ -122,9 +122,8 @@ class Address:
         given = dict(parse_qsl(parts.query, keep_blank_values=True))
         unknown = sorted(given.keys() - _SAID.keys())
         if unknown or parts.fragment:
-            told = [
-                name if re.fullmatch(r"[a-z_]+", name) and given[name] else "..." for name in unknown
-            ]  # no key alone
+            # What stands alone, or looks like no name, may be a key.
+            told = [name if re.fullmatch(r"[a-z_]+", name) and given[name] else "..." for name in unknown]
             raise UsageError(f"s3://...: {' '.join(told) or 'what follows #'} means nothing here. {_FORM}")
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]", parts.netloc):
             raise UsageError(f"s3://...: what follows is no name of a bucket. {_FORM}")
