@@ -474,9 +474,12 @@ def trial_id(config: TrialConfig, workers: int = 1) -> str:
 
 def cell_id(config: TrialConfig, workers: int = 1, population: str = "") -> str:
     """12 hex digits: the trial's identity without its seed, shared by all its repetitions."""
-    decides = identity(config, workers, population)
-    del decides["seed"]
-    return digest(decides)[:12]
+    return cell_of(identity(config, workers, population))
+
+
+def cell_of(decides: Mapping[str, Any]) -> str:
+    """The cell's id, of an identity that is at hand."""
+    return digest({name: value for name, value in decides.items() if name != "seed"})[:12]
 
 
 _BETWEEN_STEPS = frozenset(

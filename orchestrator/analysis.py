@@ -191,12 +191,15 @@ def varied(rows: Sequence[TrialRow], *, label: bool = True) -> list[str]:
 
     A setting that follows from those before it (a repetition that goes with the number of subnetworks) adds nothing.
     """
+    if not rows:
+        return []
     names: list[str] = []
     group_of_row, apart = [0] * len(rows), 1
     for name in sorted(set(CONFIG_COLUMNS) - {"seed"}, key=_telling):
-        values = [key for row in rows for key in _key(row, (name,))]
-        if len(set(values)) < 2:
+        values = [row.config.get(name) for row in rows]
+        if values.count(values[0]) == len(values):  # most settings: the trials of a sweep have them in common
             continue
+        values = [tuple(value) if isinstance(value, list) else value for value in values]
         numbers: dict[tuple[int, Any], int] = {}
         split = [numbers.setdefault(each, len(numbers)) for each in zip(group_of_row, values, strict=True)]
         if len(numbers) > apart:

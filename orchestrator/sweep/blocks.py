@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mixmo_core.config import TrialConfig, flatten, identity, ineffective, unflatten
+from mixmo_core.config import TrialConfig, cell_of, flatten, identity, ineffective, unflatten
 from mixmo_core.config import cell_id as cell_id_of
 from mixmo_core.config import digest as digest_of
 from orchestrator.sweep.document import Faults, Node, show
@@ -256,7 +256,7 @@ class Expansion:
             cell.broken = True
             return False
         cell.decides = identity(cell.config, self.workers.value, self.population)
-        cell.cell_id = cell_id_of(cell.config, self.workers.value, self.population)
+        cell.cell_id = cell_of(cell.decides)
         return True
 
     def _blame(self, cell: _Cell, message: str) -> None:
