@@ -53,6 +53,7 @@ wheel: .venv/runs ## dist/: the wheel, and the versions that it was tested with
 	$(BIN)/python -m orchestrator.origin > build/wheel/orchestrator/origin.json
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist ./build/wheel
 	cp constraints.txt dist/
+	cd dist && echo mixmo_sweeps-*.whl > wheel
 	@ls dist
 
 check: .venv/tests ## format, lint, types, import contracts, quick tests, 3 to 4 minutes
