@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 LEAST = (80, 24)
 """Below this there is no grid, no second line of figures and no hint: counts, what runs, what happened."""
+LONGEST = 200
+"""Lines of what stays in the terminal: each list says how many more there are, and `table` and `show` have them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,4 +230,4 @@ def summary(
     """Everything but the events: what stays in the terminal when the screen is gone."""
     scene, inner = Scene(snapshot, now, driven=driven, terms=terms), max(10, min(width, 120) - 2)
     lists = [_trials(scene, None, inner), panes.results(scene, inner), panes.failures(scene, inner)]
-    return joined([*panes.header(scene, now, inner), *panes.predicted(scene.progress), *stack(lists, inner, 10**6)])
+    return joined([*panes.header(scene, now, inner), *panes.predicted(scene.progress), *stack(lists, inner, LONGEST)])
