@@ -107,8 +107,9 @@ class Bench:
         """The same of the reference: images, masks and weights are those of our first step."""
         assert self.reference is not None
         drawing = Step(self.config, nn.Linear(1, 1, device=self.device), self.images)
-        masks, kappa_MB = drawing._mixture(self.indices_MB, 1, 0.5)
-        images_MBCHW, targets = drawing._gather(self.indices_MB, 1, masks)
+        drawing.seed(1)
+        masks, kappa_MB = drawing._mixture(self.indices_MB, 0.5)
+        images_MBCHW, targets = drawing._gather(self.indices_MB, masks)
         batch = ready(images_MBCHW, targets.labels, masks, kappa_MB, self.config)
         wrapper = self.reference.trainer(self.config, self.device)
         wrapper.network.load_state_dict(networks.reference_tensors(networks.build(self.config)), strict=False)

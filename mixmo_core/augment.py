@@ -6,6 +6,7 @@ can hold `apply` to torchvision's transforms.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -101,7 +102,9 @@ def normalise(pixels: Tensor, dataset: str) -> Tensor:
     return pixels.float().div_(255).sub_(mean_C11).div_(std_C11)
 
 
+@cache
+@torch.inference_mode(mode=False)
 def _constants(spec: Preparation, device: torch.device) -> tuple[Tensor, Tensor]:
-    # Not made with `device=`, which waits until a GPU has done all that it was asked before.
-    both = torch.tensor((spec.mean, spec.std), dtype=torch.float32).to(device, non_blocking=True)[:, :, None, None]
+    """Kept for good: to bring numbers to a GPU is to wait for it, and what a captured step reads must not be freed."""
+    both = torch.tensor((spec.mean, spec.std), dtype=torch.float32, device=device)[:, :, None, None]
     return both[0], both[1]

@@ -240,14 +240,14 @@ def test_a_slot_whose_step_breaks_leaves_the_others_as_they_are(
 ) -> None:
     """In the middle of its second epoch."""
     desk, trials = of_three(store)
-    first, whole = next(iter(train.train(trials[1]))), Due.take
+    first, whole = next(iter(train.train(trials[1]))), Due.begin
 
     def broken(due: Due) -> None:
         if due.number == 5 and due.step._config == trials[1]:
             raise RuntimeError("its images are not there")
         whole(due)
 
-    monkeypatch.setattr(Due, "take", broken)
+    monkeypatch.setattr(Due, "begin", broken)
     work(desk, slots=3)
     assert_neighbours_alone(desk, trials)
     assert (desk.row(1).state, desk.row(1).error_cause) == ("ERROR", "RuntimeError: its images are not there")
