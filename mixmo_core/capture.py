@@ -44,7 +44,10 @@ def cuda_graph(body: Callable[[], None], generators: Collection[torch.Generator]
     """Record what `body` asks of the current stream, without doing it. A replay draws from the seeds of its moment."""
     graph = torch.cuda.CUDAGraph()
     for generator in generators:
-        graph.register_generator_state(generator)
+        if (
+            generator.get_offset()
+        ):  # it has drawn since it was seeded, in the eager step; others would only cost replays
+            graph.register_generator_state(generator)
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         body()
     return graph.replay
@@ -200,7 +203,8 @@ def lend(config: TrialConfig, images: Images) -> CapturedStep:
             _idle.remove(step)
             step.restart(config)
             return step
-    _make_room(images.pixels_NCHW.device)
+    while _idle and _free_part(images.pixels_NCHW.device) < KEPT_FREE:
+        del _idle[0]
     return CapturedStep(config, images)
 
 
@@ -211,13 +215,13 @@ def give_back(step: CapturedStep) -> None:
         _idle.append(step)
 
 
-def _make_room(device: torch.device) -> None:
-    while _idle and device.type == "cuda":
-        free, whole = torch.cuda.mem_get_info(device)
-        if free >= KEPT_FREE * whole:
-            break
-        del _idle[0]
-        torch.cuda.empty_cache()
+def _free_part(device: torch.device) -> float:
+    """Of the device's memory."""
+    if device.type != "cuda":
+        return 1.0
+    torch.cuda.empty_cache()
+    free, whole = torch.cuda.mem_get_info(device)
+    return free / whole
 
 
 # --------------------------------------------------------------------------------------- how many trials side by side

@@ -59,7 +59,9 @@ def captured(step: CapturedStep, config: TrialConfig, lrs: tuple[float, ...] = L
     return state(step, step.net)
 
 
-@pytest.mark.parametrize("system", [name for name in SYSTEMS if name != "PreActResNet"])  # which takes long
+@pytest.mark.parametrize(
+    "system", ["MIMO", "Cut-MixMo", "Cut-MixMo, Mixup, AugMix", "manifold_mixup", "1 encoder, 2 classifiers by ratio"]
+)
 def test_captured_steps_are_the_eager_ones_to_the_bit(system: str) -> None:
     """Whatever changes between two: images, seeds, the chance of binary masks, the rate."""
     config = SYSTEMS[system]
@@ -178,6 +180,20 @@ def test_a_step_that_was_not_recorded_yet_is_not_kept() -> None:
     captured(step, TINY, LRS[:WARM_UP])
     capture.give_back(step)
     assert not capture._idle
+
+
+def test_where_memory_is_short_the_oldest_that_no_trial_has_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, widths = images(TINY), [1, 2, 3]
+    configs = [dataclasses.replace(TINY, model=ModelConfig(depth=10, width=width)) for width in widths]
+    steps = [capture.lend(config, data) for config in configs]
+    for step, config in zip(steps, configs, strict=True):
+        captured(step, config)
+        capture.give_back(step)
+    assert capture.lend(configs[1], data) is steps[1], "what fits takes no more memory"
+    capture.give_back(steps[1])
+    monkeypatch.setattr(capture, "_free_part", lambda _: 1.0 - 0.3 * len(capture._idle))
+    capture.lend(dataclasses.replace(TINY, precision="bf16"), data)
+    assert capture._idle == [steps[1]]
 
 
 def trial(**changes: Any) -> TrialConfig:
