@@ -47,6 +47,7 @@ def measure(net: str, device: torch.device, precision: str, rounds: int) -> dict
         run()
     evaluate = partial(train._evaluated, made, config, held_out, train._World(0, 1, ""))
     evaluate()
+    made.train()
     steps_s, evaluations_s = [], []
     for _ in range(rounds):
         steps_s += [timed(run, device)[0] for _ in range(5)]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import functional as tv
 
-from mixmo_core.augment import PREPARATION, Draws, _constants, apply, draw, normalise, standard
+from mixmo_core.augment import PREPARATION, Draws, _kept_constants, apply, draw, normalise, standard
 from mixmo_core.config import DATASETS
 
 NAMES = sorted(DATASETS)
@@ -75,7 +75,7 @@ class _Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def test_normalisation_brings_its_constants_to_a_device_once() -> None:
+def test_normalisation_brings_its_kept_constants_to_a_device_once() -> None:
     """On the device that holds shapes only, which is no more the host than a GPU is."""
     pixels = some_pixels("cifar10", 2).to("meta")
     with _Copies() as control:  # type: ignore[no-untyped-call]
@@ -87,12 +87,12 @@ def test_normalisation_brings_its_constants_to_a_device_once() -> None:
     assert copies.count == 0
 
 
-def test_constants_that_an_evaluation_made_serve_a_training() -> None:
+def test_kept_constants_that_an_evaluation_made_serve_a_training() -> None:
     pixels, weight = some_pixels("synthetic", 2), torch.ones(3, 3, 1, 1, requires_grad=True)
-    _constants.cache_clear()
+    _kept_constants.cache_clear()
     with torch.inference_mode():
         normalise(pixels, "synthetic")
-    mean_C11, _ = _constants(PREPARATION["synthetic"], pixels.device)
+    mean_C11, _ = _kept_constants(PREPARATION["synthetic"], pixels.device)
     torch.autograd.backward((weight * mean_C11).sum())
     assert weight.grad is not None
 
