@@ -49,8 +49,9 @@ def ours(config: TrialConfig, images: Images) -> Iterator[Any]:
             IMAGES, data.batch_size, data.repetition, config.model.subnetworks, generator=generator
         ):
             number += 1
-            masks, kappa_MB = step._mixture(indices_MB, number, 0.5)
-            yield *step._gather(indices_MB, number, masks), masks, kappa_MB
+            step.seed(number)
+            masks, kappa_MB = step._mixture(indices_MB, 0.5)
+            yield *step._gather(indices_MB, masks), masks, kappa_MB
 
 
 def theirs(reference: Reference, config: TrialConfig, images: Images) -> Iterator[Any]:

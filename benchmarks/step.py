@@ -7,16 +7,20 @@ are random. First comes the gate: in fp64 one step of both from the same weights
 first step that is timed, of the same images, masks and weights, in each precision. Without a passed gate, and without
 a checkout of the reference, there is no ratio.
 
-Timed are rounds of one step each, the reference and ours in turn. Ours goes from the positions of images to updated
-weights. The reference starts from ready tensors, so that its data path, which `data_path.py` measures, costs it
-nothing: model, loss with the l2 term, training metrics, SGD, as its published settings say. On the CPU a second is one
-of the process's CPU time, which with one thread is the wall time on a machine with nothing else to do; wall times
-stand beside it. On a GPU it is wall time, the device waited for at both ends.
+Timed are rounds of one step each (on a GPU of 50), the reference and ours in turn. Ours goes from the positions of
+images to updated weights. The reference starts from ready tensors, so that its data path, which `data_path.py`
+measures, costs it nothing: model, loss with the l2 term, training metrics, SGD, as its published settings say. On the
+CPU a second is one of the process's CPU time, which with one thread is the wall time on a machine with nothing else to
+do; wall times stand beside it. On a GPU it is wall time, the device waited for at both ends of a round.
 
-`share_of_floor` is the time of the convolutions and linear layers at the rate of the best square matrix product in the
-same run (on the CPU also of a large convolution, on a GPU at least 790 TFLOP/s in bf16), over the least time of a step.
-Peak memory is that of a process, or of the GPU's allocator, above what there was before the network. Writes
-benchmarks/results/step_<device>.json.
+Ours is measured as trials run (`default`: on a GPU replayed as a CUDA graph, see `mixmo_core.capture`) and, on a GPU,
+by what `--variants` names besides: `eager` without the graph, `autotuned` with the convolutions that cuDNN finds
+fastest by trying, `compiled` with the network by torch.compile inside the graph. None is a default before it has paid.
+
+`share_of_floor` (on a GPU in bf16 the MFU) is the time of the convolutions and linear layers at the rate of the best
+square matrix product in the same run (on the CPU also of a large convolution, on a GPU at least 790 TFLOP/s in bf16),
+over the least time of a step. Peak memory is that of a process, or of the GPU's allocator, above what there was before
+the network. Writes benchmarks/results/step_<device>.json, or `--into` another name.
 """
 
 import argparse
@@ -38,7 +42,7 @@ import torch
 from reference import L2, Reference, ready
 from torch import nn
 
-from mixmo_core import cost, networks
+from mixmo_core import capture, cost, networks
 from mixmo_core.config import DATASETS, TrialConfig, unflatten
 from mixmo_core.data import Images
 from mixmo_core.step import Step
@@ -50,6 +54,9 @@ CPU_BATCH = {"wrn28-10": 8}
 SAME_LOSS = {"fp32": 1e-3, "bf16": 1e-2}
 """Relative. The reference rounds masks to half precision."""
 MODES = (("reference", "fp32"), ("default", "fp32"), ("default", "bf16"))
+VARIANTS = {"cpu": "default", "cuda": "default,eager,autotuned"}
+STEPS = {"cpu": 1, "cuda": 50}
+"""Of a round."""
 PEAK_BF16 = 790e12
 """FLOP/s that an H200 is taken for, whatever its matrix products reach."""
 
@@ -86,20 +93,29 @@ def random_images(config: TrialConfig, device: torch.device) -> Images:
 class Bench:
     """One net: what a step of each mode is, from weights that all share."""
 
-    def __init__(self, flat: dict[str, Any], device: torch.device, reference: Reference | None) -> None:
+    def __init__(
+        self, flat: dict[str, Any], device: torch.device, reference: Reference | None, variants: str = "default"
+    ) -> None:
         self.flat, self.config, self.device, self.reference = flat, unflatten(flat), device, reference
+        self.variants = variants.split(",")
         self.images = random_images(self.config, device)
         shape, generator = (2, self.config.data.batch_size), torch.Generator().manual_seed(1)
         self.indices_MB = torch.randint(IMAGES, shape, generator=generator).to(device)
 
-    def ours(self, precision: str) -> tuple[Callable[[], None], Callable[[], float]]:
+    def ours(self, variant: str, precision: str) -> tuple[Callable[[], None], Callable[[], float]]:
         """A step, and the loss of those so far."""
         config = dataclasses.replace(self.config, precision=precision)  # type: ignore[arg-type]
-        step = Step(config, networks.build(config).to(self.device), self.images)
+        if variant != "eager" and capture.can(self.device):
+            step: Step = capture.CapturedStep(config, self.images)
+            if variant == "compiled":
+                step._net = torch.compile(step._net, fullgraph=True)
+        else:
+            step = Step(config, networks.build(config).to(self.device), self.images)
         numbers = iter(range(1, sys.maxsize))
 
         def run() -> None:
-            step(self.indices_MB, number=next(numbers), p=0.5, lr=config.optim.lr)
+            with torch.backends.cudnn.flags(enabled=True, benchmark=variant == "autotuned"):
+                step(self.indices_MB, number=next(numbers), p=0.5, lr=config.optim.lr)
 
         return run, lambda: float(step.total_loss)
 
@@ -107,8 +123,9 @@ class Bench:
         """The same of the reference: images, masks and weights are those of our first step."""
         assert self.reference is not None
         drawing = Step(self.config, nn.Linear(1, 1, device=self.device), self.images)
-        masks, kappa_MB = drawing._mixture(self.indices_MB, 1, 0.5)
-        images_MBCHW, targets = drawing._gather(self.indices_MB, 1, masks)
+        drawing.seed(1)
+        masks, kappa_MB = drawing._mixture(self.indices_MB, 0.5)
+        images_MBCHW, targets = drawing._gather(self.indices_MB, masks)
         batch = ready(images_MBCHW, targets.labels, masks, kappa_MB, self.config)
         wrapper = self.reference.trainer(self.config, self.device)
         wrapper.network.load_state_dict(networks.reference_tensors(networks.build(self.config)), strict=False)
@@ -117,24 +134,26 @@ class Bench:
         return lambda: Reference.train(wrapper, batch), lambda: float(wrapper.loss._accumulator_loss) - penalty
 
     def mode(self, variant: str, precision: str) -> tuple[Callable[[], None], Callable[[], float]]:
-        return self.theirs() if variant == "reference" else self.ours(precision)
+        return self.theirs() if variant == "reference" else self.ours(variant, precision)
 
     def modes(self) -> list[tuple[str, str]]:
-        return [mode for mode in MODES if self.reference is not None or mode[0] != "reference"]
+        wanted = [*MODES, *((variant, "bf16") for variant in self.variants if variant != "default")]
+        return [mode for mode in wanted if self.reference is not None or mode[0] != "reference"]
 
 
 # --------------------------------------------------------------------------------------------------------- measurement
 
 
-def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Seconds of a call, then of the wall."""
+def timed(run: Callable[[], Any], device: torch.device, calls: int = 1) -> tuple[float, float]:
+    """Seconds of a call, then of the wall; the device is waited for before the first call and after the last."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     wall, cpu = time.perf_counter(), time.process_time()
-    run()
+    for _ in range(calls):
+        run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    wall, cpu = (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
     return (cpu if device.type == "cpu" else wall), wall
 
 
@@ -158,35 +177,39 @@ def least(run: Callable[[], Any], device: torch.device) -> float:
     return min(timed(run, device)[0] for _ in range(8))
 
 
-def gate(bench: Bench, losses: dict[tuple[str, str], float]) -> dict[str, bool]:
-    """Whether each precision of ours has the reference's numbers."""
+def gate(bench: Bench, losses: dict[tuple[str, str], float]) -> dict[tuple[str, str], bool]:
+    """Whether each mode has the reference's numbers."""
     if bench.reference is None:
-        return dict.fromkeys(SAME_LOSS, False)
+        return dict.fromkeys(losses, False)
     flat = bench.flat | {"optim.lr": 1.0, "optim.weight_decay": 2 * L2}  # the decay that parity.py's loss has
     found = parity.compare_networks(bench.reference, flat, seed=0, steps=1)
     exact = max(found.values()) <= parity.BOUND
     expected = losses["reference", "fp32"]
-    apart = {precision: abs(losses["default", precision] / expected - 1) for precision in SAME_LOSS}
+    apart = {mode: abs(loss / expected - 1) for mode, loss in losses.items()}
     print(f"gate: fp64 {max(found.values()):.0e}, loss {apart}", file=sys.stderr, flush=True)
-    return {precision: exact and apart[precision] <= bound for precision, bound in SAME_LOSS.items()}
+    return {mode: exact and apart[mode] <= SAME_LOSS[mode[1]] for mode in losses}
 
 
-def measure(net: str, device: torch.device, reference: Reference | None, rounds: int) -> list[dict[str, Any]]:
-    bench = Bench(settings(net, device), device, reference)
-    steps, losses = {}, {}
+def measure(bench: Bench, net: str, rounds: int) -> list[dict[str, Any]]:
+    steps, losses, peaks = {}, {}, {}
     for mode in bench.modes():
+        before = _resident(bench.device)
         steps[mode], loss = bench.mode(*mode)
         steps[mode]()
         losses[mode] = loss()
+        for _ in range(capture.WARM_UP + 1):
+            steps[mode]()  # a step is captured by now
+        peaks[mode] = (_peak(bench.device) - before) / 2**20
     passed = gate(bench, losses)
     seconds: dict[tuple[str, str], list[tuple[float, float]]] = {mode: [] for mode in steps}
     for number in range(rounds + 1):
         for mode, run in steps.items():
-            took = timed(run, device)
+            took = timed(run, bench.device, STEPS[bench.device.type])
             if number:  # the first warms up
                 seconds[mode].append(took)
-    rates = {precision: flops_per_second(precision, device) for precision in SAME_LOSS}
-    return [row(net, bench, mode, seconds, parity=passed[mode[1]], rate=rates[mode[1]]) for mode in steps]
+    rates = {precision: flops_per_second(precision, bench.device) for precision in SAME_LOSS}
+    rows = [row(net, bench, mode, seconds, parity=passed[mode], rate=rates[mode[1]]) for mode in steps]
+    return [each | {"peak_mib": peaks[each["variant"], each["precision"]]} for each in rows]
 
 
 def row(
@@ -228,14 +251,22 @@ def peak_mib(net: str, mode: tuple[str, str], options: argparse.Namespace) -> fl
 def print_peak(net: str, mode: tuple[str, str], device: torch.device, reference: Reference | None) -> None:
     bench = Bench(settings(net, device), device, reference)
     nn.functional.conv2d(torch.rand(1, 3, 8, 8, device=device), torch.rand(4, 3, 3, 3, device=device))  # its libraries
-    before = _resident(device)
+    before = _peak(device)
     run, _ = bench.mode(*mode)
     for _ in range(3):
         run()
-    print((_resident(device) - before) / 2**20)
+    print((_peak(device) - before) / 2**20)
 
 
 def _resident(device: torch.device) -> float:
+    """The bytes that a GPU's allocator has given out, from which `_peak` counts anew."""
+    if device.type == "cpu":
+        return 0.0
+    torch.cuda.reset_peak_memory_stats(device)
+    return float(torch.cuda.memory_allocated(device))
+
+
+def _peak(device: torch.device) -> float:
     """The most bytes so far. Not `ru_maxrss`, which a process takes over from the one that started it."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
@@ -257,7 +288,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         ratio = "" if not each["parity"] else f"{each['ratio_to_reference']:.2f} ({each['ratio_of_medians']:.2f})"
         lines.append(
             f"| {each['net']} | {each['batch']} | {each['variant']} | {each['precision']} "
-            f"| {each['min_s']:.3f} ({each['median_s']:.3f}) | {ratio} | {each['images_per_s']:.0f} "
+            f"| {each['min_s']:.4f} ({each['median_s']:.4f}) | {ratio} | {each['images_per_s']:.0f} "
             f"| {each['share_of_floor']:.2f} | {each['peak_mib']:.0f} |"
         )
     return "\n".join(lines)
@@ -268,6 +299,8 @@ def main() -> int:
     parser.add_argument("--reference", type=Path, metavar="PATH", help="a checkout of mixmo-pytorch")
     parser.add_argument("--net", default=NETS, help="names, with commas between them")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--variants", help=f"with commas between them; {VARIANTS['cuda']} on a GPU")
+    parser.add_argument("--into", help="name of the file of results")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
@@ -279,10 +312,14 @@ def main() -> int:
         print_peak(options.net, tuple(options.peak), options.device, reference)
         return 0
     rows: list[dict[str, Any]] = []
+    variants, into = options.variants or VARIANTS[options.device.type], options.into or f"step_{options.device.type}"
     for net in options.net.split(","):
-        for each in measure(net, options.device, reference, options.rounds):
-            rows.append(each | {"peak_mib": peak_mib(net, (each["variant"], each["precision"]), options)})
-        path = machine.write(f"step_{options.device.type}", {"rows": rows})  # what there is, should the next fail
+        bench = Bench(settings(net, options.device), options.device, reference, variants)
+        for each in measure(bench, net, options.rounds):
+            if options.device.type == "cpu":  # the process has had others before
+                each["peak_mib"] = peak_mib(net, (each["variant"], each["precision"]), options)
+            rows.append(each)
+        path = machine.write(into, {"rows": rows})  # what there is, should the next fail
     print(json.dumps(rows, indent=1) if options.json else table(rows))
     print(f"written to {path}", file=sys.stderr)
     return 0 if reference is None or all(each["parity"] for each in rows) else 1

@@ -6,6 +6,7 @@ can hold `apply` to torchvision's transforms.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -96,12 +97,18 @@ def standard(pixels: Tensor, dataset: str, generator: torch.Generator) -> Tensor
 
 def normalise(pixels: Tensor, dataset: str) -> Tensor:
     """`pixels` (..., C, H, W) uint8 -> float32: scaled to [0, 1], less the dataset's mean, over its deviation."""
-    spec = PREPARATION[dataset]
-    mean_C11, std_C11 = _constants(spec, pixels.device)
+    constants = _constants if torch.compiler.is_compiling() else _kept_constants  # what is traced is no tensor to keep
+    mean_C11, std_C11 = constants(PREPARATION[dataset], pixels.device)
     return pixels.float().div_(255).sub_(mean_C11).div_(std_C11)
 
 
 def _constants(spec: Preparation, device: torch.device) -> tuple[Tensor, Tensor]:
-    # Not made with `device=`, which waits until a GPU has done all that it was asked before.
-    both = torch.tensor((spec.mean, spec.std), dtype=torch.float32).to(device, non_blocking=True)[:, :, None, None]
+    both = torch.tensor((spec.mean, spec.std), dtype=torch.float32, device=device)[:, :, None, None]
     return both[0], both[1]
+
+
+@cache
+@torch.inference_mode(mode=False)
+def _kept_constants(spec: Preparation, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For good: to bring numbers to a GPU is to wait for it, and what a captured step reads must not be freed."""
+    return _constants(spec, device)

@@ -10,7 +10,7 @@ Axes: P images · W chains · D operations of a chain · C channels · H, W heig
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -64,10 +64,10 @@ def draw(shape: tuple[int, ...], generator: torch.Generator) -> Draws:
     device, kinds = generator.device, len(OPERATIONS)
     lengths = torch.randint(1, LONGEST + 1, (*shape, CHAINS, 1), generator=generator, device=device)
     operations = torch.randint(2 * kinds, (*shape, CHAINS, LONGEST), generator=generator, device=device)
-    done = torch.arange(LONGEST, device=device) < lengths
+    left_out = torch.arange(LONGEST, device=device) >= lengths
     weights = torch.empty((*shape, CHAINS), device=device).exponential_(generator=generator)
     blend = torch.rand(shape, generator=generator, device=device)
-    return Draws(torch.where(done, operations, 0), weights / weights.sum(dim=-1, keepdim=True), blend)
+    return Draws(operations.masked_fill(left_out, 0), weights / weights.sum(dim=-1, keepdim=True), blend)
 
 
 def of_repeats(draws: Draws, indices_MB: Tensor) -> Draws:
@@ -130,7 +130,7 @@ def _equalising(pixels_PCN: Tensor) -> Tensor:
     return torch.where(step_PC1 > 0, table_PCV, values_V)
 
 
-@lru_cache(maxsize=4)
+@cache  # for good: what a captured step reads must not be freed
 def _tables(device: torch.device) -> Tensor:
     """What each operation makes of each of the 256 values, int64 (2 len(OPERATIONS), 256). Equalize depends on the
     image and is not in it.
@@ -144,7 +144,7 @@ def _tables(device: torch.device) -> Tensor:
     return torch.tensor([tables.get(name, list(range(256))) for name in _NAMES * 2], device=device)
 
 
-@lru_cache(maxsize=16)
+@cache
 def _maps(size: int, device: torch.device) -> Tensor:
     """From where each operation takes the pixel at (x, y), in units of 2^-16 pixels, int32 (2 len(OPERATIONS), 6).
 

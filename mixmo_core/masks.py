@@ -64,7 +64,7 @@ def _gaussians(sigma_B: Tensor, size: int) -> Tensor:
     place = torch.arange(size, device=sigma_B.device)
     distance = place.view(-1, 1) - place
     bands_BSS = torch.exp(-0.5 * (distance / sigma_B.view(-1, 1, 1)) ** 2)
-    return torch.where(distance.abs() <= COW_REACH, bands_BSS, 0.0)
+    return bands_BSS.masked_fill(distance.abs() > COW_REACH, 0.0)
 
 
 def _draw_cow(kappa_B: Tensor, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:

@@ -120,7 +120,7 @@ def draw(  # noqa: PLR0917 -- the axes, in their order
     H: int,
     W: int,
     *,
-    p: float,
+    p: float | Tensor,
     generator: torch.Generator,
     device: torch.device | str,
 ) -> Mixture:

@@ -85,7 +85,7 @@ def mix(images_MBCHW: Tensor, partners_MBCHW: Tensor, draws: Draws, seen: Tensor
         partners_MBCHW = _pasted(partners_MBCHW, draws)
     masks_MBHW = pixel_masks(draws, images_MBCHW.shape[-1], msda)
     masks_MBHW, shares_MBL = settled(masks_MBHW, seen, keep_main=msda != "resizemix")
-    masks_MB1HW = torch.where(draws.mixed[..., None, None], masks_MBHW, 1.0).unsqueeze(2)
+    masks_MB1HW = masks_MBHW.masked_fill(~draws.mixed[..., None, None], 1.0).unsqueeze(2)
     whole_L = torch.eye(2, device=shares_MBL.device)[0]
     shares_MBL = torch.where(draws.mixed[..., None], shares_MBL, whole_L)
     return masks_MB1HW * images_MBCHW + (1 - masks_MB1HW) * partners_MBCHW, shares_MBL

@@ -2,8 +2,9 @@
 
 Axes: B batch · M subnetworks · C channels · H, W height and width · K classes.
 
-Nothing in a step waits for the device. Chance is counter-based: what a step draws follows from (seed, number of the
-step, purpose) alone, so a resumed trial draws what an uninterrupted one would.
+Nothing in a step waits for the device, and nothing is brought to it but seeds: a step can be recorded once and replayed
+(`mixmo_core.capture`). Chance is counter-based: what a step draws follows from (seed, number of the step, purpose)
+alone, so a resumed trial draws what an uninterrupted one would.
 """
 
 from collections.abc import Sequence
@@ -118,7 +119,7 @@ def optimiser(net: nn.Module, config: TrialConfig) -> torch.optim.SGD:
     The fused rule reads memory in order, whatever the strides: a gradient set by hand goes into the one there is.
     """
     optim = config.optim
-    return torch.optim.SGD(
+    sgd = torch.optim.SGD(
         net.parameters(),
         lr=optim.lr,
         momentum=optim.momentum,
@@ -126,6 +127,10 @@ def optimiser(net: nn.Module, config: TrialConfig) -> torch.optim.SGD:
         nesterov=optim.momentum > 0,
         fused=True,
     )
+    if optim.momentum:  # 0 before the first step, which then is one like all others
+        for parameter in net.parameters():
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 class Step:
@@ -138,24 +143,45 @@ class Step:
         self._config, self._net, self._images = config, net, images
         self._slots = slice(rank, None, workers)
         self._device = images.pixels_NCHW.device
-        self._generator = torch.Generator(self._device)
+        drawn = [purpose for purpose in Purpose if purpose is not Purpose.ORDER]
+        self.generators = {purpose: torch.Generator(self._device) for purpose in drawn}
         self.optimiser = optimiser(net, config)
         self.total_loss = torch.zeros((), dtype=torch.float64, device=self._device)
         """Sum of the losses of this rank's slots since it was last set to zero."""
 
     def __call__(self, indices_MB: Tensor, *, number: int, p: float, lr: float) -> None:
         """One step on these images. `number` counts the trial's steps from 1; `p` is the chance of binary masks."""
-        masks, kappa_MB = self._mixture(indices_MB, number, p)
-        images_MBCHW, targets = self._gather(indices_MB, number, masks)
+        self.begin(indices_MB, number=number, p=p, lr=lr)
+        self.join()
+
+    def begin(self, indices_MB: Tensor, *, number: int, p: float, lr: float) -> None:
+        """As a call, but the step may still be under way beside what follows, until `join`."""
+        self.seed(number)
+        self.take(indices_MB, p, lr)
+
+    def join(self) -> None:
+        """What follows on the device comes after the step that was begun. So it does here in any case."""
+
+    def seed(self, number: int) -> None:
+        """Set chance to that of a step of the trial."""
+        for purpose, generator in self.generators.items():
+            generator.manual_seed(draw_seed(self._config.seed, number, purpose))
+
+    def take(self, indices_MB: Tensor, p: float | Tensor, lr: float | Tensor) -> None:
+        """All that the device does in a step: the same operations on tensors of the same shapes each time, whatever is
+        drawn. `p` and `lr` may be there already, as fp32 tensors of no axes.
+        """
+        masks, kappa_MB = self._mixture(indices_MB, p)
+        images_MBCHW, targets = self._gather(indices_MB, masks)
         hidden = None
         if self._config.data.msda == "manifold_mixup":
-            hidden = self._hidden(indices_MB.shape[1], number)
+            hidden = self._hidden(indices_MB.shape[1])
             targets = mixed_inside(targets, hidden)
         with autocast(self._config, self._device):
             logits_MBK = self._net(images_MBCHW, masks, hidden)
         self.update(self._loss(logits_MBK, targets, kappa_MB), lr)
 
-    def update(self, loss: Tensor, lr: float) -> None:
+    def update(self, loss: Tensor, lr: float | Tensor) -> None:
         self.optimiser.param_groups[0]["lr"] = lr
         self.optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
@@ -169,15 +195,15 @@ class Step:
         root = self._config.mixing.weight_root
         return weighted_loss(logits_MBK, targets.labels, kappa_MB, root, targets.shares_MBL)
 
-    def _gather(self, indices_MB: Tensor, number: int, masks: Tensor) -> tuple[Tensor, Targets]:
+    def _gather(self, indices_MB: Tensor, masks: Tensor) -> tuple[Tensor, Targets]:
         """Images of this rank (M, B, C, H, W) in fp32, augmented and normalised, and what is to be predicted of them.
         `masks` are those of the mixing block, which decide what is seen of an image with two labels.
         """
-        data, chains = self._config.data, self._chains(indices_MB, number)
-        images_MBCHW, labels_MB = self._augmented(indices_MB, chains, self._seeded(number, Purpose.AUGMENTATION))
+        data, chains = self._config.data, self._chains(indices_MB)
+        images_MBCHW, labels_MB = self._augmented(indices_MB, chains, self.generators[Purpose.AUGMENTATION])
         if data.msda in ("none", "manifold_mixup"):
             return images_MBCHW, Targets(labels_MB)
-        generator = self._seeded(number, Purpose.MSDA)
+        generator = self.generators[Purpose.MSDA]
         M, B = indices_MB.shape
         draws = msda.draw(data, len(self._images), (M, B), generator)
         if chains is not None and M == 1:
@@ -186,24 +212,25 @@ class Step:
         images_MBCHW, shares_MBL = msda.mix(images_MBCHW, partners_MBCHW, draws[:, self._slots], masks, data.msda)
         return images_MBCHW, Targets(torch.stack([labels_MB, others_MB], dim=2), shares_MBL)
 
-    def _hidden(self, B: int, number: int) -> networks.HiddenMix:
+    def _hidden(self, B: int) -> networks.HiddenMix:
         """Manifold Mixup: one ratio and one place in the network for the batch, and a random order of its slots. With
         several workers a slot's partner is among the slots of its own worker, the only ones whose maps are there.
         """
-        generator = self._seeded(number, Purpose.MSDA)
+        generator = self.generators[Purpose.MSDA]
         keys_B = torch.rand(B, generator=generator, device=self._device)
         drawn = torch.randint(networks.MIXING_POINTS, (), generator=generator, device=self._device)
         lam = msda.beta(self._config.data.msda_alpha, (), generator).float()
         places_L = torch.arange(networks.MIXING_POINTS, device=self._device)
-        return networks.HiddenMix(keys_B[self._slots].argsort(), torch.where(places_L == drawn, lam, 1.0))
+        lam_L = lam.expand(places_L.shape).masked_fill(places_L != drawn, 1.0)
+        return networks.HiddenMix(keys_B[self._slots].argsort(), lam_L)
 
-    def _chains(self, indices_MB: Tensor, number: int) -> augmix.Draws | None:
+    def _chains(self, indices_MB: Tensor) -> augmix.Draws | None:
         """The draws of AugMix for this rank. Inside MixMo the repeats of an image share theirs, and a partner has those
         of the image that it is mixed with, as in the reference; a single network's repeats and partners have their own.
         """
         if self._config.data.augmentation != "augmix":
             return None
-        draws = augmix.draw(tuple(indices_MB.shape), self._seeded(number, Purpose.AUGMIX))
+        draws = augmix.draw(tuple(indices_MB.shape), self.generators[Purpose.AUGMIX])
         if len(indices_MB) > 1:
             draws = augmix.of_repeats(draws, indices_MB)
         return draws[:, self._slots]
@@ -222,15 +249,12 @@ class Step:
             return augment.apply(pixels_MBCHW, crops, dataset), labels_MB
         return augmix.apply(augment.crop(pixels_MBCHW, crops, dataset), chains, dataset), labels_MB
 
-    def _mixture(self, indices_MB: Tensor, number: int, p: float) -> mixing.Mixture:
+    def _mixture(self, indices_MB: Tensor, p: float | Tensor) -> mixing.Mixture:
         M, B = indices_MB.shape
         C, size = STEM_CHANNELS[self._config.model.arch], map_size(self._config)
-        generator = self._seeded(number, Purpose.MIXING)
+        generator = self.generators[Purpose.MIXING]
         mixture = mixing.draw(self._config.mixing, M, B, C, size, size, p=p, generator=generator, device=self._device)
         return mixture.slots(self._slots)
-
-    def _seeded(self, number: int, purpose: Purpose) -> torch.Generator:
-        return self._generator.manual_seed(draw_seed(self._config.seed, number, purpose))
 
 
 class Due(NamedTuple):
@@ -242,24 +266,29 @@ class Due(NamedTuple):
     p: float
     lr: float
 
+    def begin(self) -> None:
+        self.step.begin(self.indices_MB, number=self.number, p=self.p, lr=self.lr)
+
     def take(self) -> None:
-        self.step(self.indices_MB, number=self.number, p=self.p, lr=self.lr)
+        self.begin()
+        self.step.join()
 
 
 def side_by_side(dues: Sequence[Due]) -> list[Exception | None]:
     """Take the next steps of trials of one shape (`config.shape_of`), and tell of each what went wrong with it, if
     anything did.
 
-    One after the other. No trial reads what another writes, so each step is that of the trial alone, to the bit. All
-    steps of a turn are known here before the first is taken: it is the place at which a GPU would replay them as
-    branches of one captured graph.
+    All are begun before the first is waited for: captured steps are then on the device at once, others one after the
+    other. No trial reads what another writes, so each step is that of the trial alone, to the bit.
     """
     faults: list[Exception | None] = []
     for due in dues:
         try:
-            due.take()
+            due.begin()
         except Exception as error:  # its trial's, whatever it is: the others go on
             faults.append(error)
         else:
             faults.append(None)
+    for due in dues:
+        due.step.join()
     return faults

@@ -12,6 +12,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mixmo_core import augment, cost, data, evaluate, mixing, networks
+from mixmo_core import augment, capture, cost, data, evaluate, mixing, networks
 from mixmo_core.config import TrialConfig, digest, identity, map_size, training_images
 from mixmo_core.step import Due, Purpose, Step, autocast, draw_seed
 
@@ -114,6 +115,7 @@ def train(
     resume: Mapping[str, Any] | None = ...,
     save_when: None = ...,
     known_as: str | None = ...,
+    captured: bool = ...,
 ) -> Iterator[Epoch]: ...
 @overload
 def train(
@@ -124,6 +126,7 @@ def train(
     resume: Mapping[str, Any] | None = ...,
     save_when: Callable[[], bool],
     known_as: str | None = ...,
+    captured: bool = ...,
 ) -> Iterator[Epoch | Moment]: ...
 def train(
     config: TrialConfig,
@@ -133,6 +136,7 @@ def train(
     resume: Mapping[str, Any] | None = None,
     save_when: Callable[[], bool] | None = None,
     known_as: str | None = None,
+    captured: bool = True,
 ) -> Iterator[Epoch | Moment]:
     """The epochs of a trial, each when it is done, and the moments between two steps at which to save it.
 
@@ -148,13 +152,19 @@ def train(
     `known_as` is the digest by which checkpoints are known to be of this trial, where more than its config, seed and
     workers has made it: with `resume` a network goes on that other settings may have begun.
 
+    `captured`: on a GPU the steps of one worker are replayed as a CUDA graph, once that is seen to be the same
+    (`capture`).
+
     Raises CheckpointError at once where `resume` is not of this trial, ValueError where the batch cannot be split;
     data.DatasetError, when the first epoch is asked for, where the images are not there; DivergedError instead of an
     epoch or moment whose loss or weights are not finite, so that no state is one to go on from in vain.
     """
     return _alone(
-        steps(config, device=device, data_dir=data_dir, resume=resume, save_when=save_when, known_as=known_as)
-    )
+        steps(
+            config, device=device, data_dir=data_dir, resume=resume, save_when=save_when, known_as=known_as,
+            captured=captured,
+        )
+    )  # fmt: skip
 
 
 def steps(
@@ -165,6 +175,7 @@ def steps(
     resume: Mapping[str, Any] | None = None,
     save_when: Callable[[], bool] | None = None,
     known_as: str | None = None,
+    captured: bool = True,
 ) -> Iterator[Due | Epoch | Moment]:
     """As `train`, for whoever trains several trials in turn (`step.side_by_side`): each step is yielded when it is due,
     and who asks for more has taken it. The seconds of an epoch go on while others take theirs.
@@ -175,7 +186,20 @@ def steps(
     if resume is not None:
         _check(resume)
         _check_origin(resume, trial, cost.steps_per_epoch(config))
-    return _epochs(config, torch.device(device), data_dir, resume, _World(rank, workers, trial), save_when=save_when)
+    return _epochs(
+        config, torch.device(device), data_dir, resume, _World(rank, workers, trial), save_when=save_when,
+        captured=captured,
+    )  # fmt: skip
+
+
+def slots(config: TrialConfig, *, device: torch.device | str, data_dir: Path | None = None) -> int:
+    """How many trials like this one to train side by side on the device, by trying (`capture.slots`); 1 where steps are
+    not captured. Takes seconds. Raises data.DatasetError where the images are not there.
+    """
+    if not capture.can(torch.device(device)):
+        return 1
+    training, _ = data.load(config.data, split=config.evaluate.split, folder=data_dir, device=device)
+    return capture.slots(config, training)
 
 
 def _alone(steps: Iterator[Due | Epoch | Moment]) -> Iterator[Epoch | Moment]:
@@ -235,57 +259,68 @@ def _epochs(
     world: _World,
     *,
     save_when: Callable[[], bool] | None,
+    captured: bool,
 ) -> Iterator[Due | Epoch | Moment]:
     training, held_out = data.load(config.data, split=config.evaluate.split, folder=data_dir, device=device)
     corrupted = data.corrupted(config.data.dataset, data_dir) if config.evaluate.robustness == "cifar_c" else []
-    run = _Run(config, world, training, held_out)
-    history: tuple[dict[str, float], ...] = ()
-    part: _Part | None = None
-    if resume is not None:
-        history = tuple(dict(metrics) for metrics in resume["history"])
-        part = _Part(**resume["part"]) if "part" in resume else None
-        run.restore(resume, part)
-    for epoch in range(len(history) + 1, config.optim.epochs + 1):
-        started = time.perf_counter() - (part.seconds if part else 0.0)
-        for told in run.train(epoch, part.step if part else 0, save_when):
-            if isinstance(told, Due):
-                yield told
-                continue
-            part = run.part(epoch, told, started)
-            yield Moment(epoch, told, _state=partial(run.state, epoch, history, part))
-            started = time.perf_counter() - part.seconds
-        part = None
-        metrics, logits_MNK = run.finish(epoch), None
-        if epoch % config.evaluate.every == 0 or epoch == config.optim.epochs:
-            evaluated, logits_MNK = run.evaluate()
-            metrics |= evaluated
-        if epoch == config.optim.epochs and corrupted:
-            metrics |= run.robustness(corrupted)
-        history = (*history, metrics)
-        yield Epoch(
-            epoch=epoch,
-            metrics=metrics,
-            images=cost.steps_per_epoch(config) * config.data.batch_size,
-            seconds=time.perf_counter() - started,
-            history=history,
-            logits=logits_MNK,
-            labels=None if logits_MNK is None else held_out.labels_N.cpu(),
-            _state=partial(run.state, epoch, history),
-        )
+    with closing(_Run(config, world, training, held_out, captured=captured)) as run:
+        history: tuple[dict[str, float], ...] = ()
+        part: _Part | None = None
+        if resume is not None:
+            history = tuple(dict(metrics) for metrics in resume["history"])
+            part = _Part(**resume["part"]) if "part" in resume else None
+            run.restore(resume, part)
+        for epoch in range(len(history) + 1, config.optim.epochs + 1):
+            started = time.perf_counter() - (part.seconds if part else 0.0)
+            for told in run.train(epoch, part.step if part else 0, save_when):
+                if isinstance(told, Due):
+                    yield told
+                    continue
+                part = run.part(epoch, told, started)
+                yield Moment(epoch, told, _state=partial(run.state, epoch, history, part))
+                started = time.perf_counter() - part.seconds
+            part = None
+            metrics, logits_MNK = run.finish(epoch), None
+            if epoch % config.evaluate.every == 0 or epoch == config.optim.epochs:
+                evaluated, logits_MNK = run.evaluate()
+                metrics |= evaluated
+            if epoch == config.optim.epochs and corrupted:
+                metrics |= run.robustness(corrupted)
+            history = (*history, metrics)
+            yield Epoch(
+                epoch=epoch,
+                metrics=metrics,
+                images=cost.steps_per_epoch(config) * config.data.batch_size,
+                seconds=time.perf_counter() - started,
+                history=history,
+                logits=logits_MNK,
+                labels=None if logits_MNK is None else held_out.labels_N.cpu(),
+                _state=partial(run.state, epoch, history),
+            )
 
 
 class _Run:
     """A network in training, on one worker."""
 
-    def __init__(self, config: TrialConfig, world: _World, training: data.Images, held_out: data.Images) -> None:
+    def __init__(
+        self, config: TrialConfig, world: _World, training: data.Images, held_out: data.Images, *, captured: bool
+    ) -> None:
         device = training.pixels_NCHW.device
         self._config, self._world, self._held_out = config, world, held_out
         self._images = len(training)
+        self._lent: capture.CapturedStep | None = None
+        if captured and world.workers == 1 and capture.can(device):
+            self._step: Step = (lent := capture.lend(config, training))
+            self._net, self._lent = lent.net, lent
+            return
         self._net = networks.build(config).to(device)
-        stepped: nn.Module = self._net
-        if world.workers > 1:
-            stepped = _averaging(self._net, device)
+        stepped = self._net if world.workers == 1 else _averaging(self._net, device)
         self._step = Step(config, stepped, training, rank=world.rank, workers=world.workers)
+
+    def close(self) -> None:
+        """The network is no longer this trial's."""
+        if self._lent is not None:
+            capture.give_back(self._lent)
 
     def train(self, epoch: int, done: int, save_when: Callable[[], bool] | None) -> Iterator[Due | int]:
         """One pass over the training images, of which `done` steps are done. Yields each step when it is due, and the
@@ -399,9 +434,6 @@ class _Run:
 
     def restore(self, state: Mapping[str, Any], part: _Part | None) -> None:
         """Copies the tensors of a checkpoint into the network and the optimiser."""
-        if self._config.optim.momentum:
-            for parameter in self._net.parameters():
-                self._step.optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         for kind, own in (("model", self._net.state_dict()), ("momentum", self._momentum())):
             given = state[kind]
             if {name: tensor.shape for name, tensor in given.items()} != {n: t.shape for n, t in own.items()}:
@@ -423,20 +455,23 @@ class _Run:
             statistics[name].copy_(tensor)
 
     def _momentum(self) -> dict[str, Tensor]:
-        """By parameter; empty before the first step, and where there is no momentum."""
+        """By parameter; empty where there is no momentum."""
         held = self._step.optimiser.state
         buffers = {name: held[p].get("momentum_buffer") for name, p in self._net.named_parameters() if p in held}
         return {name: buffer for name, buffer in buffers.items() if buffer is not None}
 
 
 def _averaging(net: nn.Module, device: torch.device) -> nn.Module:
-    """The network, with gradients that are averaged over the workers. Batch norm stays local, as the reference's is
+    """The network, with gradients that are averaged over the workers while others are still computed; they come in the
+    same order in every step. Batch norm stays local, as the reference's is
     on its one GPU: running statistics are not broadcast with every step but averaged, once an epoch.
     """
     renamed = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters  # in torch 2.13
     local: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     devices = [device] if device.type == "cuda" else None
-    averaging: nn.Module = DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True, **local)
+    averaging: nn.Module = DistributedDataParallel(
+        net, device_ids=devices, gradient_as_bucket_view=True, static_graph=True, **local
+    )
     return averaging
 
 

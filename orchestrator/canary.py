@@ -59,7 +59,10 @@ def rehearse(config: TrialConfig, device: "torch.device", data_dir: Path | None,
 
     fault = None
     try:
-        told = [train.train(config, device=device, data_dir=data_dir, save_when=lambda: True) for _ in range(trials)]
+        told = [
+            train.train(config, device=device, data_dir=data_dir, save_when=lambda: True, captured=False)
+            for _ in range(trials)
+        ]
         for _ in range(STEPS):
             for each in told:
                 next(each, None)

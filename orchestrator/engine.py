@@ -146,6 +146,8 @@ def _gang_plan(job: Job, offer: Offer) -> Any:
     return GangPlan(
         workers=resources.workers,
         slots=slots,
+        finds_slots=resources.finds_slots and job.population is None,  # whose trials take turns
+        captured=resources.captured,
         cpus_per_worker=resources.cpus_per_worker,
         gpus_per_worker=float(offer.has_gpus) if gpus == "auto" else gpus,
         accelerator=None if resources.accelerator == "any" else resources.accelerator,

@@ -71,6 +71,10 @@ class GangPlan(Needs):
     """A wait for a trial ends after this time with a no-op for all ranks."""
     slots: int = 1
     """Trials that are trained side by side; 1 where there are several workers."""
+    finds_slots: bool = False
+    """Whether a gang tries with its canary how many of them pay on its device, and has so many slots."""
+    captured: bool = True
+    """Whether steps are replayed as CUDA graphs where there is a GPU."""
     group_timeout_s: float = 1800.0
     """Of a collective of the process group. A wait takes at most half of it."""
     checkpoint_every_s: float | None = None
@@ -114,19 +118,23 @@ class Gang:
         self.host, self.node = socket.gethostname(), ray.get_runtime_context().get_node_id()
         self.device_name = devices.name(self.device)
         self._watch: notice.Watch | None = None
-        self._slots = [name] if plan.slots == 1 else [f"{name}/{number}" for number in range(plan.slots)]
+        self._slots = [name]
         self._seats: dict[str, Seat] = {}
         """The slots that have a trial."""
         self._asks_at = float("-inf")
 
     def work(self) -> None:
         """Train one trial after another until the dispatcher sends the gang home."""
+        oom_kills = _oom_kills()
+        self._rehearse()
+        slots = self._slot_count()
+        if slots > 1:
+            self._slots = [f"{self.name}/{number}" for number in range(slots)]
         worker = Worker(
             gang=self.name, rank=self.rank, world_size=self.world_size, pid=os.getpid(), host=self.host,
-            device_name=self.device_name, torch_version=str(torch.__version__), slots=self.plan.slots,
-            node=self.node, oom_kills=_oom_kills(),
+            device_name=self.device_name, torch_version=str(torch.__version__), slots=slots,
+            node=self.node, oom_kills=oom_kills,
         )  # fmt: skip
-        self._rehearse()
         ray.get(self.dispatcher.join.remote(worker, dead_nodes() if self.rank == 0 else ()))
         if self.world_size > 1:
             dist.barrier()  # who is handed a trial is known in full
@@ -164,6 +172,16 @@ class Gang:
             if fault or self.rank == 0:
                 told = fault and f"{self.device_name} of {self.host}: {fault}"
                 ray.get(self.dispatcher.rehearsed.remote(self.name, told))
+
+    def _slot_count(self) -> int:
+        """As many as the plan says, or as pay for trials like the canary, which is the largest."""
+        settings = self.plan.canary
+        if not self.plan.finds_slots or not settings:
+            return self.plan.slots
+        try:
+            return train.slots(unflatten(settings), device=self.device, data_dir=self._data_dir)
+        except Exception:
+            return self.plan.slots  # whatever is wrong with the trial is its own to tell
 
     def _fill(self) -> bool:
         """Trials for the slots that have none; the wait for one is long where no slot has any. Whether the gang is to
@@ -284,6 +302,7 @@ class Gang:
         for told in train.steps(
             hand.config, device=self.device, data_dir=self._data_dir,
             resume=hand.state, save_when=lambda: self._is_to_save(hand), known_as=_line_of(hand.assignment.order),
+            captured=self.plan.captured,
         ):  # fmt: skip
             if isinstance(told, Due):
                 yield told

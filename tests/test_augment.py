@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import functional as tv
 
-from mixmo_core.augment import PREPARATION, Draws, apply, draw, normalise, standard
+from mixmo_core.augment import PREPARATION, Draws, _kept_constants, apply, draw, normalise, standard
 from mixmo_core.config import DATASETS
 
 NAMES = sorted(DATASETS)
@@ -66,24 +66,35 @@ def test_normalisation_is_the_recipes(dataset: str, mean: tuple[float, ...], std
 
 
 class _Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Of the host's tensors, and whether each goes on without waiting for the device."""
+    """Of the host's tensors to a device, for each of which it would be waited."""
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.unwaited: list[bool] = []
+    count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
-            self.unwaited.append(bool((kwargs or {}).get("non_blocking")))
+        self.count += func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu"
         return func(*args, **(kwargs or {}))
 
 
-def test_normalisation_does_not_wait_for_the_device() -> None:
+def test_normalisation_brings_its_kept_constants_to_a_device_once() -> None:
     """On the device that holds shapes only, which is no more the host than a GPU is."""
     pixels = some_pixels("cifar10", 2).to("meta")
-    with _Copies() as copies:
+    with _Copies() as control:  # type: ignore[no-untyped-call]
+        torch.ones(2).to("meta")
+    assert control.count == 1
+    normalise(pixels, "cifar10")
+    with _Copies() as copies:  # type: ignore[no-untyped-call]
         normalise(pixels, "cifar10")
-    assert copies.unwaited == [True]
+    assert copies.count == 0
+
+
+def test_kept_constants_that_an_evaluation_made_serve_a_training() -> None:
+    pixels, weight = some_pixels("synthetic", 2), torch.ones(3, 3, 1, 1, requires_grad=True)
+    _kept_constants.cache_clear()
+    with torch.inference_mode():
+        normalise(pixels, "synthetic")
+    mean_C11, _ = _kept_constants(PREPARATION["synthetic"], pixels.device)
+    torch.autograd.backward((weight * mean_C11).sum())
+    assert weight.grad is not None
 
 
 @pytest.mark.parametrize(("dataset", "pad", "flips"), [("cifar10", 4, True), ("cifar100", 4, True),

@@ -187,7 +187,7 @@ def test_a_trial_that_fits_passes_and_another_fault_is_no_want_of_memory(tmp_pat
 
 def test_as_many_are_tried_side_by_side_as_may_train_so(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    step = Step.__call__
+    step = Step.begin
 
     def short_for_three(self: Step, *given: torch.Tensor, **more: Any) -> None:
         taken.append(id(self))
@@ -195,7 +195,7 @@ def test_as_many_are_tried_side_by_side_as_may_train_so(monkeypatch: pytest.Monk
             raise MemoryError("not enough memory")
         step(self, *given, **more)
 
-    monkeypatch.setattr(Step, "__call__", short_for_three)
+    monkeypatch.setattr(Step, "begin", short_for_three)
     assert canary.rehearse(TINY, torch.device("cpu"), None, 2) is None
     assert sorted(Counter(taken).values()) == [2, 2], "two steps of each"
     taken.clear()

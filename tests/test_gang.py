@@ -20,7 +20,7 @@ import pytest
 import torch
 from made_rows import in_a_folder
 
-from mixmo_core import train
+from mixmo_core import capture, train
 from mixmo_core.config import TrialConfig, cell_id, digest, flatten, identity, shape_of, unflatten
 from mixmo_core.step import Due
 from orchestrator import plan, trained
@@ -189,6 +189,31 @@ def test_a_gang_with_slots_trains_trials_side_by_side_as_if_each_were_alone(
     assert set(texts) == {"on gang-0/0", "on gang-0/1", "on gang-0/2"}
 
 
+@in_a_folder
+def test_a_gang_that_finds_more_slots_to_pay_has_them(
+    store: ResultStore, work: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that are taken anew stand in for captured ones. Without them, or with a trial that cannot be tried, one."""
+    monkeypatch.setattr(capture, "_idle", [])
+    monkeypatch.setattr(capture, "worthwhile", lambda rate: 3 if rate(3) else 1)
+    monkeypatch.setitem(capture.RECORDERS, "cpu", lambda body, _: body)
+    trials = [config(seed=seed, **{"optim.lr": 0.0625, "optim.warmup": 0}) for seed in range(4)]
+    desk = Desk(trials[0], store, *trials[1:])
+    work(desk, finds_slots=True, canary=flatten(trials[0]))
+    for index, trial in enumerate(trials):
+        expected = {each.epoch: each.metrics["loss"] for each in undisturbed(trial)}
+        assert (desk.row(index).state, desk.row(index).slots) == ("TERMINATED", 3)
+        assert desk.losses(index) == pytest.approx(expected, rel=1e-4)
+    assert len(capture._idle) == 3, "a slot's next trial takes over what the one before has left"
+    desk = Desk(trials[0], store)
+    work(desk, finds_slots=True, canary={"data.dataset": "cifar10"}, data_dir=None)
+    assert (desk.row().state, desk.row().slots) == ("TERMINATED", 1)
+    monkeypatch.delitem(capture.RECORDERS, "cpu")
+    desk = Desk(trials[0], store)
+    work(desk, finds_slots=True, canary=flatten(trials[0]))
+    assert (desk.row().state, desk.row().slots) == ("TERMINATED", 1)
+
+
 def of_three(store: ResultStore, **second: Any) -> tuple[Desk, list[TrialConfig]]:
     """Three trials of three epochs that differ in their seed, and what else is said of the second."""
     trials = [config(seed=seed, **{"optim.epochs": 3, **(second if seed == 1 else {})}) for seed in range(3)]
@@ -240,14 +265,14 @@ def test_a_slot_whose_step_breaks_leaves_the_others_as_they_are(
 ) -> None:
     """In the middle of its second epoch."""
     desk, trials = of_three(store)
-    first, whole = next(iter(train.train(trials[1]))), Due.take
+    first, whole = next(iter(train.train(trials[1]))), Due.begin
 
     def broken(due: Due) -> None:
         if due.number == 5 and due.step._config == trials[1]:
             raise RuntimeError("its images are not there")
         whole(due)
 
-    monkeypatch.setattr(Due, "take", broken)
+    monkeypatch.setattr(Due, "begin", broken)
     work(desk, slots=3)
     assert_neighbours_alone(desk, trials)
     assert (desk.row(1).state, desk.row(1).error_cause) == ("ERROR", "RuntimeError: its images are not there")

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_networks import close, config_of, golden_network, keyed
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixmo_core import augment, data, mixing, networks
@@ -226,8 +227,9 @@ def test_a_step_depends_on_its_number_and_on_nothing_before_it(augmentation: Any
 def everything(step: Step, number: int) -> list[Tensor]:
     """What a step draws: images, masks, kappa, labels and, where there are two labels, their shares."""
     indices_MB = batch(step._config)
-    masks, kappa_MB = step._mixture(indices_MB, number, 1.0)
-    images_MBCHW, targets = step._gather(indices_MB, number, masks)
+    step.seed(number)
+    masks, kappa_MB = step._mixture(indices_MB, 1.0)
+    images_MBCHW, targets = step._gather(indices_MB, masks)
     return [images_MBCHW, masks, kappa_MB, *(each for each in targets if each is not None)]
 
 
@@ -259,7 +261,8 @@ def test_a_partner_is_from_all_of_the_training_images_and_has_its_own_crop() -> 
     pixels_NCHW = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 16, 16).contiguous()
     step = Step(config, networks.build(config), data.Images(pixels_NCHW, torch.arange(200)))
     indices_MB = torch.arange(128).view(2, 64)
-    images_MBCHW, targets = step._gather(indices_MB, 1, torch.full((2, 64, 16, 16), 0.5))
+    step.seed(1)
+    images_MBCHW, targets = step._gather(indices_MB, torch.full((2, 64, 16, 16), 0.5))
     assert torch.equal(targets.labels[..., 0], indices_MB)
     assert len(set(targets.labels[..., 1].flatten().tolist())) > 75  # of 200; 95 are expected, with a deviation of 4
     level = augment.normalise(pixels_NCHW, "synthetic")[:, 0, 0, 0]
@@ -279,9 +282,10 @@ def test_labels_follow_what_the_mixing_block_leaves_of_each_image() -> None:
     config = with_data(dataset="synthetic", msda="cutmix", msda_probability=1.0, batch_size=32, augmentation="none")
     pixels_NCHW = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 16, 16).contiguous()
     step = Step(config, networks.build(config), data.Images(pixels_NCHW, torch.arange(200)))
-    masks, _ = step._mixture(batch(config), 3, 1.0)
+    step.seed(3)
+    masks, _ = step._mixture(batch(config), 1.0)
     assert set(masks.flatten().tolist()) == {0.0, 1.0}
-    images_MBCHW, targets = step._gather(torch.arange(64).view(2, 32), 3, masks)
+    images_MBCHW, targets = step._gather(torch.arange(64).view(2, 32), masks)
     assert targets.shares_MBL is not None
     level = augment.normalise(pixels_NCHW, "synthetic")[:, 0, 0, 0]
     own_MBHW = images_MBCHW[:, :, 0] == level[:64].view(2, 32, 1, 1)
@@ -302,7 +306,9 @@ def test_inside_mixmo_a_partner_has_the_operations_of_the_image_that_it_is_mixed
     for msda in ("mixup", "none"):
         config = with_data(dataset="synthetic", msda=msda, msda_probability=1.0, augmentation="augmix")
         config = dataclasses.replace(config, model=ModelConfig(depth=10, width=1, subnetworks=M))
-        images_MBCHW, _ = Step(config, networks.build(config), flat)._gather(batch(config), 1, seen_MBHW)
+        step = Step(config, networks.build(config), flat)
+        step.seed(1)
+        images_MBCHW, _ = step._gather(batch(config), seen_MBHW)
         centres.append(images_MBCHW[..., 6:10, 6:10])
     apart_MB = (centres[0] - centres[1]).abs().amax(dim=(2, 3, 4))
     assert (apart_MB < 1e-5).all() if M > 1 else (apart_MB > 0.01).any()
@@ -317,7 +323,8 @@ def test_repeats_share_augmix_inside_mixmo_only(M: int) -> None:
     pixels_NCHW = torch.full((40, 3, 16, 16), 100, dtype=torch.uint8)
     step = Step(config, networks.build(config), data.Images(pixels_NCHW, torch.zeros(40, dtype=torch.int64)))
     indices_MB = torch.tensor([[1, 1, 2, 1, 2, 1, 2, 2]]).expand(M, -1)
-    images_MBCHW, _ = step._gather(indices_MB, 1, torch.full((M, 8, 16, 16), 1 / M))
+    step.seed(1)
+    images_MBCHW, _ = step._gather(indices_MB, torch.full((M, 8, 16, 16), 1 / M))
     for m in range(M):
         for index in (1, 2):
             centres = images_MBCHW[m, indices_MB[m] == index][:, 0, 8, 8]
@@ -332,7 +339,8 @@ def test_batch_augmentation_is_repetition_with_one_subnetwork() -> None:
         counts = indices_MB[0].bincount()
         assert counts[counts > 0].tolist() == [4] * 4
         step = Step(config, networks.build(config), images(config))
-        images_MBCHW, targets = step._gather(indices_MB, 1, torch.ones(1, 16, 16, 16))
+        step.seed(1)
+        images_MBCHW, targets = step._gather(indices_MB, torch.ones(1, 16, 16, 16))
         assert torch.equal(targets.labels, indices_MB % 10)
         # 25 crops, flipped or not: 16 slots are all different but for a few.
         assert len({tuple(each.flatten().tolist()) for each in images_MBCHW[0]}) >= 14
@@ -347,7 +355,8 @@ def test_manifold_mixup_draws_one_place_and_ratio_for_a_batch() -> None:
     step, number = Step(config, networks.build(config), images(config)), 2000
     places, ratios, partners = [], [], torch.zeros(8, 8)
     for each in range(number):
-        partner_B, lam_L = step._hidden(8, each)
+        step.seed(each)
+        partner_B, lam_L = step._hidden(8)
         assert (lam_L == 1).sum() == networks.MIXING_POINTS - 1
         places.append(int(lam_L.argmin()))
         ratios.append(float(lam_L.min()))
@@ -363,9 +372,13 @@ def test_manifold_mixup_draws_one_place_and_ratio_for_a_batch() -> None:
 
 def test_workers_of_manifold_mixup_share_place_and_ratio_and_have_partners_of_their_own() -> None:
     config = with_data(single(), msda="manifold_mixup")
-    whole = Step(config, networks.build(config), images(config))._hidden(8, 5)
+    alone = Step(config, networks.build(config), images(config))
+    alone.seed(5)
+    whole = alone._hidden(8)
     for rank in range(2):
-        own = Step(config, networks.build(config), images(config), rank=rank, workers=2)._hidden(8, 5)
+        step = Step(config, networks.build(config), images(config), rank=rank, workers=2)
+        step.seed(5)
+        own = step._hidden(8)
         assert torch.equal(own.lam_L, whole.lam_L)
         assert sorted(own.partner_B.tolist()) == [0, 1, 2, 3]
 
@@ -407,6 +420,19 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
+class _Brings(TorchFunctionMode):
+    """Counts what goes from Python to the device other than as an argument of an operation. A GPU is waited for, and a
+    step in which that happens cannot be captured. `where` makes a tensor of a number, and copies it.
+    """
+
+    count: int = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.tensor, torch.as_tensor, torch.from_numpy, Tensor.new_tensor)
+        self.count += func is torch.where and any(isinstance(each, int | float) for each in args)
+        return func(*args, **(kwargs or {}))
+
+
 SHARED: dict[str, Any] = {
     "1 classifier": {"classifiers": 1},
     "2 classifiers": {},
@@ -435,9 +461,20 @@ SYSTEMS = {
 }
 
 
+def brought(step: Step, indices_MB: Tensor) -> int:
+    """From the host to the device, in a step that is not the first."""
+    with _Brings() as control:
+        torch.where(torch.tensor([True]), torch.ones(1), 0.0)
+    assert control.count == 2
+    brings = _Brings()
+    with brings:
+        step(indices_MB, number=3, p=0.5, lr=0.05)
+    return brings.count
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_step_reads_nothing_from_the_device(system: str) -> None:
-    """From positions to weights. The loss, read after it, is finite."""
+    """From positions to weights, and it brings nothing to it. The loss, read after it, is finite."""
     with _Reads() as control:  # type: ignore[no-untyped-call]
         torch.ones(2).sum().item()
     assert control.count == 1
@@ -447,6 +484,7 @@ def test_a_step_reads_nothing_from_the_device(system: str) -> None:
         for number in (1, 2):
             step(batch(config), number=number, p=0.5, lr=0.05)
     assert reads.count == 0
+    assert brought(step, batch(config)) == 0
     assert 0 < float(step.total_loss) < 20 * config.model.subnetworks
 
 
@@ -462,7 +500,8 @@ def test_two_steps_of_every_method_learn_and_read_nothing_from_the_device(method
         for number in (1, 2):
             step(batch(config), number=number, p=1.0, lr=0.05)
     assert reads.count == 0
-    assert 0 < float(step.total_loss) < 2 * 2 * 10  # two steps, two subnetworks, each about log 10
+    assert brought(step, batch(config)) == 0
+    assert 0 < float(step.total_loss) < 3 * 2 * 10  # three steps, two subnetworks, each about log 10
     for old, parameter in zip(before, net.parameters(), strict=True):
         assert bool(parameter.isfinite().all())
         assert not torch.equal(old, parameter.detach())
@@ -543,8 +582,9 @@ def test_forward_and_loss_are_one_graph(precision: Any) -> None:
     config = dataclasses.replace(TINY, precision=precision)
     net = networks.build(config)
     step = Step(config, net, images(config))
-    masks, kappa_MB = step._mixture(batch(config), 1, 0.5)
-    images_MBCHW, targets = step._gather(batch(config), 1, masks)
+    step.seed(1)
+    masks, kappa_MB = step._mixture(batch(config), 0.5)
+    images_MBCHW, targets = step._gather(batch(config), masks)
 
     def loss() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

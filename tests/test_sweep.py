@@ -975,6 +975,15 @@ def test_slots_are_for_trials_of_one_worker() -> None:
     check_runnable(small("resources: {slots: 3}\n"))
 
 
+@pytest.mark.parametrize(
+    ("resources", "finds"),
+    [("", True), ("slots: 2", False), ("workers: 2", False), ("captured: false", False),
+     ("gpus_per_worker: 0.5", False), ("gpus_per_worker: 1", True)],
+)  # fmt: skip
+def test_gangs_of_one_worker_with_a_whole_gpu_find_how_many_slots_pay(resources: str, finds: bool) -> None:
+    assert small(f"resources: {{{resources}}}\n").resources.finds_slots == finds
+
+
 def test_ranges_are_kept() -> None:
     sweep = small("search: {method: optuna, num_samples: 2, ranges: {optim.lr: {min: 0.1, max: 1, scale: log}}}\n")
     assert sweep.notes == ("x.yaml:3: search: each cell stands for 2 draws of ranges",)

@@ -679,8 +679,9 @@ def by_hand(config: TrialConfig, workers: int) -> tuple[list[dict[str, float]], 
             p = mixing.probability(epoch, config.optim.epochs, config.mixing.probability)
             for step, net in zip(steps, nets, strict=True):
                 net.train().zero_grad()
-                masks, kappa_MB = step._mixture(indices_MB, number, p)
-                images_MBCHW, targets = step._gather(indices_MB, number, masks)
+                step.seed(number)
+                masks, kappa_MB = step._mixture(indices_MB, p)
+                images_MBCHW, targets = step._gather(indices_MB, masks)
                 loss = weighted_loss(net(images_MBCHW, masks), targets.labels, kappa_MB, config.mixing.weight_root)
                 torch.autograd.backward(loss)
                 losses.append(float(loss.detach()))

@@ -30,9 +30,13 @@ class Resources:
     accelerator: str = _key("any", "Type of GPU, in Ray's words (A100, L4 ...).")
     spot: bool = _key(True, "Whether machines that may be taken away at short notice will do.")
     slots: int | Literal["auto"] = _key(
-        "auto", "Trials of one shape that a group of one worker trains side by side. auto: 1, as long as nothing "
-        "measured says that more are faster.", at_least=1,
+        "auto", "Trials of one shape that a group of one worker trains side by side. auto: on a GPU, as many as pay by "
+        "a try with the sweep's largest trial; without one, 1.", at_least=1,
     )  # fmt: skip
+    captured: bool = _key(
+        True,
+        "Whether a trial of one worker replays its step as a CUDA graph on a GPU, once it is seen to be the same.",
+    )
     max_gangs: int | Literal["auto"] = _key(
         "auto", "Groups of workers at once; each trains one trial, or as many as it has slots. auto: what fits.",
         at_least=1,
@@ -60,8 +64,14 @@ class Resources:
 
     @property
     def slot_count(self) -> int:
-        """How many trials a group of workers trains side by side. What more than one would gain is not measured yet."""
+        """How many trials a group of workers trains side by side, unless it finds that more pay."""
         return 1 if self.slots == "auto" else self.slots
+
+    @property
+    def finds_slots(self) -> bool:
+        """Whether a group of one worker tries how many pay. Not on a share of a GPU: others would be at work there."""
+        shares = self.gpus_per_worker != "auto" and self.gpus_per_worker < 1
+        return self.slots == "auto" and self.workers == 1 and self.captured and not shares
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
