@@ -119,6 +119,11 @@ def driven(store: ResultStore, sweep: str) -> bool:
     return lease is not None and not lease.expired
 
 
+def status(snapshot: Snapshot, *, driven: bool | None) -> Status:
+    """What a sweep does, without all that `measure` counts."""
+    return _status(snapshot, driven, Counter([row.state for row in snapshot.rows]))
+
+
 def over(snapshot: Snapshot) -> bool:
     """Whether every trial has ended."""
     return all(row.state in FINAL for row in snapshot.rows)

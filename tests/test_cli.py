@@ -88,7 +88,8 @@ def commands() -> list[tuple[str, Any]]:
     def below(words: str, command: Any) -> Iterator[tuple[str, Any]]:
         yield words, command
         for name, inner in getattr(command, "commands", {}).items():
-            yield from below(f"{words} {name}".strip(), inner)
+            if not inner.hidden:
+                yield from below(f"{words} {name}".strip(), inner)
 
     return list(below("", program))
 
@@ -151,6 +152,13 @@ def test_commands_of_the_design_are_there() -> None:
     assert words >= {"plan", "run", "ls", "status", "watch", "show", "logs", "table", "figures", "pareto", "report",
                      "fold", "train",
                      "verify", "doctor", "data get"}  # fmt: skip
+
+
+def test_what_is_hidden_stands_in_no_help(mixmo: Shell) -> None:
+    told = mixmo("--help").out
+    assert [line for line in told.splitlines() if re.match(r" *(reach\b|Commands:)", line)] == []
+    assert {"Plan and run:", "Read results:", "Around it:"} <= set(told.splitlines())
+    assert "PLACE" in mixmo("reach", "--help").out  # it is there for `submit`
 
 
 def test_without_a_command_there_is_help_and_a_word_that_is_none_is_corrected(mixmo: Shell) -> None:

@@ -26,6 +26,8 @@ class Sections(typer.core.TyperGroup):
         sections: dict[str, list[tuple[str, str]]] = {}
         for name in self.list_commands(ctx):
             command: Any = self.get_command(ctx, name)
+            if command.hidden:
+                continue
             sections.setdefault(command.rich_help_panel or "Commands", []).append(
                 (name, command.get_short_help_str(200))
             )
@@ -115,6 +117,11 @@ def with_results(command: str, results: str) -> str:
     """A command to suggest: it names the results folder where it would not find it by itself."""
     known = results == (os.environ.get("MIXMO_RESULTS") or "results")
     return command if known else f"{command} --results {shlex.quote(results)}"
+
+
+def to_repeat(trial_id: str, results: str) -> str:
+    """The command that trains a trial again."""
+    return with_results(f"mixmo train --trial {trial_id}", results)
 
 
 def light() -> None:

@@ -21,6 +21,7 @@ from orchestrator.cli.program import (
     app,
     heavy,
     light,
+    to_repeat,
     with_results,
 )
 from orchestrator.errors import ExitCode
@@ -117,8 +118,10 @@ def watch(
     if as_json:
         streams.print_json("status", _status(store, sweep))
         return ExitCode.OK
-    act = from_screen(store, sweep, results)
-    return screen.watch(store, sweep, streams.console(), once=once, terms=_terms(store, sweep), act=act)
+    act, terms = from_screen(store, sweep, results), _terms(store, sweep)
+    return screen.watch(
+        store, sweep, streams.console(), once=once, terms=terms, act=act, repeat=lambda trial: to_repeat(trial, results)
+    )
 
 
 @app.command(cls=Command, rich_help_panel=READING)
@@ -206,7 +209,7 @@ def show(trial: TrialId, results: Results = "results", as_json: Json = False) ->
     rows = store.find(trial)
     row = max(rows, key=lambda each: each.order)
     epochs = store.epoch_rows(row.sweep, row.trial_id)
-    repeat = with_results(f"mixmo train --trial {row.trial_id}", results)
+    repeat = to_repeat(row.trial_id, results)
     if as_json:
         streams.print_json(
             "show", {"rows": list(map(streams.flat, rows)), "epochs": list(map(streams.flat, epochs)), "repeat": repeat}
