@@ -382,7 +382,7 @@ def test_a_damaged_sweep_does_not_hide_the_others(mixmo: Shell, tmp_path: Path) 
 def test_faults_are_one_line_each_and_counted_in_words(
     mixmo: Shell, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ResultStore, "verify", lambda *_: [Fault("damaged", None, "a page\n  of words", "look")])
+    monkeypatch.setattr(ResultStore, "verify", lambda *_, **__: [Fault("damaged", None, "a page\n  of words", "look")])
     ended = mixmo("verify", NAME, "--results", results)
     assert (ended.code, ended.err) == (3, f"{NAME}: 1 fault\n")
     assert "a page of words\n" in ended.out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -94,7 +94,7 @@ def pareto(
         _check_suffix(out, (".png", ".svg", ".pdf"))
     loaded = analysis.load(results, *dict.fromkeys(sweep))
     asked = _asked(loaded)
-    rows = [*loaded.rows, *([] if no_ensembles else _ensembles(loaded, asked, streams.say))]
+    rows = [*loaded.rows, *([] if no_ensembles else _ensembles(loaded, asked, streams.say, [metric]))]
     price, currency = _price(asked, price)
     found = front(rows, metric=metric, cost=cost, price=price, currency=currency)
     shapes: dict[str, Callable[[], str]] = {
@@ -219,13 +219,18 @@ def _asked(loaded: analysis.Results) -> dict[str, Shown]:
     return {name: shown(loaded.store.sweep_file(name), name) for name in loaded.sweeps}
 
 
-def _ensembles(loaded: analysis.Results, asked: Mapping[str, Shown], talk: Callable[[str], None]) -> list[TrialRow]:
+def _ensembles(
+    loaded: analysis.Results,
+    asked: Mapping[str, Shown],
+    talk: Callable[[str], None],
+    metrics: Collection[str] | None = None,
+) -> list[TrialRow]:
     if not any(each.ensembles for each in asked.values()):
         return []
     heavy()
     from orchestrator import ensembles
 
-    return ensembles.rows(loaded, talk)
+    return ensembles.rows(loaded, talk, metrics)
 
 
 def _price(asked: Mapping[str, Shown], given: float | None) -> tuple[float | None, str]:

@@ -171,10 +171,8 @@ def table(
     asked = {name: shown(loaded.store.sweep_file(name), name) for name in sweep}
     trials = loaded.rows
     ensembles = any(each.ensembles for each in asked.values()) and not no_ensembles
-    if isinstance(when, int):
-        heavy()  # there is one row for each trial and epoch to sort
     made = analysis.table(
-        [*trials, *(_ensembles(loaded, when) if ensembles else ())],
+        [*trials, *(_ensembles(loaded, when, metric) if ensembles else ())],
         row_fields=fields[0],
         col_fields=fields[1],
         metric=metric,
@@ -252,11 +250,12 @@ def verify(sweep: SweepName, results: Results = "results", as_json: Json = False
     One final state for each trial, no epoch missing or double, checkpoints whole. Ends with 3 if there are
     faults, and says what to do about each. Trials that have not ended are no fault, but are told.
     """
+    light()
     from orchestrator import pages
     from orchestrator.store import ResultStore
 
     store = ResultStore.open(results)
-    found, left = store.verify(sweep), _left(store, sweep)
+    found, left = store.verify(sweep, on_many=heavy), _left(store, sweep)
     if as_json:
         faults = [streams.plain(fault) for fault in found]
         streams.print_json("verify", {"sweep": sweep, "faults": faults, "trials_left": left})
@@ -307,14 +306,14 @@ def _when(text: str) -> analysis.At:
     return int(number)
 
 
-def _ensembles(loaded: analysis.Results, at: analysis.At) -> list[TrialRow]:
+def _ensembles(loaded: analysis.Results, at: analysis.At, metric: str) -> list[TrialRow]:
     if at != "last":
         streams.say(f"note: ensembles are of the last epoch, whose logits are stored: --at {at} leaves them out")
         return []
     heavy()
     from orchestrator import ensembles
 
-    return ensembles.rows(loaded, streams.say)
+    return ensembles.rows(loaded, streams.say, [metric])
 
 
 def _baseline(named: Mapping[str, str | None], trials: Sequence[TrialRow]) -> str | None:

@@ -67,9 +67,11 @@ from orchestrator.store.tables import (
     KEYS,
     Event,
     Header,
+    Look,
     Snapshot,
     SweepFiles,
     Wanted,
+    at_epoch,
     encode,
     fit,
     merge,
@@ -168,12 +170,16 @@ class ResultStore:
         return merge([seen.live, *seen.parts], dict(zip(ids, reached, strict=True)), read).select(names)
 
     def epoch_rows(self, sweep: str, trial_id: str | None = None) -> list[EpochRow]:
+        """As `epochs`: all, or those of one trial."""
         if trial_id is None:
             return epoch_rows(self.epochs(sweep))
         seen = SweepFiles(self.folder, sweep).look(Wanted(trial_id=trial_id))
-        rows = newest([row for each in (seen.live, *seen.parts) for row in epoch_rows(only(each, trial_id))])
-        reached = [row.epoch for row in trial_rows(only(seen.trials, trial_id))]
-        return [row for row in rows if row.epoch <= max(reached, default=row.epoch)]
+        return _held(seen, [only(each, trial_id) for each in (seen.live, *seen.parts)])
+
+    def rows_at_epoch(self, sweep: str, epoch: int) -> list[EpochRow]:
+        """As `epochs`: those of one epoch, of all trials that have reached it."""
+        seen = SweepFiles(self.folder, sweep).look()
+        return _held(seen, [at_epoch(each, epoch) for each in (seen.live, *seen.parts)])
 
     def events(self, sweep: str) -> list[Event]:
         """The last 1,000, oldest first."""
@@ -353,9 +359,12 @@ class ResultStore:
         with self.writer(sweep, sweep_text=text) as writer:
             return writer.compact()
 
-    def verify(self, sweep: str) -> list[Fault]:
-        """Everything that is not as this module would have left it. Reads every object that the sweep names."""
-        return faults_of(SweepFiles(self.folder, sweep))
+    def verify(self, sweep: str, on_many: Callable[[], None] = lambda: None) -> list[Fault]:
+        """Everything that is not as this module would have left it. Reads every object that the sweep names.
+
+        `on_many` is called before numpy is loaded, which is where rows are many.
+        """
+        return faults_of(SweepFiles(self.folder, sweep), on_many)
 
     def writer(
         self,
@@ -398,6 +407,14 @@ def _place(uri: str) -> Objects:
     if folder.is_file():
         raise UnreachableError(f"{folder} is a file; --results (or MIXMO_RESULTS) names a folder")
     return folder
+
+
+def _held(seen: Look, tables: Iterable[pa.Table]) -> list[EpochRow]:
+    """The rows in these tables that hold: of a trial that begins again, none that it has yet to repeat."""
+    ids, epochs = seen.trials.column("trial_id").to_pylist(), seen.trials.column("epoch").to_pylist()
+    reached = dict(zip(ids, epochs, strict=True))
+    rows = newest([row for table in tables for row in epoch_rows(table)])
+    return [row for row in rows if row.epoch <= reached.get(row.trial_id, row.epoch)]
 
 
 def folder_of(uri: str) -> Path | None:

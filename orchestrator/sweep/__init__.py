@@ -4,6 +4,7 @@ The format is docs/sweep-file.md. Every fault of a file is told at once, each wi
 allowed and the nearest word that would do.
 """
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -154,6 +155,7 @@ class Shown:
     budget: Budget = Budget()
 
 
+@functools.lru_cache(maxsize=64)
 def shown(text: str, source: str) -> Shown:
     """What a stored sweep file asks of tables, without expanding its trials; nothing where it cannot be read."""
     faults = Faults()
