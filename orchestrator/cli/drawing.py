@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from orchestrator.cli import streams
-from orchestrator.cli.program import READING, Command, Data, Json, Results, app, heavy, light
+from orchestrator.cli.program import READING, Command, Data, Json, Results, app, complete_sweep, heavy, light
 
 if TYPE_CHECKING:
     from orchestrator import analysis
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from orchestrator.sweep import Shown
 
 Cost = Literal["gpu_hours", "flops", "parameters", "inference_flops", "money"]
-Sweeps = Annotated[list[str], typer.Argument(metavar="SWEEP...", help="One sweep, or several as one.")]
+Sweeps = Annotated[
+    list[str], typer.Argument(metavar="SWEEP...", help="One sweep, or several as one.", autocompletion=complete_sweep)
+]
 Metric = Annotated[str, typer.Option("--metric", metavar="NAME", help="top1, top5, nll, ece, brier, ...")]
 Price = Annotated[
     float | None,

@@ -19,6 +19,7 @@ from orchestrator.cli.program import (
     SweepName,
     TrialId,
     app,
+    complete_sweep,
     heavy,
     light,
     to_repeat,
@@ -126,7 +127,10 @@ def watch(
 
 @app.command(cls=Command, rich_help_panel=READING)
 def table(
-    sweep: Annotated[list[str], typer.Argument(metavar="SWEEP...", help="One sweep, or several as one.")],
+    sweep: Annotated[
+        list[str],
+        typer.Argument(metavar="SWEEP...", help="One sweep, or several as one.", autocompletion=complete_sweep),
+    ],
     *,
     rows: Annotated[
         str, typer.Option("--rows", metavar="FIELDS", help="Settings that make a line, as model.width,label.")

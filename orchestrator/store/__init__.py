@@ -50,6 +50,7 @@ from orchestrator.store.attempts import (
     ATTEMPT,
     LOG_BYTES,
     NO_LOGITS,
+    TRIAL_ID,
     AttemptFolder,
     Logits,
     attempt_of,
@@ -253,7 +254,7 @@ class ResultStore:
 
     def attempt(self, trial_id: str, fence: int, attempt: int, token: str) -> "AttemptFolder":
         """The folder of one attempt, for its gang to write in."""
-        if not re.fullmatch(r"[0-9a-f]{12}", trial_id) or not ATTEMPT.fullmatch(f"{fence}-{attempt}-{token}"):
+        if not TRIAL_ID.fullmatch(trial_id) or not ATTEMPT.fullmatch(f"{fence}-{attempt}-{token}"):
             raise ValueError(f"no attempt can be called {trial_id}/{fence}-{attempt}-{token}")
         return AttemptFolder(self.folder, f"trials/{trial_id}/{fence}-{attempt}-{token}")
 
@@ -312,6 +313,10 @@ class ResultStore:
         raise NotFoundError(
             f"no log of rank {rank} of trial {trial_id} in {self}: it has not begun, or not yet reported"
         )
+
+    def begun(self) -> list[str]:
+        """Ids of the trials that have files here."""
+        return [name for name in self.folder.names("trials", folders=True) if TRIAL_ID.fullmatch(name)]
 
     def _attempts(self, trial_id: str) -> list[str]:
         return [name for name in self.folder.names(f"trials/{trial_id}", folders=True) if ATTEMPT.fullmatch(name)]
