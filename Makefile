@@ -34,8 +34,8 @@ quickstart: .venv/runs ## install, run a sweep of 12 trials on real scans, print
 # Ceph, a real S3 server, where there is apt and the right to use it.
 test: export MIXMO_TEST_INSTALL := 1
 test: .venv/tests ## every test that this machine can run, about 45 minutes on 2 cores
-	$(BIN)/python -m pytest -q -n 2 -m "not ray and not slow"
-	$(BIN)/python -m pytest -m "ray or slow"
+	$(BIN)/python -m pytest -q -n 2 -m "not ray"
+	$(BIN)/python -m pytest -m ray --durations=15
 
 chaos: export MIXMO_TEST_INSTALL := 1
 chaos: .venv/tests ## kill, freeze and cut off sweeps by the thousand, in pieces; about 75 minutes, see tests/chaos
@@ -53,6 +53,7 @@ wheel: .venv/runs ## dist/: the wheel, and the versions that it was tested with
 	$(BIN)/python -m orchestrator.origin > build/wheel/orchestrator/origin.json
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist ./build/wheel
 	cp constraints.txt dist/
+	cd dist && echo mixmo_sweeps-*.whl > wheel
 	@ls dist
 
 check: .venv/tests ## format, lint, types, import contracts, quick tests, 3 to 4 minutes

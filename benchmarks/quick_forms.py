@@ -1,4 +1,4 @@
-"""The quick forms of the paper's tables and figures, run one after another, and what came out, as files.
+"""The quick forms of the paper's tables and figures, and of width_m_mixing, run one after another, as files.
 
     python benchmarks/quick_forms.py --data DEST
     python benchmarks/quick_forms.py --data DEST table1_cifar10 figure5_width
@@ -24,7 +24,7 @@ from typing import Any, Self
 
 from learning import ROOT, write
 
-PAPER = ROOT / "sweeps" / "paper"
+FILES = {path.stem: path for path in (*(ROOT / "sweeps/paper").glob("*.yaml"), ROOT / "sweeps/width_m_mixing.yaml")}
 PR_SET_CHILD_SUBREAPER = 36
 ORPHANS_S = 30.0
 """How long processes that outlive their command are waited for."""
@@ -137,15 +137,17 @@ def run(file: Path, data: Path, results: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of sweeps/paper; all without one")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a sweep file's; all without one")
     parser.add_argument("--data", type=Path, required=True, metavar="DEST", help="where CIFAR-10 and CIFAR-100 lie")
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="FOLDER")
     options = parser.parse_args()
+    if unknown := set(options.names) - FILES.keys():
+        parser.error(f"no {', '.join(sorted(unknown))}; there are {', '.join(sorted(FILES))}")
     if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         print("this system cannot give its orphans to us: processor seconds would lack Ray's", file=sys.stderr)
         return 1
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    files = [PAPER / f"{name}.yaml" for name in options.names] or sorted(PAPER.glob("*.yaml"))
+    files = [FILES[name] for name in options.names or sorted(FILES)]
     failed = [file.stem for file in files if not run(file, options.data.resolve(), options.results.resolve())]
     print(f"failed: {' '.join(failed)}" if failed else f"all {len(files)} ended well")
     return 1 if failed else 0

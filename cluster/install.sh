@@ -16,9 +16,9 @@ python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
 # `ray down` and `ray exec` type `ray` into a login shell, last in whose path it is.
 path='export PATH="$PATH:$HOME/mixmo/venv/bin" # mixmo: for `ray down`'
 grep -qxF "$path" ~/.bashrc 2>/dev/null || echo "$path" >> ~/.bashrc
-wheel=$(echo dist/mixmo_sweeps-*.whl)
+wheel=dist/$(cat dist/wheel 2>/dev/null || true) # by its name: what an earlier `ray up` shipped lies there still
 if [ ! -f "$wheel" ]; then
-    echo "mixmo: $wheel was not shipped, or more than one. On your own machine: make wheel, then ray up again" >&2
+    echo "mixmo: no wheel was shipped. On your own machine: make wheel, then ray up again" >&2
     exit 2
 fi
 shipped=$(cat dist/constraints.txt "$wheel" | sha256sum)
@@ -27,6 +27,6 @@ if [ "$(cat venv/shipped 2>/dev/null || true)" = "$shipped" ]; then
 fi
 [ -x venv/bin/python ] || python3 -m venv venv
 pip=(venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint dist/constraints.txt)
-"${pip[@]}" "$wheel"
+"${pip[@]}" "$wheel[optuna]"                     # any sweep may ask for it
 "${pip[@]}" --force-reinstall --no-deps "$wheel" # the number of a version may stand for other code than last time
 echo "$shipped" > venv/shipped

@@ -74,12 +74,12 @@ def run(
     if planned.to_run or planned.sweep.to_draw:
         check(sweep, data_dir)
         _hold_to_budget(planned)
-    elif not planned.changes:
+    elif not planned.changes and _is_stored(sweep, store):
         talk(f"{sweep.name}: nothing to run, all {len(planned.items)} trials have ended{_without_result(planned)}")
         return _verdict(store.trial_rows(sweep.name))
     with (
         Signals() as signals,
-        store.writer(sweep.name, sweep_text=sweep.text, lenient=True) as writer,
+        store.writer(sweep.name, sweep_text=sweep.text_as_run, lenient=True) as writer,
         Heartbeat(writer) as heartbeat,
     ):
         # Once more, now that no other driver writes.
@@ -101,6 +101,14 @@ def run(
     if done and not cancelled:
         return _verdict(list(ledger.rows.values()))
     return signals.code or ExitCode.STOPPED
+
+
+def _is_stored(sweep: sweeps.Sweep, store: ResultStore) -> bool:
+    """Whether readers see this file: it may have got another price or baseline since."""
+    try:
+        return store.sweep_file(sweep.name) == sweep.text_as_run
+    except (NotFoundError, DamagedError):
+        return False
 
 
 def check(sweep: sweeps.Sweep, data_dir: str | Path | None) -> None:

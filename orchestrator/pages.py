@@ -310,8 +310,9 @@ def _hours(device: Mapping[str, Any]) -> str:
 
 def _lasts(device: Mapping[str, Any], gangs: int | None) -> str:
     if gangs is None:
-        seconds = device["training_s"]
-        return f"{spanned(seconds, duration(seconds['mean']))} one after the other; --gangs N tells for N at once"
+        one, *others = device["elapsed_by_gangs"].items()
+        told = ", ".join(f"{duration(each['mean'])} in {count} gangs" for count, each in others)
+        return f"{spanned(one[1], duration(one[1]['mean']))} in one gang, {told}; --gangs N tells for N"
     elapsed = device["elapsed_s"]
     return f"{spanned(elapsed, duration(elapsed['mean']))} from begin to end in {plural(gangs, 'gang')}"
 

@@ -31,6 +31,8 @@ TABLES_BYTES, TRIAL_BYTES, EPOCH_BYTES = 28_000, 450, 210
 """Of the tables of a sweep: in any case, for each trial and for each of its epochs; measured on numbers that nothing
 compresses.
 """
+_FOR_EXAMPLE = (1, 4, 16)
+"""Gangs at once for which the time to the end is told, where neither file nor command says how many there will be."""
 RUNS: frozenset[Action] = frozenset({"new", "resume", "retry", "stale"})
 _STORED = RUNS | {"done"}
 
@@ -135,9 +137,17 @@ class Plan:
         }
 
     def _open_notes(self) -> list[str]:
-        to_draw, method = self.sweep.to_draw, self.sweep.search.method
-        told = f"search: {method} draws {to_draw:,} more trials as it goes, whose cost is not in these numbers"
-        return [told] if to_draw else []
+        to_draw, method, scheduler = self.sweep.to_draw, self.sweep.search.method, self.sweep.scheduler.method
+        notes = []
+        if to_draw:
+            notes.append(
+                f"search: {method} draws {to_draw:,} more trials as it goes, whose cost is not in these numbers"
+            )
+        if scheduler in ("asha", "median") and self.to_run:
+            notes.append(
+                f"scheduler: {scheduler} ends poor trials early; these numbers are of all trials to their ends"
+            )
+        return notes
 
 
 def against(
@@ -373,6 +383,7 @@ def _cost(plan: Plan, gangs: int | None) -> dict[str, Any]:
             "core_hours": asdict(each.seconds.times(cores / 3600)) if cores else None,
             "money": money and asdict(money),
             "elapsed_s": asdict(each.elapsed(gangs)) if gangs else None,
+            "elapsed_by_gangs": {str(count): asdict(each.elapsed(count)) for count in _FOR_EXAMPLE},
             "shapes": each.shapes,
             "measured": each.measured,
         })  # fmt: skip

@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import re
-import socket
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -27,18 +26,6 @@ FILES = ["gpu", "onprem"]
 def aws_server() -> Iterator[str]:
     with made_bucket.serve() as endpoint:
         yield endpoint
-
-
-@pytest.fixture(autouse=True)
-def loopback_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """moto hands out random addresses of the real Internet: a connection to one of them ends the test."""
-    connect = socket.socket.connect
-
-    def guarded(self: socket.socket, address: Any) -> None:
-        assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "localhost", "::1"), f"to {address}"
-        connect(self, address)
-
-    monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
 @pytest.fixture
@@ -124,6 +111,26 @@ def test_the_environment_is_what_the_hosts_need(tmp_path: Path) -> None:
     assert found["MIXMO_RESULTS"] == "s3://lab-results/results?region=eu-west-3"
     period, times = (int(found[f"RAY_health_check_{each}"]) for each in ("period_ms", "failure_threshold"))
     assert period * times >= 120_000  # a shorter cut costs no trial
+
+
+def test_of_the_wheels_that_were_ever_shipped_a_host_installs_the_last_and_once(tmp_path: Path) -> None:
+    """rsync deletes nothing on the host. Of pip, which would go to the Internet, only what it is told is looked at."""
+    dist, python = tmp_path / "mixmo/dist", tmp_path / "mixmo/venv/bin/python"
+    for folder in (dist, python.parent, tmp_path / ".ray"):
+        folder.mkdir(parents=True)
+    for version in ("1.0", "1.1"):
+        (dist / f"mixmo_sweeps-{version}-py3-none-any.whl").write_text(version)
+    (dist / "wheel").write_text("mixmo_sweeps-1.1-py3-none-any.whl\n")
+    (dist / "constraints.txt").write_text("")
+    (tmp_path / ".ray/auth_token").write_text("a token")
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n')
+    python.chmod(0o755)
+    for _ in range(2):
+        env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+        subprocess.run([ROOT / "cluster/install.sh"], env=env, check=True, timeout=60)
+    told = (tmp_path / "told").read_text().splitlines()
+    wheel = "dist/mixmo_sweeps-1.1-py3-none-any.whl"
+    assert [line.split()[-1] for line in told] == [f"{wheel}[optuna]", wheel]
 
 
 def test_only_region_and_bucket_are_edited_by_hand_in_gpu_yaml() -> None:

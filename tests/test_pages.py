@@ -24,8 +24,6 @@ NOT_RUN = {
     "data": "downloads: tests/test_data.py",
     "watch": "until the sweep ends: tests/test_screen.py",
     "pause": "asks a driver: tests/test_steering.py",
-    "figures": "seconds of drawing: tests/test_figures.py",
-    "report": "seconds of drawing: tests/test_report.py",
     "submit": "wants a cluster",
 }
 """Commands of which only the words are held against the program here, and where they are run."""
@@ -97,17 +95,21 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder as a reader's, with the sweeps that the pages speak of."""
     monkeypatch.chdir(tmp_path)
     store = ResultStore.open("results", create=True)
-    for name in ("quickstart", "width"):
+    for name in ("quickstart", "width", "table1_cifar10-quick"):
         made_studies.stored(store, made_studies.rows(SMALL, name=name))
     (file,) = (code for code in blocks(ROOT / "README.md", "yaml") if "name: width" in code)
     Path("width.yaml").write_text(file)
 
 
-READS = [each for each in COMMANDS if each.words[0] not in NOT_RUN and each.page not in ("paper.md", "cluster.md")]
+READS = [
+    pytest.param(each, marks=[pytest.mark.slow] * (each.words[0] in ("figures", "report")), id=str(each))
+    for each in COMMANDS
+    if each.words[0] not in NOT_RUN and each.page not in ("paper.md", "cluster.md")
+]
 
 
 @pytest.mark.usefixtures("results")
-@pytest.mark.parametrize("command", READS, ids=str)
+@pytest.mark.parametrize("command", READS)
 def test_a_command_that_reads_runs_as_printed(command: Printed, mixmo: Shell) -> None:
     ended = mixmo(*command.words)
     assert ended.code == (3 if command.words[0] == "verify" else 0), ended.err  # these trials have no checkpoints

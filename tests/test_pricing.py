@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,16 @@ def test_hours_money_and_the_end_are_told_for_each_device() -> None:
     ]
     first, _ = plan.summary(4)["cost"]["devices"]
     assert first["money"] == {"mean": pytest.approx(30), "low": pytest.approx(27), "high": pytest.approx(33)}
-    assert "12 h 00 m ± 10 % one after the other; --gangs N tells for N at once" in page(plan)[3]
+    assert "12 h 00 m ± 10 % in one gang, 4 h 00 m in 4 gangs, 2 h 00 m in 16 gangs; --gangs N" in page(plan)[3]
     assert planning.make(sweep_of("resources: {max_gangs: 2}"), [], timings=known).summary()["cost"]["gangs"] == 2
+
+
+def test_under_a_scheduler_that_stops_trials_the_numbers_are_said_to_be_of_all_of_them() -> None:
+    sweep = sweep_of("scheduler: {method: asha, grace_epochs: 1}")
+    told = "scheduler: asha ends poor trials early; these numbers are of all trials to their ends"
+    plan = planning.make(sweep, [])
+    assert told in plan.summary()["notes"]
+    assert told not in replace(plan, items=()).summary()["notes"]
 
 
 def test_how_many_trials_run_at_once_is_told_where_a_gang_has_slots() -> None:

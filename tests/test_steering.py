@@ -4,7 +4,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -42,10 +42,12 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "POLL_S", 0.05)
 
 
-def load(folder: Path, *, name: str = "made", seeds: int | list[int] = 4, epochs: int = 4) -> sweeps.Sweep:
+def load(
+    folder: Path, *, name: str = "made", seeds: int | list[int] = 4, epochs: int = 4, overrides: Sequence[str] = ()
+) -> sweeps.Sweep:
     file = folder / f"{name}.yaml"
     file.write_text(SWEEP.format(name=name, seeds=seeds, epochs=epochs))
-    return sweeps.load(file)
+    return sweeps.load(file, overrides=overrides)
 
 
 class Running:
@@ -334,6 +336,21 @@ def test_a_trial_that_failed_in_an_earlier_run_is_queued_again_by_the_running_dr
     assert running.end() == ExitCode.OK
     assert running.states() == ["TERMINATED"] * 3
     assert store.verify("made") == []
+
+
+@in_a_folder
+def test_a_price_that_is_given_after_the_end_is_that_of_the_tables(
+    tmp_path: Path, store: ResultStore, mixmo: Shell
+) -> None:
+    driver.run(load(tmp_path, seeds=1), store, engine=Threads().engine)
+    priced = load(tmp_path, seeds=1, overrides=["price.gpu_hour=4"])
+    said: list[str] = []
+    assert driver.run(priced, store, engine=Threads().engine, talk=said.append) == ExitCode.OK
+    assert store.sweep_file("made") == priced.text_as_run
+    assert store.lease("made") is None
+    assert driver.run(priced, store, engine=Threads().engine, talk=said.append) == ExitCode.OK
+    assert said == ["made: nothing to run, all 1 trials have ended"]
+    assert mixmo("pareto", "made", "--cost", "money")
 
 
 # ------------------------------------------------------------------------------------------------ answers and refusals

@@ -189,6 +189,16 @@ def test_bad_usage_is_2(mixmo: Submitter, words: list[str], said: str) -> None:
     assert said in mixmo("submit", "sweep.yaml", *words, code=2).stderr
 
 
+def test_images_that_are_not_in_the_bucket_are_missed_before_the_cluster_is_asked(
+    tmp_path: Path, bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    mixmo = Submitter(tmp_path, SMALL.replace("digits", "cifar100"), keys)
+    refused = mixmo("submit", "sweep.yaml", "-S", "data.dataset=cifar100", "--data", bucket, code=2).stderr
+    assert "no cifar100" in refused
+    assert "mixmo data get cifar100" in refused
+
+
 HEAD = {"Alive": True, "NodeID": "a", "NodeManagerHostname": "head", "Resources": {"CPU": 0.0}}
 
 

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from mixmo_core.config import RECIPES, TrialConfig, flatten, trial_id, unflatten
 from orchestrator.errors import ExitCode
-from orchestrator.sweep import Sweep, SweepError, Trial, check_runnable, fields, load, parse
+from orchestrator.sweep import Sweep, SweepError, Trial, check_runnable, fields, load, parse, shown
 from orchestrator.sweep import blocks as blocks_module
 from orchestrator.sweep.document import Faults, Node
 from orchestrator.sweep.ranges import Range
@@ -326,6 +326,34 @@ def test_overrides_lie_over_quick_and_over_the_blocks() -> None:
     assert len(sweep.trials) == 4
     assert sweep.overrides[0] == "optim.epochs=3"
     assert sweep.text == DESIGN
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("price.gpu_hour=4",),
+        ("price.currency='EUR'", "budget.hours=3", "budget.gpu_hours=5", "optim.lr=0.2"),
+        ("seeds=[1, 2]", "name=other", "optim.epochs=4", "baseline=vanilla"),
+    ],
+)
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_reader_of_the_stored_file_sees_what_the_command_line_laid_over_it(
+    overrides: tuple[str, ...], quick: bool
+) -> None:
+    sweep = read(DESIGN, quick=quick, overrides=overrides)
+    seen = shown(sweep.text_as_run, "x.yaml")
+    assert (seen.baseline, seen.price, seen.budget) == (sweep.baseline, sweep.price, sweep.budget)
+    assert (seen.ensembles, seen.published) == (sweep.ensembles, sweep.published)
+    assert sweep.text_as_run.endswith(DESIGN)
+    assert read(sweep.text_as_run).trials == read(DESIGN).trials  # to YAML it is a comment
+    assert (sweep.text_as_run == DESIGN) == (not overrides and not quick)
+
+
+def test_a_baseline_that_the_command_line_names_is_that_of_the_tables() -> None:
+    blocks = "blocks:\n  - {label: one, set: {model.width: 1}}\n  - {label: two  words, set: {model.width: 2}}\n"
+    sweep = small(blocks + "baseline: one\n", overrides=["baseline=two  words"])
+    assert shown(sweep.text_as_run, "x.yaml").baseline == sweep.baseline == "two  words"
 
 
 def test_overrides_reach_every_section() -> None:

@@ -46,11 +46,15 @@ def submit(
     """
     if timeout is not None and not wait:
         raise UsageError("--timeout goes with --wait")
+    from mixmo_core.data import needed
+    from orchestrator import datasets
     from orchestrator import submit as submission
     from orchestrator.sweep import check_runnable
 
     sweep = load(file, overrides, quick)
     check_runnable(sweep)
+    if datasets.in_bucket(data):  # a folder of the hosts is seen there alone
+        datasets.check(sorted({name for trial in sweep.trials for name in needed(trial.config)}), data)
     place = submission.place(results)
     planned = planned_for(sweep, place, retry_failed=retry_failed)
     if not planned.to_run and not planned.changes:

@@ -24,6 +24,8 @@ LEAST = (80, 24)
 """Below this there is no grid and no second line of figures: counts, what runs, what happened."""
 LEAST_HINTED = 10
 """So many lines high, a frame spares one for what can be pressed."""
+LONGEST = 200
+"""Lines of what stays in the terminal: each list says how many more there are, and `table` and `show` have them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,4 +286,4 @@ def summary(
     """Everything but the events: what stays in the terminal when the screen is gone."""
     scene, inner = Scene(snapshot, now, driven=driven, terms=terms), max(10, min(width, 120) - 2)
     lists = [_trials(scene, None, inner), panes.results(scene, inner), panes.failures(scene, inner)]
-    return joined([*panes.header(scene, now, inner), *panes.predicted(scene.progress), *stack(lists, inner, 10**6)])
+    return joined([*panes.header(scene, now, inner), *panes.predicted(scene.progress), *stack(lists, inner, LONGEST)])

@@ -2,7 +2,7 @@
 
 A store is a folder, or a prefix of a bucket (`s3://bucket/prefix`); either has these objects:
 
-    sweeps/<name>/sweep.yaml               the sweep file as it was given
+    sweeps/<name>/sweep.yaml               the sweep file as it was given, under what -S laid over it
     sweeps/<name>/lease.json               which driver may write here, and its fence
     sweeps/<name>/trials.parquet           one row per trial; its footer names the parts that count
     sweeps/<name>/trials-<fence>.parquet   a copy of it, only in a place that cannot compare and swap

@@ -5,7 +5,9 @@ allowed and the nearest word that would do.
 """
 
 import functools
+import itertools
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +50,7 @@ __all__ = [
 KEYS = ("name", "trial", "blocks", "exclude", "seeds", "baseline", *SECTIONS, "ensembles", "published", "quick")
 MOST_TRIALS = 1_000_000
 _QUICK = "-quick"
+_RUN_WITH = "# run with: "
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,99}")
 
 
@@ -82,6 +85,13 @@ class Sweep:
     """What is allowed but probably not meant, such as an `exclude` that excludes nothing."""
     open_cells: tuple[OpenCell, ...] = ()
     """Where the search draws as it goes."""
+
+    @property
+    def text_as_run(self) -> str:
+        """The file as given, under a comment that has what the command line laid over it, if anything, for `shown`."""
+        words = ["--quick"] if self.quick else []
+        words += [word for each in self.overrides for word in ("-S", " ".join(each.splitlines()))]
+        return f"{_RUN_WITH}{shlex.join(words)}\n{self.text}" if words else self.text
 
     @property
     def examples(self) -> tuple[Trial, ...]:
@@ -157,18 +167,31 @@ class Shown:
 
 @functools.lru_cache(maxsize=64)
 def shown(text: str, source: str) -> Shown:
-    """What a stored sweep file asks of tables, without expanding its trials; nothing where it cannot be read."""
+    """What a stored sweep file (`Sweep.text_as_run`) asks of tables, without expanding its trials; nothing where it
+    cannot be read.
+    """
     faults = Faults()
     root = read(text, source, faults)
     if root is None or not isinstance(root.value, dict) or faults.lines:
         return Shown()
-    baseline = root.value.get("baseline")
     reader = Reader(faults)
-    ensembles = read_ensembles(root.value.get("ensembles"), None, reader)
-    published = read_published(root.value.get("published"), reader)
-    price, budget = (read_section(key, root.value.get(key), reader) for key in ("price", "budget"))
+    parser = _Parser({**root.value}, source, faults, reader)
+    parser.lay_over(_overrides_in(text))
+    top = parser.top
+    baseline = top.get("baseline")
+    ensembles = read_ensembles(top.get("ensembles"), None, reader)
+    published = read_published(top.get("published"), reader)
+    price, budget = (read_section(key, top.get(key), reader) for key in ("price", "budget"))
     named = str(baseline.value) if baseline and baseline.value is not None else None
     return Shown(named) if faults.lines else Shown(named, ensembles, published, price, budget)
+
+
+def _overrides_in(text: str) -> list[str]:
+    first, _, _ = text.partition("\n")
+    if not first.startswith(_RUN_WITH):
+        return []
+    words = shlex.split(first.removeprefix(_RUN_WITH))
+    return [value for option, value in itertools.pairwise(words) if option == "-S"]
 
 
 @dataclass(slots=True)
@@ -184,7 +207,7 @@ class _Parser:
     def sweep(self, text: str, overrides: tuple[str, ...], *, quick: bool) -> Sweep:
         base = self._trial()
         over, exchanges = self._quick(asked=quick)
-        over |= self._overrides(overrides)
+        over |= self.lay_over(overrides)
         name = self._name(quick=quick)
         blocks, excludes, seeds = self._blocks(), self._excludes(), self._seeds()
         sections = {key: read_section(key, self.top.get(key), self.reader) for key in SECTIONS}
@@ -268,7 +291,8 @@ class _Parser:
         else:
             read_section(key, laid, self.reader)
 
-    def _overrides(self, overrides: Sequence[str]) -> Given:
+    def lay_over(self, overrides: Sequence[str]) -> Given:
+        """Have overrides replace what the file gives; those of them that are settings of all trials."""
         given: Given = {}
         for text in overrides:
             name, equals, value = (part.strip() for part in text.partition("="))
