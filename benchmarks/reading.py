@@ -1,7 +1,9 @@
 """Processor seconds (user and system) of the commands that read, each in a process of its own, as a shell starts them.
 
 The store is made here: 60 trials of 12 cells with 50 epochs each, once in a folder and once in a bucket of moto's
-server on the loopback, whose own time does not count. Of some rounds the least and the median are told.
+server on the loopback, whose own time does not count. Its sweep file has a baseline, a price, a budget, published
+numbers, and ensembles of two cells, whose ten trials have logits as those of CIFAR-100 are: 4 MB each. Of some rounds
+the least and the median are told, and what is beyond the target.
 
     python benchmarks/reading.py                 writes benchmarks/results/reading.json
     python benchmarks/reading.py --imports       what `mixmo ls` spends on imports, the dearest first; writes nothing
@@ -23,26 +25,65 @@ from typing import Any
 import machine
 from store import Made, hand_over
 
-from orchestrator.store import ResultStore
+from orchestrator.rows import TrialRow
+from orchestrator.store import Logits, ResultStore
+from orchestrator.sweep import shown
 
 ROOT = machine.ROOT
 sys.path.append(str(ROOT / "tests"))
 import made_bucket  # noqa: E402  (the S3 server that the tests use)
+import numpy as np  # noqa: E402
 
 PROGRAM = [sys.executable, "-c", "from orchestrator.cli import script; script()"]
 TARGET_S = {"folder": 0.3, "s3": 0.5}
-COMMANDS = ("--version", "ls", "status made", "table made", "plan sweeps/quickstart.yaml", "show TRIAL")
+COMMANDS = (
+    "--version", "ls", "status made", "watch made --once", "table made --no-ensembles", "table made",
+    "table made --at 25 --no-ensembles", "pareto made --no-ensembles", "pareto made", "show TRIAL", "logs TRIAL",
+    "plan sweeps/quickstart.yaml", "plan sweeps/paper/table5_tiny_imagenet.yaml", "verify made",
+)  # fmt: skip
+TRIALS, EPOCHS, CELLS = 60, 50, 12
+JOINED = ("cutmix 10", "linear 10")
+FILE = """\
+name: made
+trial: {data: {dataset: cifar100}, model: {subnetworks: 2}}
+baseline: sum 10
+price: {gpu_hour: 2.5, currency: EUR}
+budget: {gpu_hours: 900, hours: 900}
+ensembles: [{of: cutmix 10, members: [2, 3]}, {of: linear 10, members: [2, 3]}]
+"""
+PUBLISHED = "published:" + (ROOT / "sweeps" / "paper" / "table1_cifar100.yaml").read_text().partition("published:")[2]
 
 
 def fill(place: str) -> str:
     """Put the sweep `made` there; the id of one of its trials."""
-    store, made = ResultStore.open(place, create=True), Made("made", trials=60, epochs=50)
-    with store.writer("made", sweep_text="name: made\n") as writer:
+    asked = shown(FILE + PUBLISHED, "made")
+    assert asked.ensembles, "the sweep file cannot be read"
+    assert asked.published
+    store, made = ResultStore.open(place, create=True), Made("made", trials=TRIALS, epochs=EPOCHS)
+    dice = np.random.default_rng(0)
+    labels_N = dice.integers(0, 100, 10_000)
+    with store.writer("made", sweep_text=FILE + PUBLISHED) as writer:
         made.fence = writer.fence
-        for rows in made.steps():
-            hand_over(writer, rows, [made.epoch(row) for row in rows])
+        for number, rows in enumerate(made.steps(), 1):
+            seeded = [
+                row.replace(config={**row.config, "seed": row.position // CELLS}, gpu_seconds=row.wall_s)
+                for row in rows
+            ]  # fmt: skip
+            if number == EPOCHS:
+                seeded = [_ended(store, row, dice, labels_N) for row in seeded]
+            hand_over(writer, seeded, [made.epoch(row) for row in seeded])
         writer.close(done=True)
     return made.trial(0, 0, 0).trial_id
+
+
+def _ended(store: ResultStore, row: TrialRow, dice: np.random.Generator, labels_N: Any) -> TrialRow:
+    """With what its gang leaves behind."""
+    attempt = store.attempt(row.trial_id, row.fence, row.attempt, "made")
+    attempt.put_log(0, "".join(f"epoch {epoch} of {EPOCHS}\n" for epoch in range(1, EPOCHS + 1)))
+    if row.label not in JOINED:
+        return row
+    logits_MNK = dice.normal(size=(2, len(labels_N), 100)) + 2 * np.eye(100)[labels_N]
+    return row.replace(logits=attempt.put_logits(Logits.of(logits_MNK, labels_N)))
 
 
 @contextlib.contextmanager
@@ -64,7 +105,7 @@ def cpu_s(words: list[str]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def measure(place: str, rounds: int) -> dict[str, Any]:
+def measure(place: str, rounds: int, target_s: float) -> dict[str, Any]:
     trial = fill(place)
     found: dict[str, Any] = {}
     for command in COMMANDS:
@@ -72,8 +113,10 @@ def measure(place: str, rounds: int) -> dict[str, Any]:
         where = [] if command == "--version" else ["--results", place]
         cpu_s([*words, *where])  # leaves compiled modules behind, as any first call does
         took = [cpu_s([*words, *where]) for _ in range(rounds)]
-        found[command] = {"least_s": round(min(took), 3), "median_s": round(statistics.median(took), 3)}
-        print(f"  mixmo {command:30} {min(took):.3f} s at least, {statistics.median(took):.3f} s median", flush=True)
+        least, usual = min(took), statistics.median(took)
+        found[command] = {"least_s": round(least, 3), "median_s": round(usual, 3)}
+        mark = " beyond the target" if least > target_s else ""
+        print(f"  mixmo {command:46} {least:.3f} s at least, {usual:.3f} s median{mark}", flush=True)
     return found
 
 
@@ -100,7 +143,8 @@ def main() -> int:
             if options.imports:
                 imports(place)
             else:
-                result[name] = {"target_s": TARGET_S[name], "rounds": options.rounds, **measure(place, options.rounds)}
+                told = measure(place, options.rounds, TARGET_S[name])
+                result[name] = {"target_s": TARGET_S[name], "rounds": options.rounds, **told}
     if result:
         print(f"written to {machine.write('reading', result).relative_to(ROOT)}")
     return 0

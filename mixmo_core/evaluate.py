@@ -13,10 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixmo_core.metrics import CALIBRATION_BINS
+from mixmo_core.metrics import CALIBRATION_BINS, PROBABILITY_FLOOR
 
-PROBABILITY_FLOOR = 1e-12
-"""Added to a probability before its logarithm, as the reference does: one hopeless image costs at most 27.6 nats."""
 TACE_THRESHOLD = 1e-3
 """Smaller probabilities do not count in TACE."""
 CAN_BE_UNDEFINED = frozenset({"tace", "confidence_auc", "q_statistic", "error_correlation"})

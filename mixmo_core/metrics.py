@@ -60,4 +60,7 @@ METRICS: tuple[Metric, ...] = (
 CALIBRATION_BINS = 15
 """Of `ece`, `tace` and reliability diagrams."""
 
+PROBABILITY_FLOOR = 1e-12
+"""Added to a probability before its logarithm, as the reference does: one hopeless image costs at most 27.6 nats."""
+
 BY_NAME: dict[str, Metric] = {metric.name: metric for metric in METRICS}

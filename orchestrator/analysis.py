@@ -23,7 +23,6 @@ from orchestrator.rows import (
     TRIALS_SCHEMA,
     EpochRow,
     TrialRow,
-    epoch_rows,
     trial_rows,
 )
 from orchestrator.significance import compare, holm
@@ -69,10 +68,7 @@ class Results:
 
     def at_epoch(self, epoch: int) -> list[EpochRow]:
         """The rows of one epoch, of all trials that have reached it: what `table` takes for `at=epoch`."""
-        import pyarrow.compute as pc  # tables of the last epoch do without
-
-        found = self.epochs()
-        return epoch_rows(found.filter(pc.field("epoch") == epoch)) if len(found) else []
+        return [row for sweep in self.sweeps for row in self.store.rows_at_epoch(sweep, epoch)]
 
     def to_pandas(self, name: TableName = "trials") -> Any:
         """A table as a pandas.DataFrame. Counts and truth values may be missing (`Int64`, `boolean`) and so stay what

@@ -23,6 +23,8 @@ UNKNOWN = "no cause was recorded"
 class Cause:
     """What several trials failed of."""
 
+    key: str
+    """What tells it from other causes. It stays as it is when more trials fail of this one; the name may not."""
     name: str
     """A line for people: what they all say, with … where they differ."""
     kind: str | None
@@ -53,7 +55,8 @@ def causes(rows: Iterable[TrialRow]) -> list[Cause]:
         if row.state == "ERROR":
             groups[_key(row)].append(row)
     found = [
-        Cause(_name(group), group[0].error_kind, _fingerprint(group[0]), tuple(group)) for group in groups.values()
+        Cause(key, _name(group), group[0].error_kind, _fingerprint(group[0]), tuple(group))
+        for key, group in groups.items()
     ]
     return sorted(found, key=lambda cause: (-len(cause.rows), cause.name))
 

@@ -113,7 +113,7 @@ def faults(found: Sequence[Fault]) -> Text:
 def trial(rows: Sequence[TrialRow], epochs: Sequence[EpochRow], now: datetime, width: int, *, repeat: str) -> Text:
     """A trial, given by its row in each sweep that has it; the one with the highest order speaks for it.
 
-    repeat is the command that trains it again.
+    repeat is the command that trains it again; empty where it is not known.
     """
     row = max(rows, key=lambda each: each.order)
     inner = max(40, min(width, 100) - 2)
@@ -131,7 +131,7 @@ def trial(rows: Sequence[TrialRow], epochs: Sequence[EpochRow], now: datetime, w
     ]
     if row.error:
         blocks.append([Text("Error", style=f"{STRONG} {BAD}"), *(Text(line) for line in row.error.splitlines())])
-    if row.lineage is None:  # what others of its population reach cannot be repeated alone
+    if repeat and row.lineage is None:  # what others of its population reach cannot be repeated alone
         blocks.append([Text("Repeat it here, without Ray: ", style=FAINT).append(repeat)])
     lines = [line for block in blocks if block for line in [*block, Text()]]
     return joined(lines[:-1])

@@ -99,7 +99,7 @@ def measure(
         paused=states["PAUSED"],
         failed=states["ERROR"],
         cancelled=states["CANCELLED"],
-        fraction=(ended + sum(1 - _left(row) for row in waiting)) / len(rows) if rows else 0.0,
+        fraction=(ended + sum(1 - _left(row) for row in waiting if row.epoch)) / len(rows) if rows else 0.0,
         trials_per_hour=_trials_per_hour(snapshot, own, now, over=not waiting),
         eta_s=eta.likely if eta else None,
         eta_low_s=eta.low if eta else None,
@@ -117,6 +117,11 @@ def driven(store: ResultStore, sweep: str) -> bool:
     """Whether a living driver holds the sweep."""
     lease = store.lease(sweep)
     return lease is not None and not lease.expired
+
+
+def status(snapshot: Snapshot, *, driven: bool | None) -> Status:
+    """What a sweep does, without all that `measure` counts."""
+    return _status(snapshot, driven, Counter([row.state for row in snapshot.rows]))
 
 
 def over(snapshot: Snapshot) -> bool:
@@ -193,21 +198,27 @@ def _eta(
     typical = {cell: math.fsum(times) / len(times) for cell, times in took.items()}
     spread, speed = _spread(took, typical), _flops_per_s(own)
     at_once = max(1, sum(row.state == "RUNNING" for row in waiting))
-    seconds, doubt = [], []
-    for row in waiting:
+    total = longest = doubt = 0.0
+    for row, count in _alike(waiting):
         known = typical.get(row.cell_id) or (flops(row) / speed if speed else None)
         if known is None:
             return _foretold(predicted, at_once) if predicted else None
-        seconds.append(known * _left(row))
-        doubt.append(
-            seconds[-1] * (spread / math.sqrt(len(took[row.cell_id])) if row.cell_id in typical else _UNMEASURED)
-        )
-    total, longest = sum(seconds), max(seconds)
+        seconds = known * _left(row)
+        total, longest = total + count * seconds, max(longest, seconds)
+        share = spread / math.sqrt(len(took[row.cell_id])) if row.cell_id in typical else _UNMEASURED
+        doubt += count * seconds * share
     if not math.isfinite(total):  # a speed that is next to nothing says nothing
         return None
     likely = max(total / at_once, longest, 0.0)
-    off = min(1.0, sum(doubt) / total) if total > 0 else 0.0
+    off = min(1.0, doubt / total) if total > 0 else 0.0
     return _Band(likely * (1 - off), likely, max(likely, total / at_once + (1 - 1 / at_once) * longest) * (1 + off))
+
+
+def _alike(waiting: Sequence[TrialRow]) -> Iterable[tuple[TrialRow, int]]:
+    """One of those with as much left of the same cell, and how many they are: most have not begun."""
+    keys = [(row.cell_id, row.epoch, row.epochs) for row in waiting]
+    counts = Counter(keys)
+    return [(row, counts[key]) for key, row in dict(zip(keys, waiting, strict=True)).items()]
 
 
 def _foretold(predicted: Prediction, at_once: int) -> _Band:

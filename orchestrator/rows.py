@@ -261,17 +261,33 @@ def _own_names(row: type[TrialRow] | type[EpochRow]) -> list[str]:
     return [spec.name for spec in dataclasses.fields(row) if spec.name not in ("config", "metrics")]
 
 
+def _own(table: pa.Table, row: type[TrialRow] | type[EpochRow]) -> list[dict[str, Any]]:
+    """What rows have beside their settings and metrics. A column that a reader has added to a table of an earlier
+    version is null all the way, be it that no row may be so.
+    """
+    table = table.select([name for name in _own_names(row) if name in table.schema.names])
+    made = {spec.name: spec.default for spec in dataclasses.fields(row)}
+    given = {name: made[name] for name in table.schema.names if made[name] not in (None, dataclasses.MISSING)}
+    lacking = [name for name in given if table.column(name).null_count]
+    held = records(table)
+    for each in held if lacking else ():
+        each |= {name: given[name] for name in lacking if each[name] is None}
+    return held
+
+
 def trial_rows(table: pa.Table) -> list[TrialRow]:
-    """Rows of a `trials` table. Columns it lacks are null; columns that this version does not know are dropped."""
+    """Rows of a `trials` table. What it lacks, since an earlier version wrote it, is as a new row has it; columns that
+    this version does not know are dropped.
+    """
     configs, metrics = _mappings(table, CONFIG_COLUMNS), _mappings(table, METRIC_COLUMNS)
-    own = records(table.select([name for name in _own_names(TrialRow) if name in table.schema.names]))
+    own = _own(table, TrialRow)
     return [TrialRow(**each, config=c, metrics=m) for each, c, m in zip(own, configs, metrics, strict=True)]
 
 
 def epoch_rows(table: pa.Table) -> list[EpochRow]:
     """Rows of an `epochs` table, as `trial_rows` reads them."""
     metrics = _mappings(table, METRIC_COLUMNS)
-    own = records(table.select([name for name in _own_names(EpochRow) if name in table.schema.names]))
+    own = _own(table, EpochRow)
     return [EpochRow(**each, metrics=m) for each, m in zip(own, metrics, strict=True)]
 
 

@@ -88,7 +88,8 @@ def commands() -> list[tuple[str, Any]]:
     def below(words: str, command: Any) -> Iterator[tuple[str, Any]]:
         yield words, command
         for name, inner in getattr(command, "commands", {}).items():
-            yield from below(f"{words} {name}".strip(), inner)
+            if not inner.hidden:
+                yield from below(f"{words} {name}".strip(), inner)
 
     return list(below("", program))
 
@@ -151,6 +152,53 @@ def test_commands_of_the_design_are_there() -> None:
     assert words >= {"plan", "run", "ls", "status", "watch", "show", "logs", "table", "figures", "pareto", "report",
                      "fold", "train",
                      "verify", "doctor", "data get"}  # fmt: skip
+
+
+def test_what_is_hidden_stands_in_no_help(mixmo: Shell) -> None:
+    told = mixmo("--help").out
+    assert [line for line in told.splitlines() if re.match(r" *(reach\b|Commands:)", line)] == []
+    assert {"Plan and run:", "Read results:", "Around it:"} <= set(told.splitlines())
+    assert "PLACE" in mixmo("reach", "--help").out  # it is there for `submit`
+
+
+def completed(shell: str, line: str, folder: Path, **given: str) -> list[str]:
+    """What a shell is told to complete the last word of a line with, asked as its installed script asks."""
+    words = line.split(" ")
+    asked = {
+        "bash": {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)},
+        "zsh": {"_TYPER_COMPLETE_ARGS": line},
+        "fish": {"_TYPER_COMPLETE_ARGS": line, "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+                 "_TYPER_COMPLETE_WORD_TO_COMPLETE": words[-1]},
+    }[shell]  # fmt: skip
+    known = {name: value for name, value in os.environ.items() if name != "MIXMO_RESULTS"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from orchestrator.cli import script; script()"], cwd=folder, text=True,
+        env={**known, "PYTHONPATH": str(ROOT), "_MIXMO_COMPLETE": f"complete_{shell}", **asked, **given},
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.stderr == ""
+    return re.findall(r'"(.*?)"', done.stdout) if shell == "zsh" else done.stdout.split()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_sweeps(shell: str, results: Path, tmp_path: Path) -> None:
+    assert completed(shell, "mixmo table cif", tmp_path, MIXMO_RESULTS=str(results)) == [NAME]
+    assert completed(shell, "mixmo table --results here cif", tmp_path, MIXMO_RESULTS=str(results)) == []
+
+
+def test_a_shell_completes_trials_and_says_nothing_of_what_it_cannot_read(results: Path, tmp_path: Path) -> None:
+    ids = [row.trial_id for row in ResultStore.open(results).trial_rows(NAME)]
+    place = {"MIXMO_RESULTS": str(results)}
+    assert completed("bash", f"mixmo cancel {NAME} {ids[0][:6]}", tmp_path, **place) == [ids[0]]
+    assert set(completed("bash", f"mixmo cancel {NAME} ", tmp_path, **place)) == set(ids)
+    begun = {path.name for path in (results / "trials").iterdir()}
+    assert set(completed("bash", "mixmo show ", tmp_path, **place)) == begun != set()
+    (tmp_path / "results").symlink_to(results)  # what lies in the working folder
+    assert completed("bash", "mixmo status c", tmp_path) == [NAME]
+    (tmp_path / "no-store").write_text("")
+    for elsewhere in (str(tmp_path / "no-store"), str(tmp_path / "none"), "s3://nobody/there", "gs://x", ""):
+        assert completed("bash", "mixmo watch c", tmp_path / "..", MIXMO_RESULTS=elsewhere) == []
+    assert not (tmp_path / "none").exists()
 
 
 def test_without_a_command_there_is_help_and_a_word_that_is_none_is_corrected(mixmo: Shell) -> None:
@@ -374,7 +422,7 @@ def test_a_damaged_sweep_does_not_hide_the_others(mixmo: Shell, tmp_path: Path) 
 def test_faults_are_one_line_each_and_counted_in_words(
     mixmo: Shell, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ResultStore, "verify", lambda *_: [Fault("damaged", None, "a page\n  of words", "look")])
+    monkeypatch.setattr(ResultStore, "verify", lambda *_, **__: [Fault("damaged", None, "a page\n  of words", "look")])
     ended = mixmo("verify", NAME, "--results", results)
     assert (ended.code, ended.err) == (3, f"{NAME}: 1 fault\n")
     assert "a page of words\n" in ended.out

@@ -98,6 +98,33 @@ def test_the_mean_logit_is_the_geometric_mean_of_the_probabilities() -> None:
     )
 
 
+@given(
+    st.integers(1, 4), st.integers(1, 30), st.integers(2, 12), st.integers(0, 2**32 - 1),
+    st.sampled_from([0.01, 1.0, 30.0]), st.sampled_from([0.0, 1.0]),
+)  # fmt: skip
+def test_what_needs_no_torch_is_what_torch_says(M: int, N: int, K: int, seed: int, scale: float, step: float) -> None:
+    """Rounded to whole steps, logits are equal now and then, and what is first of equals holds."""
+    dice = np.random.default_rng(seed)
+    logits_MNK = scale * dice.normal(size=(M, N, K))
+    logits_MNK = (np.round(logits_MNK / step) * step if step else logits_MNK).astype(np.float16)
+    labels_N = dice.integers(0, K, N)
+    expected = summarize(torch.from_numpy(logits_MNK), torch.from_numpy(labels_N))
+    found = ensembles.light(logits_MNK, labels_N)
+    assert set(found) == ensembles.LIGHT
+    assert found == pytest.approx({name: expected[name] for name in ensembles.LIGHT}, rel=1e-12, abs=1e-14)
+
+
+def test_metrics_that_nobody_asks_for_are_not_made(tmp_path: Path) -> None:
+    results = with_logits(tmp_path, finished(2))
+    whole, notes = made(results)
+    for wanted in (["top1", "nll"], ["top1", "ece"], ["loss"]):
+        few = ensembles.rows(results, notes.append, wanted)
+        for one, other in zip(few, whole, strict=True):
+            assert {name for name, value in one.metrics.items() if value is not None} == set(wanted) - {"loss"}
+            assert [one.metrics[name] for name in wanted] == pytest.approx([other.metrics[name] for name in wanted])
+            assert one.replace(metrics={}) == other.replace(metrics={})
+
+
 def test_a_row_has_its_cells_settings_and_its_members_cost(tmp_path: Path) -> None:
     rows = finished(3)
     (pair, three), _ = made(with_logits(tmp_path, rows))
@@ -312,18 +339,25 @@ def test_a_table_leaves_them_out_on_demand_and_where_they_are_not_known(mixmo: M
     assert "ensembles are of the last epoch" in best.stderr
 
 
-@pytest.mark.parametrize(("words", "loaded"), [("", True), ("--no-ensembles", False), ("--at best", False)])
-def test_only_an_ensemble_pays_for_torch(mixmo: Mixmo, words: str, loaded: bool) -> None:
+@pytest.mark.parametrize(
+    ("words", "loaded"),
+    [
+        ("table made", "numpy"), ("pareto made", "numpy"), ("table made --metric=nll", "numpy"),
+        ("table made --metric=ece", "torch numpy"), ("table made --no-ensembles", ""), ("table made --at best", ""),
+        ("table made --at 3 --no-ensembles", ""), ("verify made", ""),
+    ],
+)  # fmt: skip
+def test_only_an_ensemble_pays_for_numpy_and_only_some_metrics_for_torch(mixmo: Mixmo, words: str, loaded: str) -> None:
     code = (
         "import sys; from orchestrator import cli;"
         " cli.guarded(lambda: cli.app(args=sys.argv[1:], standalone_mode=False));"
         " print(*(name for name in ('torch', 'numpy') if sys.modules.get(name)), file=sys.stderr)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "table", "made", *words.split(), "--results", str(mixmo.folder / "results")],
+        [sys.executable, "-c", code, *words.split(), "--results", str(mixmo.folder / "results")],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert done.stderr.splitlines()[-1] == ("torch numpy" if loaded else "")
+    assert done.stderr.splitlines()[-1] == loaded
 
 
 @pytest.mark.ray

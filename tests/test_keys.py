@@ -11,7 +11,7 @@ from sample_sweep import NOW
 from orchestrator.rows import FINAL
 from orchestrator.screen import Order, Scene, State, press
 from orchestrator.screen.keys import decode
-from orchestrator.screen.scene import PANES, SORTS
+from orchestrator.screen.scene import PANES, SORTS, Pane, Search
 from orchestrator.screen.state import Effect, Quit, Read, choice
 
 SCENES = {moment: Scene(sample_sweep.snapshot(moment), NOW) for moment in ("beginning", "middle", "end")}
@@ -131,11 +131,72 @@ def test_tab_goes_round(pressed: list[str], key: str) -> None:
 @given(st.text("abq?KR/=1 ", min_size=1, max_size=20))
 def test_what_is_typed_is_the_filter_whatever_the_letters_do_elsewhere(text: str) -> None:
     state, effects = played(["/", *text])
-    assert (state.wanted, state.typing, effects) == (text, True, [])
+    assert (state.wanted, state.typing, effects) == (Search(text), True, [])
     kept, _ = press(state, "enter", MIDDLE)
-    assert (kept.wanted, kept.typing) == (text, False)
+    assert (kept.wanted, kept.typing) == (Search(text), False)
     gone, _ = press(state, "esc", MIDDLE)
-    assert (gone.wanted, gone.typing) == ("", False)
+    assert (gone.wanted, gone.typing) == (Search(), False)
+
+
+ALIKE = ["CutMix", "Linear-MixMo msda=cutmix", "cutmix", "mix", None]
+"""Labels of which one is a word of another."""
+FAULTS = ["out of memory", "cuda: out of memory", "memory", "lost 1 of 2", "lost 1 of 3", None]
+
+
+@st.composite
+def alike(draw: st.DrawFn) -> Scene:
+    """A sweep whose cells, and whose causes of failure, have names of which one is in another."""
+    shot = sample_sweep.snapshot("middle")
+    labels = {row.cell_id: draw(st.sampled_from(ALIKE)) for row in shot.rows}
+    rows = [dataclasses.replace(row, label=labels[row.cell_id]) for row in shot.rows]
+    for i in range(0, len(rows), 2):
+        rows[i] = dataclasses.replace(rows[i], state="ERROR", error_cause=draw(st.sampled_from(FAULTS)))
+    return Scene(dataclasses.replace(shot, rows=rows), NOW)
+
+
+@given(alike(), st.sampled_from(["results", "failures"]), st.integers(0, 50), st.sampled_from(["", "5"]))
+def test_enter_lists_the_trials_of_what_is_chosen_and_no_others(
+    scene: Scene, pane: Pane, number: int, typed: str
+) -> None:
+    pressed = [*(["/", *typed, "enter"] if typed else []), *["tab"] * PANES.index(pane), "home"]
+    keys = scene.keys(pane)
+    key = keys[number % len(keys)]
+    state, _ = played(pressed, scene)
+    state, _ = press(dataclasses.replace(state, chosen={pane: key}), "enter", scene)
+    assert state.pane == "trials"
+    assert sorted(scene.keys("trials", state.wanted, state.sort)) == sorted(scene.members(pane, key))
+    assert choice(state, scene) == scene.members(pane, key)[0]
+    assert state.wanted.group is not None
+    assert state.wanted.group.name == scene.called(pane, key)
+    # Words choose among them.
+    narrowed, _ = played(["/", *"seed=1"], scene, state)
+    assert set(scene.trials(narrowed.wanted)) == {
+        each for each in scene.members(pane, key) if scene.rows[each].config["seed"] == 1
+    }
+
+
+@given(alike())
+def test_each_cause_has_a_key_of_its_own(scene: Scene) -> None:
+    keys = scene.keys("failures")
+    assert len(set(keys)) == len(keys)
+    assert sum(len(scene.members("failures", key)) for key in keys) == scene.progress.failed
+
+
+def test_a_cause_that_is_listed_stays_so_when_its_name_changes() -> None:
+    """One more trial fails of it, with another number in its message."""
+    shot = sample_sweep.snapshot("middle")
+    failed = [i for i, row in enumerate(shot.rows) if row.error_cause == "CUDA out of memory"]
+
+    def scene(count: int) -> Scene:
+        rows = [row for row in shot.rows if row.state != "ERROR"]
+        rows += [dataclasses.replace(shot.rows[i], error_cause=f"no memory: {i} MiB") for i in failed[:count]]
+        return Scene(dataclasses.replace(shot, rows=rows), NOW)
+
+    state, _ = played(["tab", "tab", "down", "enter"], scene(1))
+    assert state.wanted.group is not None
+    assert state.wanted.group.name == f"no memory: {failed[0]} MiB"
+    assert scene(2).called("failures", state.wanted.group.key) == "no memory: … MiB"
+    assert scene(2).trials(state.wanted) == [shot.rows[i].trial_id for i in failed]
 
 
 @given(st.lists(st.sampled_from(["up", "down", "pageup", "pagedown"]), max_size=30), scenes)
@@ -192,7 +253,9 @@ def test_all_of_a_cause_are_queued_again() -> None:
 
 def test_a_cell_of_the_grid_lists_its_trials() -> None:
     state, _ = played(["tab", "down", "right", "right", "enter"])
-    assert (state.pane, state.wanted) == ("trials", "vanilla w=10")
+    assert state.pane == "trials"
+    assert state.wanted.group is not None
+    assert (state.wanted.group.name, state.wanted.words) == ("vanilla w=10", "")
     assert {MIDDLE.name(each) for each in MIDDLE.trials(state.wanted)} == {f"vanilla w=10, seed {n}" for n in range(3)}
 
 
@@ -221,19 +284,20 @@ def test_q_leaves_from_anywhere_but_where_words_are_typed() -> None:
 
 
 def test_a_setting_is_found_whole_and_a_word_anywhere() -> None:
-    widths = {MIDDLE.rows[each].config["model_width"] for each in MIDDLE.trials("w=10")}
+    widths = {MIDDLE.rows[each].config["model_width"] for each in MIDDLE.trials(Search("w=10"))}
     assert widths == {10}
-    assert {MIDDLE.rows[each].state for each in MIDDLE.trials("fail mem")} == {"ERROR"}
-    assert MIDDLE.trials("no-such-word") == []
+    assert {MIDDLE.rows[each].state for each in MIDDLE.trials(Search("fail mem"))} == {"ERROR"}
+    assert MIDDLE.trials(Search("no-such-word")) == []
 
 
 @given(st.sampled_from(SORTS), st.text("acw=25 ", max_size=6))
 def test_sorting_loses_nothing(sort: str, wanted: str) -> None:
-    assert sorted(MIDDLE.trials(wanted, sort)) == sorted(MIDDLE.trials(wanted))  # type: ignore[arg-type]
+    found = MIDDLE.trials(Search(wanted))
+    assert sorted(MIDDLE.trials(Search(wanted), sort)) == sorted(found)  # type: ignore[arg-type]
 
 
 def test_by_state_what_runs_comes_first_and_by_top1_the_best() -> None:
     states = [MIDDLE.rows[each].state for each in MIDDLE.trials()]
     assert states == sorted(states, key=["RUNNING", "ERROR", "PENDING", "TERMINATED"].index)
-    best = MIDDLE.rows[MIDDLE.trials("", "top-1")[0]]
+    best = MIDDLE.rows[MIDDLE.trials(sort="top-1")[0]]
     assert best.metrics["top1"] == max(row.metrics.get("top1") or 0 for row in MIDDLE.rows.values())

@@ -17,6 +17,7 @@ from orchestrator.rows import (
     CONFIG_COLUMNS,
     EPOCHS_SCHEMA,
     METRIC_COLUMNS,
+    TRIALS_REQUIRED,
     TRIALS_SCHEMA,
     TrialRow,
     config_columns,
@@ -117,3 +118,19 @@ def test_a_column_that_a_table_lacks_is_null(missing: str) -> None:
     table = to_table([row_of(TrialConfig(), hosts="a")], TRIALS_SCHEMA).drop_columns([missing])
     row = trial_rows(table)[0]
     assert {**row.metrics, **row.config, "hosts": row.hosts}[missing] is None
+
+
+@given(
+    st.sets(st.sampled_from(sorted(set(TRIALS_SCHEMA.names) - TRIALS_REQUIRED - {*CONFIG_COLUMNS, *METRIC_COLUMNS})))
+)
+def test_what_an_earlier_version_did_not_write_is_as_a_new_row_has_it(lacking: set[str]) -> None:
+    """Be the column absent, or null all the way as a reader fills it up."""
+    written = to_table([row_of(TrialConfig())], TRIALS_SCHEMA).drop_columns(sorted(lacking))
+    filled = pa.table(
+        {
+            name: written.column(name) if name in written.schema.names else pa.nulls(1, TRIALS_SCHEMA.field(name).type)
+            for name in TRIALS_SCHEMA.names
+        }
+    )
+    for read in (trial_rows(written)[0], trial_rows(filled)[0]):
+        assert read == row_of(TrialConfig())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import statistics
@@ -22,9 +23,12 @@ from sample_sweep import NAME, NOW, Moment
 from mixmo_core.config import DataConfig, MixingConfig, ModelConfig, TrialConfig, cell_id, digest, identity
 from orchestrator import lines, progress
 from orchestrator.errors import ExitCode, NotFoundError, UnreachableError
-from orchestrator.rows import FINAL, State, TrialRow, config_columns
-from orchestrator.screen import Scene, Screen, Terms, changes, counts, render, summary, watch
+from orchestrator.rows import FINAL, TrialRow, config_columns
+from orchestrator.rows import State as TrialState
+from orchestrator.screen import Scene, Screen, State, Terms, changes, counts, press, render, summary, watch
+from orchestrator.screen.frame import HELP, SHORT_HELP
 from orchestrator.store import Header, ResultStore, Snapshot
+from orchestrator.sweep import Budget, Price
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -77,7 +81,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     rows = []
     for seed in range(draw(st.integers(0, 14))):
         model = ModelConfig(width=draw(st.integers(1, 10)), subnetworks=draw(st.integers(1, 3)))
-        state: State = draw(st.sampled_from(["PENDING", "RUNNING", "PAUSED", "TERMINATED", "ERROR", "CANCELLED"]))
+        state: TrialState = draw(st.sampled_from(["PENDING", "RUNNING", "PAUSED", "TERMINATED", "ERROR", "CANCELLED"]))
         text = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=40)
         rows.append(
             row(
@@ -323,8 +327,23 @@ def test_an_epoch_is_no_change() -> None:
 
 def test_the_header_in_one_line() -> None:
     said = counts(sample_sweep.snapshot("end"), NOW)
-    assert said.startswith("14:02:11  36 done (3 cached)  3 failed of 39 · ")
+    assert said.startswith("14:02:11  finished, 3 failed · 36 done (3 cached)  3 failed of 39 · ")
     assert "\n" not in said
+
+
+def test_plain_lines_say_whether_anything_runs_and_when_that_changes() -> None:
+    """By the minute nothing would be said: only `stopped` and `paused` are news here."""
+    middle = sample_sweep.snapshot("middle")
+    rests = dataclasses.replace(middle, header=dataclasses.replace(middle.header, paused_by="ada@lab"))
+    stream = io.StringIO()
+    with Screen(Console(file=stream, width=100), now=lambda: NOW) as screen:
+        for shot, driven in [(middle, True), (middle, True), (rests, True), (middle, False), (middle, False)]:
+            screen.show(shot, driven=driven)
+        told = [line for line in stream.getvalue().splitlines() if " of 39" in line]
+    assert [line.removeprefix("14:02:11  ").partition(" · ")[0] for line in told] == [
+        "running", "pausing by ada@lab", "stopped before its end"
+    ]  # fmt: skip
+    assert "16 done (3 cached)  6 to resume  14 queued  3 failed of 39" in told[-1]
 
 
 # ------------------------------------------------------------------------------------------------------ the screen
@@ -355,7 +374,7 @@ def test_without_a_terminal_there_are_plain_lines_and_a_summary() -> None:
     told = [line.split()[2] for line in text.splitlines() if line.startswith("14:02:") and len(line.split()[1]) == 7]
     assert told.count("finished") == 33
     assert told.count("failed") == 3
-    assert text.splitlines()[0] == "14:02:11  0 done  2 running  37 queued of 39"
+    assert text.splitlines()[0] == "14:02:11  running · 0 done  2 running  37 queued of 39"
     assert "✗ finished, 3 failed" in text
 
 
@@ -494,6 +513,73 @@ def test_cost_stands_against_what_there_is() -> None:
     cost = f"{scene.progress.gpu_seconds / 3600 * 2.5:.2f}"
     assert f"6.3 of 400 GPU-hours · {cost} of 1,000.00 EUR" in render(scene, NOW, (100, 30)).plain
     assert "EUR" not in shown(snapshot, (100, 30)).plain
+
+
+@pytest.mark.parametrize(("hours", "told"), [(400.0, "6.25 of 400 hours of training"), (0.5, "6.25 of 0.5 hours")])
+def test_hours_of_training_stand_against_their_budget(hours: float, told: str) -> None:
+    """The budget of a sweep on processors: no GPU, so nothing else says what is spent."""
+    shot = sample_sweep.snapshot("middle")
+    rows = [
+        dataclasses.replace(each, gpu_seconds=0.0, wall_s=6.25 * 3600 if each.position == 4 else 0.0)
+        for each in shot.rows
+    ]
+    terms = Terms.of(Price(), Budget(hours=hours))
+    for driven, size in itertools.product((True, False), ((80, 24), (120, 40))):
+        frame = render(Scene(dataclasses.replace(shot, rows=rows), NOW, terms=terms, driven=driven), NOW, size).plain
+        assert told in frame
+        assert "GPU-hours" not in frame
+
+
+@settings(deadline=None)
+@given(st.integers(80, 160))
+def test_what_is_spent_goes_before_the_pace(width: int) -> None:
+    terms = Terms(gpu_hour=2.5, gpu_hours=400, hours=300)
+    line = render(Scene(sample_sweep.snapshot("middle"), NOW, terms=terms), NOW, (width, 24)).plain.splitlines()[3]
+    assert "6.27 of 300 hours of training · 6.3 of 400 GPU-hours · 15.68 of 1,000.00 USD" in line
+    assert ("trials/h" in line) == (width >= 92)
+
+
+# ------------------------------------------------------------------------------------------------------------ its keys
+
+
+def pressed(keys: str, size: tuple[int, int]) -> list[str]:
+    """The lines of the frame after these keys."""
+    scene, state = Scene(sample_sweep.snapshot("middle"), NOW), State()
+    for key in keys.split():
+        state, _ = press(state, key, scene)
+    return render(scene, NOW, size, state).plain.splitlines()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(10, 140), st.integers(1, 50))
+def test_help_is_whole_wherever_there_is_room_for_its_short_form(width: int, height: int) -> None:
+    told = "\n".join(pressed("?", (width, height)))
+    assert width < 40 or "q  " in told or height == 1
+    if width >= 40 and height >= 11:
+        for line in SHORT_HELP if "Keys" not in told else HELP:
+            assert line in told
+    assert "…" not in told or width < 40
+    if width >= 78 and height >= 24:
+        assert all(line in told for line in HELP)
+
+
+@pytest.mark.parametrize(("keys", "size", "hint"), [
+    ("", (80, 24), " ↑↓ enter open · tab panes · / filter · s sort · K R P act · ? help · q quit"),
+    ("", (60, 15), " q quit · ? help · ↑↓ enter open · tab panes · / filter"),
+    ("", (30, 15), " q quit · ? help"),
+    ("down enter", (60, 15), " q quit · ? help · esc back · tab pages · ↑↓ scroll"),
+])  # fmt: skip
+def test_what_can_be_pressed_stands_at_the_foot(keys: str, size: tuple[int, int], hint: str) -> None:
+    lines_shown = pressed(keys, size)
+    assert len(lines_shown) == size[1]
+    assert lines_shown[-1] == hint
+    assert "? help" not in pressed(keys, (size[0], 9))[-1]  # every line counts there
+
+
+def test_the_group_that_is_listed_stands_at_the_foot_by_its_name() -> None:
+    assert pressed("tab down right right enter", (80, 24))[-1] == " of vanilla w=10  3 found"
+    assert pressed("tab down right right enter / 1", (80, 24))[-1].startswith(" of vanilla w=10 /1▏  ")
+    assert "…" in pressed("tab down right right enter / 1 2 3 4", (30, 24))[-1]
 
 
 def test_the_band_of_the_time_left_is_that_of_the_longest_order_and_of_the_spread() -> None:

@@ -26,6 +26,7 @@ from orchestrator.store import (
     DamagedError,
     ResultStore,
     merge,
+    tables,
 )
 
 # ------------------------------------------------------------------------------------------------------ reading back
@@ -283,10 +284,26 @@ def test_a_trial_that_begins_again_hides_the_epochs_it_has_yet_to_repeat(store: 
         writer.flush(force=True)
         assert [(each.epoch, each.attempt) for each in store.epoch_rows("made")] == [(1, 2)]
         assert store.epoch_rows("made", row.trial_id) == store.epoch_rows("made")
+        assert store.rows_at_epoch("made", 2) == []
+        assert store.rows_at_epoch("made", 1) == store.epoch_rows("made")
         advance(writer, row, 2, seq=4, attempt=2)
         writer.flush(force=True)
         assert [(each.epoch, each.attempt) for each in store.epoch_rows("made")] == [(1, 2), (2, 2)]
         assert store.epoch_rows("made", row.trial_id) == store.epoch_rows("made")
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=ROWS, wanted=st.sets(st.integers(0, 30)), start=st.integers(0, 9), few=st.sampled_from([0, 2, 200]))
+def test_rows_are_picked_as_they_stand(rows: list[EpochRow], wanted: set[int], start: int, few: int) -> None:
+    """By trial and by epoch, of a table that is a piece of another, in stretches or by number."""
+    table = to_table(rows, EPOCHS_SCHEMA).slice(min(start, len(rows)))
+    rows = rows[start:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "FEW", few)
+        for trial_id in {row.trial_id for row in rows} | {"none"}:
+            assert epoch_rows(tables.only(table, trial_id)) == [row for row in rows if row.trial_id == trial_id]
+        for number in {row.epoch for row in rows} | wanted:
+            assert epoch_rows(tables.at_epoch(table, number)) == [row for row in rows if row.epoch == number]
 
 
 def test_a_late_row_changes_nothing(store: ResultStore) -> None:

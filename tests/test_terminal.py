@@ -117,7 +117,10 @@ def test_a_trial_is_found_opened_read_and_cancelled(tmux: Open, results: Path, t
     terminal.shows("/w=5 linear▏  6 found")
     terminal.press("Enter", "Down", "Enter")
     terminal.shows("top-1  15.")
-    terminal.press("Tab", "Tab")
+    terminal.press("Tab", "End")
+    command = f"mixmo train --trial de3808db0e00 --results {results}"
+    terminal.until(lambda shown: command in "".join(line[1:].rstrip() for line in shown.splitlines()))
+    terminal.press("Tab")
     terminal.shows("as it was printed")
 
     terminal.press("K")
@@ -143,7 +146,10 @@ def test_it_is_laid_out_anew_when_the_terminal_changes_its_size(tmux: Open, resu
     terminal.resize(140, 45)
     terminal.until(lambda shown: any("Top-1 %" in line and "Causes" in line for line in shown.splitlines()))
     terminal.resize(60, 15)
-    terminal.until(lambda shown: "Results" in shown and "Top-1 %" not in shown and "enter open" not in shown)
+    terminal.until(lambda shown: "Results" in shown and "Top-1 %" not in shown and " s sort" not in shown)
+    assert terminal.screen().splitlines()[-1].startswith(" q quit · ? help · ↑↓ enter open")
+    terminal.press("?")
+    assert terminal.shows("P      pause").splitlines()[0].startswith(" q      leave")
 
 
 def test_when_it_is_killed_the_terminal_is_as_it_was_and_so_is_the_sweep(

@@ -29,7 +29,7 @@ from orchestrator.cli import (  # noqa: I001  (in the order of the help)
     around,  # noqa: F401
 )
 from orchestrator.cli.guard import guarded
-from orchestrator.cli.program import app
+from orchestrator.cli.program import app, of_words
 
 __all__ = ["app", "main", "script"]
 
@@ -52,4 +52,5 @@ def script() -> NoReturn:
 def _run(arguments: Sequence[str] | None) -> int:
     # What is imported is never garbage, and to look for some there costs a tenth of a short command's time.
     gc.set_threshold(100_000, 20, 20)
-    return guarded(lambda: app(args=arguments, prog_name="mixmo", standalone_mode=False))
+    program = of_words(sys.argv[1:] if arguments is None else arguments)
+    return guarded(lambda: program(args=arguments, prog_name="mixmo", standalone_mode=False))

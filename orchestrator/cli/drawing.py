@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from orchestrator.cli import streams
-from orchestrator.cli.program import READING, Command, Data, Json, Results, app, heavy, light
+from orchestrator.cli.program import READING, Command, Data, Json, Results, app, complete_sweep, heavy, light
 
 if TYPE_CHECKING:
     from orchestrator import analysis
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from orchestrator.sweep import Shown
 
 Cost = Literal["gpu_hours", "flops", "parameters", "inference_flops", "money"]
-Sweeps = Annotated[list[str], typer.Argument(metavar="SWEEP...", help="One sweep, or several as one.")]
+Sweeps = Annotated[
+    list[str], typer.Argument(metavar="SWEEP...", help="One sweep, or several as one.", autocompletion=complete_sweep)
+]
 Metric = Annotated[str, typer.Option("--metric", metavar="NAME", help="top1, top5, nll, ece, brier, ...")]
 Price = Annotated[
     float | None,
@@ -94,7 +96,7 @@ def pareto(
         _check_suffix(out, (".png", ".svg", ".pdf"))
     loaded = analysis.load(results, *dict.fromkeys(sweep))
     asked = _asked(loaded)
-    rows = [*loaded.rows, *([] if no_ensembles else _ensembles(loaded, asked, streams.say))]
+    rows = [*loaded.rows, *([] if no_ensembles else _ensembles(loaded, asked, streams.say, [metric]))]
     price, currency = _price(asked, price)
     found = front(rows, metric=metric, cost=cost, price=price, currency=currency)
     shapes: dict[str, Callable[[], str]] = {
@@ -219,13 +221,18 @@ def _asked(loaded: analysis.Results) -> dict[str, Shown]:
     return {name: shown(loaded.store.sweep_file(name), name) for name in loaded.sweeps}
 
 
-def _ensembles(loaded: analysis.Results, asked: Mapping[str, Shown], talk: Callable[[str], None]) -> list[TrialRow]:
+def _ensembles(
+    loaded: analysis.Results,
+    asked: Mapping[str, Shown],
+    talk: Callable[[str], None],
+    metrics: Collection[str] | None = None,
+) -> list[TrialRow]:
     if not any(each.ensembles for each in asked.values()):
         return []
     heavy()
     from orchestrator import ensembles
 
-    return ensembles.rows(loaded, talk)
+    return ensembles.rows(loaded, talk, metrics)
 
 
 def _price(asked: Mapping[str, Shown], given: float | None) -> tuple[float | None, str]:

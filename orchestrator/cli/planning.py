@@ -21,6 +21,7 @@ from orchestrator.cli.program import (
     Results,
     app,
     light,
+    to_repeat,
     with_results,
 )
 from orchestrator.errors import ExitCode, FailedError, NotFoundError, UsageError
@@ -116,7 +117,8 @@ def run(
     store = ResultStore.open(results, create=True)
     screen = Screen(
         talk, terms=Terms.of(sweep.price, sweep.budget), act=from_screen(store, sweep.name, results),
-        fetch=fetching(store, sweep.name), on_quit="Ctrl-C stops the sweep: running trials finish, nothing new starts",
+        fetch=fetching(store, sweep.name), repeat=lambda trial: to_repeat(trial, results),
+        on_quit="Ctrl-C stops the sweep: running trials finish, nothing new starts",
     )  # fmt: skip
     with screen:
         code: ExitCode = driver.run(

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shlex
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import typer.core
+import typer.models
+
+if TYPE_CHECKING:
+    from orchestrator.store import ResultStore
 
 
 class Command(typer.core.TyperCommand):
@@ -26,6 +32,8 @@ class Sections(typer.core.TyperGroup):
         sections: dict[str, list[tuple[str, str]]] = {}
         for name in self.list_commands(ctx):
             command: Any = self.get_command(ctx, name)
+            if command.hidden:
+                continue
             sections.setdefault(command.rich_help_panel or "Commands", []).append(
                 (name, command.get_short_help_str(200))
             )
@@ -43,9 +51,52 @@ app = typer.Typer(
 data_app = typer.Typer(cls=Sections, context_settings=_SETTINGS, no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data", rich_help_panel=AROUND)
 
+MOST_COMPLETED = 200
+"""More words than this help nobody to choose."""
+
+
+def _of_store(ctx: typer.Context, incomplete: str, find: Callable[[ResultStore], Iterable[str]]) -> list[str]:
+    """Words for a shell to complete: none, and nothing is said, where the results cannot be read or lie in a bucket,
+    which takes too long while somebody types.
+    """
+    try:
+        light()
+        from orchestrator.store import ResultStore, folder_of
+
+        place = ctx.params.get("results") or "results"
+        if folder_of(place) is None:
+            return []
+        found = sorted(each for each in find(ResultStore.open(place)) if each.startswith(incomplete))
+    except Exception:
+        return []
+    return found if len(found) <= MOST_COMPLETED else []
+
+
+def complete_sweep(ctx: typer.Context, incomplete: str) -> list[str]:
+    return _of_store(ctx, incomplete, lambda store: store.sweeps())
+
+
+def complete_trial(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Of the sweep that stands before it, or of those that have begun in any."""
+    sweep = ctx.params.get("sweep")
+    return _of_store(
+        ctx, incomplete, lambda store: store.trials(sweep).column("trial_id").to_pylist() if sweep else store.begun()
+    )
+
+
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A sweep file, such as sweeps/quickstart.yaml.")]
-SweepName = Annotated[str, typer.Argument(metavar="SWEEP", help="The name in the sweep file; `mixmo ls` lists them.")]
-TrialId = Annotated[str, typer.Argument(metavar="TRIAL", help="A trial id, or as many of its first digits as tell it.")]
+SweepName = Annotated[
+    str,
+    typer.Argument(
+        metavar="SWEEP", help="The name in the sweep file; `mixmo ls` lists them.", autocompletion=complete_sweep
+    ),
+]
+TrialId = Annotated[
+    str,
+    typer.Argument(
+        metavar="TRIAL", help="A trial id, or as many of its first digits as tell it.", autocompletion=complete_trial
+    ),
+]
 Results = Annotated[
     str,
     typer.Option(
@@ -111,10 +162,31 @@ def _version() -> str:
         return "from a source tree that is not installed"
 
 
+def of_words(words: Sequence[str]) -> typer.Typer:
+    """The program. Where the words begin with the name of a command, one that has no other: to build thirty takes a
+    tenth of a short command's time.
+    """
+    commands = [each for each in app.registered_commands if words and _name(each) == words[0]]
+    if not commands:
+        return app
+    one = copy.copy(app)
+    one.registered_commands, one.registered_groups = commands, []
+    return one
+
+
+def _name(command: typer.models.CommandInfo) -> str:
+    return command.name or getattr(command.callback, "__name__", "").replace("_", "-")
+
+
 def with_results(command: str, results: str) -> str:
     """A command to suggest: it names the results folder where it would not find it by itself."""
     known = results == (os.environ.get("MIXMO_RESULTS") or "results")
     return command if known else f"{command} --results {shlex.quote(results)}"
+
+
+def to_repeat(trial_id: str, results: str) -> str:
+    """The command that trains a trial again."""
+    return with_results(f"mixmo train --trial {trial_id}", results)
 
 
 def light() -> None:

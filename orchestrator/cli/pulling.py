@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from orchestrator.cli import streams
-from orchestrator.cli.program import READING, Command, Json, Results, app
+from orchestrator.cli.program import READING, Command, Json, Results, app, complete_sweep
 from orchestrator.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,12 @@ _TOLD = {
 @app.command(cls=Command, rich_help_panel=READING)
 def pull(
     words: Annotated[
-        list[str], typer.Argument(metavar="SWEEP... DEST", help="One sweep or several, and the folder to write into.")
+        list[str],
+        typer.Argument(
+            metavar="SWEEP... DEST",
+            help="One sweep or several, and the folder to write into.",
+            autocompletion=complete_sweep,
+        ),
     ],
     *,
     format: Annotated[Literal["parquet", "csv", "arrow"], typer.Option("--format", help="Of the tables.")] = "parquet",
@@ -70,7 +75,8 @@ def sql(
         str, typer.Argument(metavar="QUERY", help="One query, in quotation marks; - reads it from stdin.")
     ],
     sweep: Annotated[
-        list[str] | None, typer.Argument(metavar="[SWEEP...]", help="Of these sweeps. [default: all]")
+        list[str] | None,
+        typer.Argument(metavar="[SWEEP...]", help="Of these sweeps. [default: all]", autocompletion=complete_sweep),
     ] = None,
     *,
     format: Annotated[

@@ -19,8 +19,10 @@ from orchestrator.cli.program import (
     SweepName,
     TrialId,
     app,
+    complete_sweep,
     heavy,
     light,
+    to_repeat,
     with_results,
 )
 from orchestrator.errors import ExitCode
@@ -117,13 +119,18 @@ def watch(
     if as_json:
         streams.print_json("status", _status(store, sweep))
         return ExitCode.OK
-    act = from_screen(store, sweep, results)
-    return screen.watch(store, sweep, streams.console(), once=once, terms=_terms(store, sweep), act=act)
+    act, terms = from_screen(store, sweep, results), _terms(store, sweep)
+    return screen.watch(
+        store, sweep, streams.console(), once=once, terms=terms, act=act, repeat=lambda trial: to_repeat(trial, results)
+    )
 
 
 @app.command(cls=Command, rich_help_panel=READING)
 def table(
-    sweep: Annotated[list[str], typer.Argument(metavar="SWEEP...", help="One sweep, or several as one.")],
+    sweep: Annotated[
+        list[str],
+        typer.Argument(metavar="SWEEP...", help="One sweep, or several as one.", autocompletion=complete_sweep),
+    ],
     *,
     rows: Annotated[
         str, typer.Option("--rows", metavar="FIELDS", help="Settings that make a line, as model.width,label.")
@@ -168,10 +175,8 @@ def table(
     asked = {name: shown(loaded.store.sweep_file(name), name) for name in sweep}
     trials = loaded.rows
     ensembles = any(each.ensembles for each in asked.values()) and not no_ensembles
-    if isinstance(when, int):
-        heavy()  # there is one row for each trial and epoch to sort
     made = analysis.table(
-        [*trials, *(_ensembles(loaded, when) if ensembles else ())],
+        [*trials, *(_ensembles(loaded, when, metric) if ensembles else ())],
         row_fields=fields[0],
         col_fields=fields[1],
         metric=metric,
@@ -206,7 +211,7 @@ def show(trial: TrialId, results: Results = "results", as_json: Json = False) ->
     rows = store.find(trial)
     row = max(rows, key=lambda each: each.order)
     epochs = store.epoch_rows(row.sweep, row.trial_id)
-    repeat = with_results(f"mixmo train --trial {row.trial_id}", results)
+    repeat = to_repeat(row.trial_id, results)
     if as_json:
         streams.print_json(
             "show", {"rows": list(map(streams.flat, rows)), "epochs": list(map(streams.flat, epochs)), "repeat": repeat}
@@ -249,11 +254,12 @@ def verify(sweep: SweepName, results: Results = "results", as_json: Json = False
     One final state for each trial, no epoch missing or double, checkpoints whole. Ends with 3 if there are
     faults, and says what to do about each. Trials that have not ended are no fault, but are told.
     """
+    light()
     from orchestrator import pages
     from orchestrator.store import ResultStore
 
     store = ResultStore.open(results)
-    found, left = store.verify(sweep), _left(store, sweep)
+    found, left = store.verify(sweep, on_many=heavy), _left(store, sweep)
     if as_json:
         faults = [streams.plain(fault) for fault in found]
         streams.print_json("verify", {"sweep": sweep, "faults": faults, "trials_left": left})
@@ -304,14 +310,14 @@ def _when(text: str) -> analysis.At:
     return int(number)
 
 
-def _ensembles(loaded: analysis.Results, at: analysis.At) -> list[TrialRow]:
+def _ensembles(loaded: analysis.Results, at: analysis.At, metric: str) -> list[TrialRow]:
     if at != "last":
         streams.say(f"note: ensembles are of the last epoch, whose logits are stored: --at {at} leaves them out")
         return []
     heavy()
     from orchestrator import ensembles
 
-    return ensembles.rows(loaded, streams.say)
+    return ensembles.rows(loaded, streams.say, [metric])
 
 
 def _baseline(named: Mapping[str, str | None], trials: Sequence[TrialRow]) -> str | None:

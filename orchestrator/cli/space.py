@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli import streams
-from orchestrator.cli.program import AROUND, Command, Json, Results, app, light
+from orchestrator.cli.program import AROUND, Command, Json, Results, app, complete_sweep, light
 from orchestrator.errors import ExitCode, RefusedError
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ def gc(yes: Yes = False, dry_run: DryRun = False, results: Results = "results", 
 
 @app.command(cls=Command, rich_help_panel=AROUND)
 def rm(
-    sweep: Annotated[list[str], typer.Argument(metavar="SWEEP...", help="The sweeps to remove.")],
+    sweep: Annotated[
+        list[str], typer.Argument(metavar="SWEEP...", help="The sweeps to remove.", autocompletion=complete_sweep)
+    ],
     *,
     yes: Yes = False,
     dry_run: DryRun = False,

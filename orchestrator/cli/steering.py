@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli import streams
-from orchestrator.cli.program import RUNNING, Command, Json, Results, SweepName, app, heavy, with_results
+from orchestrator.cli.program import (
+    RUNNING,
+    Command,
+    Json,
+    Results,
+    SweepName,
+    app,
+    complete_trial,
+    heavy,
+    with_results,
+)
 from orchestrator.errors import ExitCode, NotFoundError, RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +37,10 @@ POLL_S = 1.0
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Do not wait for the driver's answer.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Trials = Annotated[
-    list[str] | None, typer.Argument(metavar="[TRIAL...]", help="Trial ids, or as many of their first digits as tell.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[TRIAL...]", help="Trial ids, or as many of their first digits as tell.", autocompletion=complete_trial
+    ),
 ]
 
 

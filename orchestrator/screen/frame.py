@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from orchestrator.store import Snapshot
 
 LEAST = (80, 24)
-"""Below this there is no grid, no second line of figures and no hint: counts, what runs, what happened."""
+"""Below this there is no grid and no second line of figures: counts, what runs, what happened."""
+LEAST_HINTED = 10
+"""So many lines high, a frame spares one for what can be pressed."""
 LONGEST = 200
 """Lines of what stays in the terminal: each list says how many more there are, and `table` and `show` have them all."""
 
@@ -31,6 +33,8 @@ class Details:
     """What was read for the pages of one trial, as far as it was asked for."""
 
     trial_id: str
+    repeat: str = ""
+    """The command that trains it again."""
     epochs: Sequence[EpochRow] | None = None
     log: str | None = None
     fault: str = ""
@@ -53,10 +57,10 @@ def drawn(
     """The lines of a frame, without their margin."""
     width, height = max(10, size[0] - 2), max(1, size[1])
     small = size[0] < LEAST[0] or size[1] < LEAST[1]
-    foot = _foot(scene, state, width, hints=not small) if state else None
+    foot = _foot(scene, state, width, hints=height >= LEAST_HINTED) if state else None
     room = height - (foot is not None)
     if state and state.help:
-        lines = [Text("Keys", style=STRONG), *(Text(line) for line in HELP)][:room]
+        lines = _help(width, room)
     elif state and state.opened and state.opened in scene.rows:
         known = details if details and details.trial_id == state.opened else Details(state.opened)
         lines = _trial(scene, now, state, known, (width, room))
@@ -124,18 +128,40 @@ def _foot(scene: Scene, state: State, width: int, *, hints: bool) -> Text | None
     if state.asking:
         return ends(Text(f"{state.asking.question} y/n", style=f"{STRONG} {WARN}"), Text(), width)
     if (state.typing or state.wanted) and not state.opened:
-        found = len(scene.trials(state.wanted, state.sort))
-        line = Text(f"/{state.wanted}", style=STRONG).append("▏" if state.typing else "", style=BUSY)
-        return ends(line.append(f"  {found:,} found", style=FAINT), Text(state.note, style=WARN), width)
+        return ends(_searched(scene, state, width - len(state.note)), Text(state.note, style=WARN), width)
     if state.note:
         return ends(Text(state.note, style=WARN), Text(), width)
-    hint = _PAGE_HINT if state.opened else _HINT
-    return Text(hint[:width], style=FAINT) if hints else None
+    hint = next((each for each in _HINTS[bool(state.opened)] if len(each) <= width), "")
+    return Text(hint, style=FAINT) if hints and hint and not state.help else None
 
 
-_HINT = "↑↓ enter open · tab panes · / filter · s sort · K R P act · ? help · q quit"
-_PAGE_HINT = "tab pages · ↑↓ scroll · esc back · K R P act · ? help · q quit"
+def _searched(scene: Scene, state: State, width: int) -> Text:
+    """Which trials are listed, and how many these are."""
+    wanted, found = state.wanted, Text(f"  {len(scene.trials(state.wanted, state.sort)):,} found", style=FAINT)
+    words = Text(f"/{wanted.words}" if wanted.words or state.typing else "", style=STRONG)
+    words.append("▏" if state.typing else "", style=BUSY)
+    if not wanted.group:
+        return words.append_text(found)
+    group = Text(f"of {wanted.group.name}", style=STRONG)
+    group.truncate(max(8, width - words.cell_len - found.cell_len - 1), overflow="ellipsis")
+    return Text(" " if words else "").join([group, words]).append_text(found)
+
+
+_HINTS = {
+    False: (
+        "↑↓ enter open · tab panes · / filter · s sort · K R P act · ? help · q quit",
+        "q quit · ? help · ↑↓ enter open · tab panes · / filter",
+        "q quit · ? help",
+    ),
+    True: (
+        "tab pages · ↑↓ scroll · esc back · K R P act · ? help · q quit",
+        "q quit · ? help · esc back · tab pages · ↑↓ scroll",
+        "q quit · ? help",
+    ),
+}
+"""What can be pressed among the lists, and in a trial: the first that there is room for."""
 HELP = [
+    "Keys",
     "",
     "↑ ↓ home end page  choose in the pane that has the keys (▸)",
     "← →                choose in the grid, too",
@@ -156,6 +182,30 @@ HELP = [
     "",
     "Any key goes back.",
 ]
+SHORT_HELP = [
+    "q      leave; the sweep goes on",
+    "?      this; any key goes back",
+    "↑ ↓    choose (← → in the grid)",
+    "enter  open a trial; list a cell's",
+    "tab    next pane; a trial's next page",
+    "/      filter: cutmix w=10 failed",
+    "s      sort",
+    "esc    one step back",
+    "K      cancel what is chosen",
+    "R      queue it again",
+    "P      pause, or go on",
+]
+"""For a terminal that has no room for all of it; what matters most comes first."""
+
+
+def _help(width: int, room: int) -> list[Text]:
+    whole = len(HELP) <= room and max(map(len, HELP)) <= width
+    lines = [Text(line) for line in (HELP if whole else SHORT_HELP)[:room]]
+    if whole:
+        lines[0].stylize(STRONG)
+    for line in lines:
+        line.truncate(width, overflow="ellipsis")
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------ one trial
@@ -171,9 +221,15 @@ def _trial(scene: Scene, now: datetime, state: State, known: Details, size: tupl
     if state.page == "log":
         return top + _log(known, state.scroll, width, room)
     if state.page == "settings":
-        told = pages.trial([row], known.epochs or (), now, width, repeat=f"mixmo train --trial {row.trial_id}")
-        return top + _scrolled([line[1:] for line in told.split("\n")], state.scroll, room)
+        told = pages.trial([row], known.epochs or (), now, width, repeat=known.repeat)
+        folded = [part for line in told.split("\n") for part in _folded(line[1:], width)]
+        return top + _scrolled(folded, state.scroll, room)
     return top + _scrolled(_curves(scene, known, width, room), state.scroll, room)
+
+
+def _folded(line: Text, width: int) -> list[Text]:
+    """A line that is too long, as several: what is to be repeated has to be there to its end."""
+    return list(line.divide(range(width, len(line), width)))
 
 
 def _scrolled(lines: list[Text], scroll: int, room: int) -> list[Text]:

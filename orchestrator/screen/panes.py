@@ -67,13 +67,7 @@ def header(scene: Scene, now: datetime, width: int, *, tall: bool = True) -> lis
     """Three lines: name and state; how far; counts, and what is left. `tall` has a fourth: the pace and the cost."""
     snapshot, state = scene.snapshot, scene.progress
     news = scene.news or snapshot.header.written_at or now
-    word, style = _STATUS[state.status]
-    if state.status == "finished" and state.failed:
-        word, style = f"✗ finished, {state.failed} failed", BAD
-    elif state.all_cancelled:
-        word, style = "✗ all cancelled", WARN
-    if state.status in ("pausing", "paused"):
-        word = f"{word} by {snapshot.header.paused_by}"
+    word, style = _status(state, snapshot.header.paused_by)
     status = Text(word, style=style).append(f"  {clock(news, now)}", style=FAINT)
     name = Text(snapshot.rows[0].sweep if snapshot.rows else "(no trials)", style=STRONG)
     name.truncate(max(8, width - status.cell_len - 2), overflow="ellipsis")
@@ -86,9 +80,30 @@ def header(scene: Scene, now: datetime, width: int, *, tall: bool = True) -> lis
     counts, band = counted(state), left(state)
     fits = counts.cell_len + 2 + len(band) <= width
     lines = [ends(name, status, width), drawn, ends(counts, _faint([band if fits else left(state, band=False)]), width)]
-    pace = _faint([*_pace(state), *([band.partition("(")[2].rstrip(")")] if band and not fits else [])])
-    spent = _faint(_spent(scene))
-    return [*lines, ends(pace, spent, width)] if tall and (pace or spent) else lines
+    pace = [*_pace(state), *([band.partition("(")[2].rstrip(")")] if band and not fits else [])]
+    return [*lines, *_paid(pace, _faint(_spent(scene)), width)] if tall else lines
+
+
+def _paid(pace: Sequence[str], spent: Text, width: int) -> list[Text]:
+    """The pace and the cost in one line, or in none. Of the pace there is as much as leaves room for the cost."""
+    fitting = next(
+        (pace[:count] for count in range(len(pace), 0, -1) if _faint(pace[:count]).cell_len + 2 + len(spent) <= width),
+        pace if not spent else (),
+    )
+    if not fitting and spent:
+        spent.truncate(width, overflow="ellipsis")
+        return [spent]
+    return [ends(_faint(fitting), spent, width)] if fitting else []
+
+
+def _status(state: Progress, paused_by: str | None) -> tuple[str, str]:
+    """A mark and some words, and their style."""
+    if state.status == "finished" and state.failed:
+        return f"✗ finished, {state.failed} failed", BAD
+    if state.all_cancelled:
+        return "✗ all cancelled", WARN
+    word, style = _STATUS[state.status]
+    return f"{word} by {paused_by}" if state.status in ("pausing", "paused") and paused_by else word, style
 
 
 def _faint(parts: Sequence[str]) -> Text:
@@ -135,9 +150,11 @@ def _pace(state: Progress) -> list[str]:
 
 
 def _spent(scene: Scene) -> list[str]:
-    """GPU-hours and money, each against what there is."""
+    """Hours, GPU-hours and money, each against what there is."""
     terms, hours = scene.terms, scene.progress.gpu_seconds / 3600
     parts = []
+    if terms.hours is not None:
+        parts.append(f"{number(scene.progress.training_s / 3600)} of {terms.hours:,g} hours of training")
     if hours >= 0.01 or terms.gpu_hours is not None:
         parts.append(
             f"{hours:,.1f}" + (f" of {terms.gpu_hours:,g}" if terms.gpu_hours is not None else "") + " GPU-hours"
@@ -160,10 +177,10 @@ def predicted(state: Progress) -> list[Text]:
     return [line.append(number(taken), style=f"not dim {STRONG}")]
 
 
-def in_one_line(state: Progress) -> str:
+def in_one_line(state: Progress, paused_by: str | None) -> str:
     """The header in one plain line, without its moment."""
-    pace = [*_pace(state), *([left(state)] if left(state) else [])]
-    return f"{counted(state).plain} of {state.total:,}{' · ' if pace else ''}{' · '.join(pace)}"
+    word = _status(state, paused_by)[0].partition(" ")[2]
+    return " · ".join([word, f"{counted(state).plain} of {state.total:,}", *filter(None, [*_pace(state), left(state)])])
 
 
 # ---------------------------------------------------------------------------------------------------- the trials
@@ -270,11 +287,11 @@ def failures(scene: Scene, width: int, focused: bool = False, marked: str | None
     """Failed trials by what failed."""
     room = 2 if width < 70 else 4
     lines: list[list[str | Text]] = []
-    for cause, failed in scene.failures:
-        ids = " ".join(row.trial_id[:7] for row in failed[:room])
-        lines.append([Text(f"{len(failed):,} ×", style=BAD), cause, Text(ids, style=FAINT)])
+    for cause in scene.failures:
+        ids = " ".join(row.trial_id[:7] for row in cause.rows[:room])
+        lines.append([Text(f"{len(cause.rows):,} ×", style=BAD), cause.name, Text(ids, style=FAINT)])
     columns = (Column("", 7, "right"), Column("", 0), Column("trials", 8 * room - 1))
-    at = next((i for i, (cause, _) in enumerate(scene.failures) if cause == marked), None)
+    at = next((i for i, cause in enumerate(scene.failures) if cause.key == marked), None)
     return Section(titled("Causes of failure", focused), f"{STRONG} {BAD}", columns, lines, least=2, marked=at)
 
 

@@ -54,4 +54,5 @@ def _change(before: TrialRow | None, row: TrialRow) -> tuple[str, str] | None:
 
 def counts(snapshot: Snapshot, now: datetime, *, driven: bool | None = True) -> str:
     """The header in one plain line."""
-    return f"{clock(now, now)}  {in_one_line(progress.measure(snapshot, now, driven=driven))}"
+    state = progress.measure(snapshot, now, driven=driven)
+    return f"{clock(now, now)}  {in_one_line(state, snapshot.header.paused_by)}"

@@ -6,13 +6,14 @@ Pure. A scene takes from the one before it what has not changed, since most of a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from operator import is_
 from typing import TYPE_CHECKING, Literal, Self
 
 from orchestrator import analysis, progress
+from orchestrator.causes import Cause, causes
 from orchestrator.progress import Cell, Flops
 from orchestrator.rows import State, TrialRow
 
@@ -43,12 +44,13 @@ class Terms:
     currency: str = "USD"
     gpu_hours: float | None = None
     money: float | None = None
+    hours: float | None = None
+    """Of training, summed over the trials: a budget for processors."""
 
     @classmethod
     def of(cls, price: Price, budget: Budget) -> Self:
         """As a sweep file gives them."""
-        money = getattr(budget, "money", None)  # not every version has a budget in money
-        return cls(price.gpu_hour, price.currency, budget.gpu_hours, money)
+        return cls(price.gpu_hour, price.currency, budget.gpu_hours, budget.money, budget.hours)
 
     def cost(self, gpu_seconds: float) -> float | None:
         return None if self.gpu_hour is None else gpu_seconds / 3600 * self.gpu_hour
@@ -59,6 +61,31 @@ class Terms:
         if self.money is None and self.gpu_hours is not None and self.gpu_hour is not None:
             return self.gpu_hours * self.gpu_hour
         return self.money
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The trials that something in another pane stands for: those of a cell, or of a cause of failure."""
+
+    pane: Pane
+    key: str
+    """Of `Scene.keys`."""
+    name: str
+    """As it was called when it was chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Which trials are listed: those with all of some words, of one group if there is one."""
+
+    words: str = ""
+    group: Group | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.words or self.group)
+
+
+ALL = Search()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +133,8 @@ class _Counted:
     """From the lowest mean less its deviation to the highest with it."""
     news: datetime | None
     """When a trial last told something."""
-    failures: Sequence[tuple[str, Sequence[TrialRow]]]
-    found: dict[tuple[str, Sort], list[str]]
+    failures: Sequence[Cause]
+    found: dict[tuple[Search, Sort], list[str]]
     """Lists that were asked for."""
     said: dict[str, tuple[TrialRow, str]]
     """What a filter looks for words in, made when one is given."""
@@ -123,7 +150,7 @@ def _count(rows: Sequence[TrialRow], before: _Counted | None) -> _Counted:
         cells = {**before.cells, **{cell.cell_id: cell for cell in fresh}}
         members, names, plotted, said = before.members, before.names, before.plot, before.said
         failed = any("ERROR" in (row.state, before.rows[row.trial_id].state) for row in moved)
-        failures = progress.failures(rows) if failed else before.failures
+        failures = causes(rows) if failed else before.failures
     else:
         shapes = {row.cell_id: row for row in rows}
         groups: dict[str, list[str]] = defaultdict(list)
@@ -132,7 +159,7 @@ def _count(rows: Sequence[TrialRow], before: _Counted | None) -> _Counted:
         now, members, said = {row.trial_id: row for row in rows}, groups, {}
         names, plotted = progress.cell_names(shapes.values()), plot(list(shapes.values()))
         cells = {cell.cell_id: cell for cell in progress.cells(rows, names)}
-        failures = progress.failures(rows)
+        failures = causes(rows)
     results = progress.best_first(cells.values())
     spreads = [(cell.mean, cell.std or 0.0) for cell in results]
     low, high = (min((m - s for m, s in spreads), default=0.0), max((m + s for m, s in spreads), default=0.0))
@@ -173,17 +200,16 @@ class Scene:
 
     # ---- what the panes list
 
-    def trials(self, wanted: str = "", sort: Sort = "state") -> list[str]:
-        """Ids of the trials with all of these words, in this order. A word with `=` in it is a whole one: w=1 is not
-        w=10.
-        """
+    def trials(self, wanted: Search = ALL, sort: Sort = "state") -> list[str]:
+        """Ids of the trials that are meant, in this order. A word with `=` in it is a whole one: w=1 is not w=10."""
         key = (wanted, sort)
         found = self._counted.found
         if key not in found:
-            words = wanted.lower().split()
-            rows = (
-                [row for row in self.rows.values() if _has(self._spoken(row), words)] if words else self.rows.values()
-            )
+            rows: Iterable[TrialRow] = self.rows.values()
+            if wanted.group:
+                rows = [self.rows[each] for each in self.members(wanted.group.pane, wanted.group.key)]
+            if words := wanted.words.lower().split():
+                rows = [row for row in rows if _has(self._spoken(row), words)]
             found[key] = [row.trial_id for row in sorted(rows, key=_ORDERS[sort])]
         return found[key]
 
@@ -201,7 +227,7 @@ class Scene:
         """The newest first."""
         return list(reversed(self.snapshot.events))
 
-    def keys(self, pane: Pane, wanted: str = "", sort: Sort = "state") -> Sequence[str]:
+    def keys(self, pane: Pane, wanted: Search = ALL, sort: Sort = "state") -> Sequence[str]:
         """What can be chosen in a pane, in the order in which it stands there."""
         if pane == "trials":
             return self.trials(wanted, sort)
@@ -210,7 +236,7 @@ class Scene:
                 return [cell_id for _, cell_id in sorted(self.plot.cells.items())]
             return [cell.cell_id for cell in self.results]
         if pane == "failures":
-            return [cause for cause, _ in self.failures]
+            return [cause.key for cause in self.failures]
         return [f"{event.time.isoformat()} {event.kind} {event.trial_id or ''}" for event in self.events()]
 
     def members(self, pane: Pane, key: str) -> list[str]:
@@ -220,8 +246,14 @@ class Scene:
         if pane == "results":
             return list(self._counted.members.get(key, ()))
         if pane == "failures":
-            return [row.trial_id for cause, rows in self.failures if cause == key for row in rows]
+            return [row.trial_id for cause in self.failures if cause.key == key for row in cause.rows]
         return [each for each in [key.rpartition(" ")[2]] if each in self.rows]
+
+    def called(self, pane: Pane, key: str) -> str:
+        """What people call a cell, or a cause of failure."""
+        if pane == "results":
+            return self.names[key]
+        return next((cause.name for cause in self.failures if cause.key == key), key)
 
     def name(self, trial_id: str) -> str:
         row = self.rows[trial_id]

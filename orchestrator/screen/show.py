@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Self
 from rich.console import Console
 from rich.text import Text
 
+from orchestrator import progress
 from orchestrator.errors import MixmoError
 from orchestrator.lines import WARN
 from orchestrator.screen import plain
@@ -60,11 +61,14 @@ class Screen:
         terms: Terms | None = None,
         act: Act | None = None,
         fetch: Fetch | None = None,
+        repeat: Callable[[str], str] | None = None,
         on_quit: str = "",
     ) -> None:
-        """`on_quit`: what `q` says where it does not leave the screen."""
+        """`repeat`: the command that trains a trial again, by its id. `on_quit`: what `q` says where it does not leave
+        the screen.
+        """
         self._console, self._now, self._say_every = console, now, timedelta(seconds=say_every_s)
-        self._terms, self._act, self._fetch, self._on_quit = terms, act, fetch, on_quit
+        self._terms, self._act, self._fetch, self._repeat, self._on_quit = terms, act, fetch, repeat, on_quit
         self._draws = console.is_terminal and not console.is_dumb_terminal
         self._terminal: Terminal | None = None
         self._thread: threading.Thread | None = None
@@ -80,7 +84,8 @@ class Screen:
         """Of what the frame on the terminal is made."""
         self._shown: Snapshot | None = None
         self._driven: bool | None = True
-        self._said_at: datetime | None = None
+        self._said: tuple[progress.Status, datetime] | None = None
+        """What the sweep did when its counts were last told in a plain line, and when that was."""
         self._rest_until = 0.0
         self._notes: list[str] = []
         self._broken: Exception | None = None
@@ -218,7 +223,10 @@ class Screen:
             self._orders.append(self._aside(lambda: self._carry_out(effect)))
         elif isinstance(effect, Read):
             self._read_at = time.monotonic()
-            self._aside(lambda: self._fetch_into(effect))
+            if self._details is None or self._details.trial_id != effect.trial_id:
+                self._details = Details(effect.trial_id, self._repeat(effect.trial_id) if self._repeat else "")
+            known = self._details
+            self._aside(lambda: self._fetch_into(effect, known))
 
     def _aside(self, work: Callable[[], None]) -> threading.Thread:
         def guarded() -> None:
@@ -243,10 +251,11 @@ class Screen:
         self._state = replace(self._state, note=note)
 
     def _keep(self, details: Details) -> None:
-        self._details = details
+        """Unless another trial was opened meanwhile."""
+        if self._details and self._details.trial_id == details.trial_id:
+            self._details = details
 
-    def _fetch_into(self, read: Read) -> None:
-        known = self._details if self._details and self._details.trial_id == read.trial_id else Details(read.trial_id)
+    def _fetch_into(self, read: Read, known: Details) -> None:
         try:
             found = self._fetch(read, known) if self._fetch else known
         except MixmoError as error:
@@ -269,9 +278,10 @@ class Screen:
     def _say(self, snapshot: Snapshot, driven: bool | None) -> None:
         now = self._now()
         lines = plain.changes(self._shown, snapshot, now) if self._shown else []
-        if self._said_at is None or now - self._said_at >= self._say_every:
+        doing = progress.status(snapshot, driven=driven)
+        if self._said is None or self._said[0] != doing or now - self._said[1] >= self._say_every:
             lines.append(plain.counts(snapshot, now, driven=driven))
-            self._said_at = now
+            self._said = (doing, now)
         for line in lines:
             self._print(line)
 

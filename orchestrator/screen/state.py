@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from orchestrator.rows import FINAL
-from orchestrator.screen.scene import PANES, SORTS, Pane, Scene, Sort
+from orchestrator.screen.scene import ALL, PANES, SORTS, Group, Pane, Scene, Search, Sort
 
 Page = Literal["curves", "settings", "log"]
 PAGES: tuple[Page, ...] = ("curves", "settings", "log")
@@ -53,7 +53,7 @@ class State:
     """The trial whose pages are shown."""
     page: Page = "curves"
     scroll: int = 0
-    wanted: str = ""
+    wanted: Search = ALL
     """The filter."""
     typing: bool = False
     sort: Sort = "state"
@@ -90,14 +90,18 @@ def choice(state: State, scene: Scene, pane: Pane | None = None) -> str | None:
 
 def _type(state: State, key: str) -> State:
     if key == "esc":
-        return replace(state, typing=False, wanted="")
+        return _worded(replace(state, typing=False), "")
     if key == "enter":
         return replace(state, typing=False)
     if key == "backspace":
-        return replace(state, wanted=state.wanted[:-1])
+        return _worded(state, state.wanted.words[:-1])
     if key == "clear":
-        return replace(state, wanted="")
-    return replace(state, wanted=state.wanted + key) if len(key) == 1 else state
+        return _worded(state, "")
+    return _worded(state, state.wanted.words + key) if len(key) == 1 else state
+
+
+def _worded(state: State, words: str) -> State:
+    return replace(state, wanted=replace(state.wanted, words=words))
 
 
 # ------------------------------------------------------------------------------------------------------ moving about
@@ -129,8 +133,10 @@ def _in_lists(state: State, key: str, scene: Scene) -> tuple[State, Effect | Non
 
 def _back(state: State) -> State:
     """One step towards how it all began."""
+    if state.wanted.words:
+        return _worded(state, "")
     if state.wanted:
-        return replace(state, wanted="")
+        return replace(state, wanted=ALL)
     if state.sort != "state":
         return replace(state, sort="state")
     return replace(state, chosen={}, pane="trials")
@@ -169,7 +175,7 @@ def _enter(state: State, scene: Scene) -> tuple[State, Effect | None]:
         if not members:
             return replace(state, note="this is about no trial"), None
         return replace(state, opened=members[0], page="curves", scroll=0), Read(members[0], "curves")
-    wanted = scene.names[held] if state.pane == "results" else held
+    wanted = Search(group=Group(state.pane, held, scene.called(state.pane, held)))
     return replace(state, pane="trials", wanted=wanted, chosen={**state.chosen, "trials": members[0]}), None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 def watch(
     store: ResultStore, sweep: str, console: Console, *, once: bool = False, every_s: float = 1.0,
-    terms: Terms | None = None, act: Act | None = None,
+    terms: Terms | None = None, act: Act | None = None, repeat: Callable[[str], str] | None = None,
 ) -> ExitCode:  # fmt: skip
     """Shows a sweep until it ends, or until somebody leaves; `once` shows one frame.
 
@@ -41,7 +42,7 @@ def watch(
     snapshot = following.look()
     was_over = progress.over(snapshot)
     gc.freeze()  # most rows stay: to look through ten thousand again and again costs a tenth of a second each time
-    with Screen(console, terms=terms, act=act, fetch=fetching(store, sweep)) as screen:
+    with Screen(console, terms=terms, act=act, fetch=fetching(store, sweep), repeat=repeat) as screen:
         while True:
             began, held = time.thread_time(), None
             with contextlib.suppress(UnreachableError):

@@ -50,6 +50,7 @@ from orchestrator.store.attempts import (
     ATTEMPT,
     LOG_BYTES,
     NO_LOGITS,
+    TRIAL_ID,
     AttemptFolder,
     Logits,
     attempt_of,
@@ -67,9 +68,11 @@ from orchestrator.store.tables import (
     KEYS,
     Event,
     Header,
+    Look,
     Snapshot,
     SweepFiles,
     Wanted,
+    at_epoch,
     encode,
     fit,
     merge,
@@ -168,12 +171,16 @@ class ResultStore:
         return merge([seen.live, *seen.parts], dict(zip(ids, reached, strict=True)), read).select(names)
 
     def epoch_rows(self, sweep: str, trial_id: str | None = None) -> list[EpochRow]:
+        """As `epochs`: all, or those of one trial."""
         if trial_id is None:
             return epoch_rows(self.epochs(sweep))
         seen = SweepFiles(self.folder, sweep).look(Wanted(trial_id=trial_id))
-        rows = newest([row for each in (seen.live, *seen.parts) for row in epoch_rows(only(each, trial_id))])
-        reached = [row.epoch for row in trial_rows(only(seen.trials, trial_id))]
-        return [row for row in rows if row.epoch <= max(reached, default=row.epoch)]
+        return _held(seen, [only(each, trial_id) for each in (seen.live, *seen.parts)])
+
+    def rows_at_epoch(self, sweep: str, epoch: int) -> list[EpochRow]:
+        """As `epochs`: those of one epoch, of all trials that have reached it."""
+        seen = SweepFiles(self.folder, sweep).look()
+        return _held(seen, [at_epoch(each, epoch) for each in (seen.live, *seen.parts)])
 
     def events(self, sweep: str) -> list[Event]:
         """The last 1,000, oldest first."""
@@ -247,7 +254,7 @@ class ResultStore:
 
     def attempt(self, trial_id: str, fence: int, attempt: int, token: str) -> "AttemptFolder":
         """The folder of one attempt, for its gang to write in."""
-        if not re.fullmatch(r"[0-9a-f]{12}", trial_id) or not ATTEMPT.fullmatch(f"{fence}-{attempt}-{token}"):
+        if not TRIAL_ID.fullmatch(trial_id) or not ATTEMPT.fullmatch(f"{fence}-{attempt}-{token}"):
             raise ValueError(f"no attempt can be called {trial_id}/{fence}-{attempt}-{token}")
         return AttemptFolder(self.folder, f"trials/{trial_id}/{fence}-{attempt}-{token}")
 
@@ -307,6 +314,10 @@ class ResultStore:
             f"no log of rank {rank} of trial {trial_id} in {self}: it has not begun, or not yet reported"
         )
 
+    def begun(self) -> list[str]:
+        """Ids of the trials that have files here."""
+        return [name for name in self.folder.names("trials", folders=True) if TRIAL_ID.fullmatch(name)]
+
     def _attempts(self, trial_id: str) -> list[str]:
         return [name for name in self.folder.names(f"trials/{trial_id}", folders=True) if ATTEMPT.fullmatch(name)]
 
@@ -353,9 +364,12 @@ class ResultStore:
         with self.writer(sweep, sweep_text=text) as writer:
             return writer.compact()
 
-    def verify(self, sweep: str) -> list[Fault]:
-        """Everything that is not as this module would have left it. Reads every object that the sweep names."""
-        return faults_of(SweepFiles(self.folder, sweep))
+    def verify(self, sweep: str, on_many: Callable[[], None] = lambda: None) -> list[Fault]:
+        """Everything that is not as this module would have left it. Reads every object that the sweep names.
+
+        `on_many` is called before numpy is loaded, which is where rows are many.
+        """
+        return faults_of(SweepFiles(self.folder, sweep), on_many)
 
     def writer(
         self,
@@ -398,6 +412,14 @@ def _place(uri: str) -> Objects:
     if folder.is_file():
         raise UnreachableError(f"{folder} is a file; --results (or MIXMO_RESULTS) names a folder")
     return folder
+
+
+def _held(seen: Look, tables: Iterable[pa.Table]) -> list[EpochRow]:
+    """The rows in these tables that hold: of a trial that begins again, none that it has yet to repeat."""
+    ids, epochs = seen.trials.column("trial_id").to_pylist(), seen.trials.column("epoch").to_pylist()
+    reached = dict(zip(ids, epochs, strict=True))
+    rows = newest([row for table in tables for row in epoch_rows(table)])
+    return [row for row in rows if row.epoch <= reached.get(row.trial_id, row.epoch)]
 
 
 def folder_of(uri: str) -> Path | None:

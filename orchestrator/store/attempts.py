@@ -22,6 +22,7 @@ LOGITS = re.compile(r"logits-([0-9a-f]{16})\.npz")
 LOG = re.compile(r"log-(\d+)\.txt")
 NO_LOGITS = "put the file back from a copy, or run the trial again under new results (`--results`)"
 """What to do about logits that are lost."""
+TRIAL_ID = re.compile(r"[0-9a-f]{12}")
 ATTEMPT = re.compile(r"(\d+)-(\d+)-([A-Za-z0-9_]+)")
 
 

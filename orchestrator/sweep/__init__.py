@@ -4,6 +4,7 @@ The format is docs/sweep-file.md. Every fault of a file is told at once, each wi
 allowed and the nearest word that would do.
 """
 
+import functools
 import itertools
 import re
 import shlex
@@ -164,6 +165,7 @@ class Shown:
     budget: Budget = Budget()
 
 
+@functools.lru_cache(maxsize=64)
 def shown(text: str, source: str) -> Shown:
     """What a stored sweep file (`Sweep.text_as_run`) asks of tables, without expanding its trials; nothing where it
     cannot be read.
