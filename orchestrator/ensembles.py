@@ -21,7 +21,7 @@ from orchestrator.analysis import EnsembleRow, Results
 from orchestrator.errors import NotFoundError, UsageError
 from orchestrator.progress import cell_names
 from orchestrator.rows import METRIC_COLUMNS, TrialRow
-from orchestrator.sweep import Ensemble, shown
+from orchestrator.sweep import Ensemble
 
 if TYPE_CHECKING:
     from orchestrator.store import Logits, ResultStore
@@ -40,9 +40,9 @@ def rows(results: Results, talk: Talk = lambda line: print(line, file=sys.stderr
     """
     made: dict[str, TrialRow] = {}
     trials = results.rows
-    for sweep in results.sweeps:
+    for sweep, asked in results.asked().items():
         own = sorted((row for row in trials if row.sweep == sweep), key=lambda row: row.position)
-        for wanted in shown(results.store.sweep_file(sweep), sweep).ensembles:
+        for wanted in asked.ensembles:
             for row in _wanted(wanted, own, results.store, talk):
                 made.setdefault(row.trial_id, row.replace(position=len(own) + len(made)))
     return list(made.values())

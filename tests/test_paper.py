@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_analysis import compiled
 from test_cli import COMMANDS, Shell
 from test_cli import mixmo as mixmo  # the fixture
 
@@ -171,6 +172,20 @@ def test_every_published_number_stands_beside_the_cell_that_has_its_settings(nam
     quick = finished(load(FILES[name], quick=True))
     shown = table(quick, published=[each for each in sweep.published if is_whole(each)])
     assert not any(cell.published for cell in shown.cells.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("table1_cifar10", ((), ())), ("figure5_width", (("label", "data.msda"), ("model.width",)))],
+    ids=lambda given: given if isinstance(given, str) else "",
+)
+def test_a_table_of_the_paper_fits_on_a_page(name: str, fields: tuple[list[str], list[str]], tmp_path: Path) -> None:
+    sweep = load(FILES[name])
+    made = table(finished(sweep), row_fields=fields[0], col_fields=fields[1], baseline=sweep.baseline,
+                 published=sweep.published)  # fmt: skip
+    if not fields[0]:
+        assert made.row_fields == ("label", "data_repetition", "data_msda")
+    assert "Overfull" not in compiled(made.to_latex("mixmo table"), tmp_path)
 
 
 def test_a_number_is_the_same_in_every_file() -> None:

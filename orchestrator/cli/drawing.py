@@ -93,7 +93,7 @@ def pareto(
     if out:
         _check_suffix(out, (".png", ".svg", ".pdf"))
     loaded = analysis.load(results, *dict.fromkeys(sweep))
-    asked = _asked(loaded)
+    asked = loaded.asked()
     rows = [*loaded.rows, *([] if no_ensembles else _ensembles(loaded, asked, streams.say))]
     price, currency = _price(asked, price)
     found = front(rows, metric=metric, cost=cost, price=price, currency=currency)
@@ -158,7 +158,7 @@ def _content(
     from orchestrator.errors import NotFoundError
     from orchestrator.report import MORE_METRICS, Content
 
-    asked, told = _asked(loaded), list[str]()
+    asked, told = loaded.asked(), list[str]()
     trials = loaded.rows
     rows = [*trials, *([] if no_ensembles else _ensembles(loaded, asked, told.append))]
     baselines = {each.baseline for each in asked.values()}
@@ -211,12 +211,6 @@ def _drawn(loaded: analysis.Results, metric: str, data: str | None, only: tuple[
         rows=rows, epochs=lambda: epoch_rows(loaded.epochs()), logits=loaded.store.logits, samples=samples
     )
     return drawing.draw(material, metric=metric, only=only)
-
-
-def _asked(loaded: analysis.Results) -> dict[str, Shown]:
-    from orchestrator.sweep import shown
-
-    return {name: shown(loaded.store.sweep_file(name), name) for name in loaded.sweeps}
 
 
 def _ensembles(loaded: analysis.Results, asked: Mapping[str, Shown], talk: Callable[[str], None]) -> list[TrialRow]:
