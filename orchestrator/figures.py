@@ -52,6 +52,9 @@ LEADER = 14.0
 """Points between a mark and its number from which on a line joins them."""
 MOST_CELLS = 80
 """Lines of the figure of cells: of more, the best are shown."""
+PANELS_ACROSS = 3
+LEGEND_LINE = 0.14
+"""Inches."""
 FEW_IMAGES = 10
 """The accuracy of fewer is chance."""
 DIVERSITY = ("ratio_error", "disagreement", "kl_divergence")
@@ -209,8 +212,8 @@ def draw_curves(drawn: Sequence[Cell], lines: Sequence[Curve], metric: str, told
             mean = [_scale(metric) * value for value in line.mean]
             label = f"{len(others)} others" if number == 0 else None
             axis.plot(line.epochs, mean, color="0.78", linewidth=0.7, zorder=1, label=label)
-        _legend(axis, outside=len(panels) == 1, handlelength=3.2)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legends(figure, axes)
     figure.supxlabel("epoch", size="medium")
     figure.supylabel(_axis_name(metric), size="medium")
     spared = any(sum(cell.panel == panel for cell in drawn) > PANEL_LINES for panel in panels)
@@ -305,7 +308,7 @@ def draw_study(lines: Sequence[Line], field: str, metric: str, told: str = "") -
             axis.set_xscale("log")
         axis.set_xticks(values, [f"{value:g}" for value in values])
         axis.minorticks_off()
-        _legend(axis, outside=len(panels) == 1, handlelength=3.2)
+    _legends(figure, axes)
     figure.supxlabel(setting_name(field), size="medium")
     figure.supylabel(_axis_name(metric), size="medium")
     bands = "Mean over seeds, whose number is in brackets; bands: 95 % interval of the mean, by Student's t."
@@ -344,7 +347,7 @@ def _ensemble(material: Material, metric: str) -> "Figure | str":
     axis.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     axis.set_xlabel("accuracy of one subnetwork, mean over the M (%)")
     axis.set_ylabel("accuracy of their ensemble (%)")
-    _legend(axis, outside=True, handlelength=1.2)
+    _legend(axis, handlelength=1.2)
     told = standing(_with_several(material.rows), "subnetwork_top1_mean")
     _tell(figure, told, "Small: each seed; large: mean. On the dotted line the ensemble gains nothing.")
     return figure
@@ -358,7 +361,7 @@ def _diversity(material: Material, metric: str) -> "Figure | str":
     for axis, name in zip(axes, there, strict=True):
         _draw_scatter(axis, _several(material.rows, name), name, metric)
         axis.set_xlabel(_axis_name(name).replace("_", " "))
-    _legend(axes[-1], outside=True, handlelength=1.2)
+    _legend(axes[-1], handlelength=1.2)
     figure.supylabel(_axis_name(metric), size="medium")
     _tell(figure, standing(_with_several(material.rows), there[0]), "Small: each seed; large: mean.")
     return figure
@@ -557,7 +560,7 @@ def _number_members(figure: "Figure", front: Front, lines: Sequence[Sequence[tup
         name = None
         if few or each.dominated_by is None:
             at.append(str(sum(map(len, numbers.values())) + 1))
-            name = f"{at[-1]}  {textwrap.fill(each.name, 44, subsequent_indent='    ')}"
+            name = f"{at[-1]}  {textwrap.fill(each.name, 80, subsequent_indent='    ')}"
         axis.plot(
             [each.cost], [scale * each.mean], marker="o", markersize=5, linestyle="none", color="black",
             markerfacecolor="black" if each.dominated_by is None else "white", label=name,
@@ -627,7 +630,7 @@ def _panels(titles: Sequence[str], *, titled: bool = True, sharex: bool = True) 
     """Axes with common limits, one for each title, at most three side by side."""
     from matplotlib.figure import Figure
 
-    across = min(3, len(titles))
+    across = min(PANELS_ACROSS, len(titles))
     down = math.ceil(len(titles) / across)
     figure = Figure(figsize=(5.2 if across == 1 else 3.6 * across, 3.4 * down), layout="constrained")
     axes = list(figure.subplots(down, across, sharex=sharex, sharey=True, squeeze=False).flat)
@@ -652,16 +655,29 @@ def _tell(figure: "Figure", told: str, how: str) -> None:
     figure.text(0.01, -0.02, "\n".join(lines), fontsize=7, color="0.35", va="top", linespacing=1.3)
 
 
-def _legend(axis: "Axes", *, outside: bool, **given: Any) -> None:
-    """What the lines are: beside the only plot, or the last; within each of several. Of many lines the first."""
+def _legend(axis: "Axes", **given: Any) -> None:
+    """What the lines are, beside the only plot or the last. Of many lines the first."""
     handles, names = axis.get_legend_handles_labels()
-    most = MOST_NAMED if outside else PANEL_LINES
-    more = len(names) - most
+    more = len(names) - MOST_NAMED
     if more > 1:
-        handles, names = handles[:most], [*names[: most - 1], f"{names[most - 1]} and {more} more"]
+        handles, names = handles[:MOST_NAMED], [*names[: MOST_NAMED - 1], f"{names[MOST_NAMED - 1]} and {more} more"]
     names = [textwrap.fill(name, 40) for name in names]
-    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)} if outside else {"loc": "best"}
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
     axis.legend(handles, names, **place, **given).set_in_layout(False)
+
+
+def _legends(figure: "Figure", axes: Sequence["Axes"]) -> None:
+    """What the lines are: beside the only plot; of several below each, where they cover none."""
+    if len(axes) == 1:
+        _legend(axes[0], handlelength=3.2)
+        return
+    most = 0
+    for axis in axes:
+        handles, names = axis.get_legend_handles_labels()
+        names = [textwrap.fill(name, 44) for name in names]
+        most = max(most, sum(1 + name.count("\n") for name in names))
+        axis.legend(handles, names, loc="upper left", bbox_to_anchor=(-0.02, -0.1), handlelength=3.2, borderaxespad=0)
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * most * math.ceil(len(axes) / PANELS_ACROSS))
 
 
 def _look(number: int, of: int) -> dict[str, Any]:

@@ -213,7 +213,7 @@ def test_ensembles_are_drawn_among_the_cells_and_the_studies_and_are_made_once_t
     assert "45 of 45 trials and 15 ensembles" in told(drawn["width"])
     assert {"vanilla (3)", "2 x vanilla (1)", "2 x Cut-MixMo (1)"} <= set(named(drawn["width"]))
     lines = {line.get_label(): line for line in drawn["width"].axes[0].get_lines()}
-    assert list(lines["2 x vanilla (1)"].get_xdata()) == [1, 2, 3, 5, 10]
+    assert np.asarray(lines["2 x vanilla (1)"].get_xdata()).tolist() == [1, 2, 3, 5, 10]
     assert sum(label.get_text().startswith("2 x") for label in drawn["accuracy"].axes[0].get_yticklabels()) == 15
 
 
@@ -311,7 +311,7 @@ def test_the_numbers_of_a_front_cover_neither_marks_nor_each_other(name: str) ->
 
     rows = SWEEPS[name] if name == "many" else [*SWEEPS[name], *made_studies.SUBNETWORKS]
     figure = draw_front(front(with_ensembles(rows), cost="flops"))
-    renderer = FigureCanvasAgg(figure).get_renderer()
+    renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
     (axis,) = figure.axes
     numbers = [text.get_window_extent(renderer) for text in axis.texts]
     marks = [axis.transData.transform(line.get_xydata()) for line in axis.lines if line.get_marker() == "o"]
