@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import made_cifar
+import made_figures
 import made_studies
 import numpy as np
 import pytest
@@ -384,9 +386,18 @@ def test_the_page_shows_every_kind_with_its_command() -> None:
     text = PAGE.read_text()
     headings = {word for line in text.splitlines() if line.startswith("## ") for word in line[3:].split(", ")}
     assert headings >= set(KINDS)
-    for path in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text):
-        assert (PAGE.parent / path).stat().st_size < 200_000
+    assert len(made_figures.pictures()) == len([*made_figures.FOLDER.iterdir()])
+    assert all(picture.stat().st_size < 200_000 for picture in made_figures.pictures())
     for kinds in re.findall(r"--only ([\w,]+)", text):
         assert set(kinds.split(",")) <= set(KINDS)
     (sweep,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert len(parse(sweep, source=PAGE.name).trials) == 60
+
+
+@pytest.mark.slow
+def test_the_pictures_of_the_page_show_what_the_code_draws(tmp_path: Path) -> None:
+    """Words and numbers, not pixels: these hang on the fonts that a machine has."""
+    drawn = made_figures.drawn(tmp_path)
+    for picture in made_figures.pictures():
+        shown = json.loads(json.dumps(made_figures.shown(drawn[picture.stem])))
+        assert made_figures.carried(picture) == shown, f"{picture.name}: run python tests/made_figures.py"
