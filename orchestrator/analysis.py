@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from mixmo_core.config import DATASETS, ineffective, unflatten
 from orchestrator.errors import UsageError
-from orchestrator.result_table import At, Cell, Key, Reported, ResultTable, short, shown
+from orchestrator.result_table import At, Cell, Key, Reported, ResultTable, heading, short, shown
 from orchestrator.rows import (
     CONFIG_COLUMNS,
     EPOCHS_SCHEMA,
@@ -29,9 +29,21 @@ from orchestrator.significance import compare, holm
 from orchestrator.store import ResultStore
 
 if TYPE_CHECKING:
-    from orchestrator.sweep import Published
+    from orchestrator.sweep import Published, Shown
 
-__all__ = ["At", "Cell", "EnsembleRow", "ResultTable", "Results", "load", "short", "shown", "table", "varied"]
+__all__ = [
+    "At",
+    "Cell",
+    "EnsembleRow",
+    "ResultTable",
+    "Results",
+    "load",
+    "short",
+    "shown",
+    "table",
+    "telling",
+    "varied",
+]
 
 _FIELDS = ("label", "sweep", "cell_id", "workers", "members", *CONFIG_COLUMNS)
 _OPEN = frozenset({"PENDING", "RUNNING", "PAUSED"})
@@ -60,6 +72,13 @@ class Results:
     @property
     def rows(self) -> list[TrialRow]:
         return trial_rows(self.table)
+
+    def asked(self) -> "dict[str, Shown]":
+        """What each sweep's file asks of its tables. Beside a quick form no published number stands."""
+        from orchestrator.sweep import is_quick, shown  # who prints no table does without
+
+        found = {name: shown(self.store.sweep_file(name), name) for name in self.sweeps}
+        return {name: replace(each, published=()) if is_quick(name) else each for name, each in found.items()}
 
     def epochs(self) -> pa.Table:
         """As `ResultStore.epochs`, one sweep below the other."""
@@ -125,7 +144,7 @@ def table(
     """Mean, standard deviation and count of a metric for each combination of the fields.
 
     Fields are settings (`model.width` or `model_width`), `label`, `sweep`, `workers`, `cell_id`, or `members`, which is
-    1 but for ensembles. Without row fields the lines are the labels and those settings that vary. An ensemble never
+    1 but for ensembles. Without row fields the lines are the labels and what these leave open (`telling`). No ensemble
     shares a cell with trials: where no field tells them apart, `members` is added; `sweep` where one of several sweeps
     trained a population, whose settings are those that its trials began with. `at` is the last epoch, the best one
     (of top1, chosen on the very images it is measured on), or a number: then every trial that has reached that epoch
@@ -146,7 +165,7 @@ def table(
     if with_stopped and not isinstance(at, int):
         rows = [row.replace(stopped_early=False) if row.stopped_early else row for row in rows]
     cols = tuple(map(_field, col_fields))
-    lines = tuple(map(_field, row_fields)) or tuple(each for each in varied(rows) if each not in cols)
+    lines = tuple(map(_field, row_fields)) or tuple(each for each in telling(rows) if each not in cols)
     combined = any(isinstance(row, EnsembleRow) for row in rows)
     if combined and {"label", "cell_id", "members"}.isdisjoint(lines + cols):
         lines = (*lines, "members")
@@ -191,7 +210,7 @@ def varied(rows: Sequence[TrialRow], *, label: bool = True) -> list[str]:
         return []
     names: list[str] = []
     group_of_row, apart = [0] * len(rows), 1
-    for name in sorted(set(CONFIG_COLUMNS) - {"seed"}, key=_telling):
+    for name in sorted(set(CONFIG_COLUMNS) - {"seed"}, key=_rank):
         values = [row.config.get(name) for row in rows]
         if values.count(values[0]) == len(values):  # most settings: the trials of a sweep have them in common
             continue
@@ -205,7 +224,21 @@ def varied(rows: Sequence[TrialRow], *, label: bool = True) -> list[str]:
     return ["label", *names] if label and any(row.label for row in rows) else names
 
 
-def _telling(name: str) -> tuple[int, int]:
+def telling(rows: Sequence[TrialRow]) -> list[str]:
+    """What tells the cells apart: the label, where all have one, and of the settings that vary those it leaves open. A
+    label whose trials all have one mixing method says that already.
+    """
+    names = varied(rows)
+    if not all(row.label for row in rows):
+        return names
+    kept: list[str] = []
+    for name in names:
+        if len({_key(row, [*kept, name]) for row in rows}) > len({_key(row, kept) for row in rows}):
+            kept.append(name)
+    return kept
+
+
+def _rank(name: str) -> tuple[int, int]:
     """What a reader asks for first comes first."""
     section = name.partition("_")[0]
     return ({"model": 0, "mixing": 1, "data": 2, "optim": 3}.get(section, 4), CONFIG_COLUMNS.index(name))
@@ -419,8 +452,10 @@ def _silent(where: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _agrees(row: TrialRow, published: "Published", silent: frozenset[str]) -> bool:
-    """Whether it is of so many networks and has the settings; null is any value of one that changes nothing."""
-    if _column(row, "members") != published.members:
+    """Whether it is of so many networks and has the settings; null is any value of one that changes nothing. Nothing
+    agrees with a quick form.
+    """
+    if _column(row, "members") != published.members or heading([row.sweep]):
         return False
     settings = ((row.config.get(name.replace(".", "_")), name, value) for name, value in published.where.items())
     return all(

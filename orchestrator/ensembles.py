@@ -22,7 +22,7 @@ from orchestrator.analysis import EnsembleRow, Results
 from orchestrator.errors import NotFoundError, UsageError
 from orchestrator.progress import cell_names
 from orchestrator.rows import METRIC_COLUMNS, TrialRow
-from orchestrator.sweep import Ensemble, shown
+from orchestrator.sweep import Ensemble
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,9 +52,9 @@ def rows(
     """
     made: dict[str, TrialRow] = {}
     trials = results.rows
-    for sweep in results.sweeps:
+    for sweep, asked in results.asked().items():
         own = sorted((row for row in trials if row.sweep == sweep), key=lambda row: row.position)
-        for wanted in shown(results.store.sweep_file(sweep), sweep).ensembles:
+        for wanted in asked.ensembles:
             for row in _wanted(wanted, own, results.store, talk, METRIC_COLUMNS if metrics is None else metrics):
                 made.setdefault(row.trial_id, row.replace(position=len(own) + len(made)))
     return list(made.values())

@@ -4,6 +4,7 @@ They read without colour: lines differ in dash and marker as well as in shade, a
 is drawn comes from `studies`; a line below each figure says what its bands are and how much of the sweep it shows.
 """
 
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixmo_core.metrics import BY_NAME
+from orchestrator import lettering
 from orchestrator.errors import NotFoundError, UnreachableError, UsageError
 from orchestrator.pareto import Front
 from orchestrator.rows import METRIC_COLUMNS, EpochRow, TrialRow
@@ -41,11 +43,18 @@ if TYPE_CHECKING:
 
 FORMATS = ("png", "svg", "pdf")
 MOST_DIAGRAMS = 12
-"""Cells whose calibration is drawn: each reads the logits of its trials."""
+"""Cells whose calibration is drawn, of more the best: each reads the logits of its trials."""
 MOST_NAMED = 12
 """Lines of a legend, and cells of a scatter that look different."""
+MOST_NUMBERED = 30
+"""Members of a front that have a number; of more, those that no other dominates."""
+LEADER = 14.0
+"""Points between a mark and its number from which on a line joins them."""
 MOST_CELLS = 80
 """Lines of the figure of cells: of more, the best are shown."""
+PANELS_ACROSS = 3
+LEGEND_LINE = 0.14
+"""Inches."""
 FEW_IMAGES = 10
 """The accuracy of fewer is chance."""
 DIVERSITY = ("ratio_error", "disagreement", "kl_divergence")
@@ -75,11 +84,17 @@ class Material:
     """What figures are drawn from. What is costly to have is asked for when a figure needs it."""
 
     rows: Sequence[TrialRow]
+    """Of the trials."""
     epochs: Callable[[], Sequence[EpochRow]]
     logits: Callable[[TrialRow], "Logits"]
     """Raises NotFoundError where none are stored."""
     samples: Callable[[], Sequence[Sample]]
     """Of the mixing blocks of the sweep; none where it mixes nothing."""
+    ensembles: Callable[[], Sequence[TrialRow]] = tuple
+    """Those that the sweep file names, as rows beside the trials."""
+
+    def all_rows(self) -> list[TrialRow]:
+        return [*self.rows, *self.ensembles()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +131,14 @@ def draw(material: Material, *, metric: str = "top1", only: Sequence[str] = ()) 
 
 
 def write(figures: Mapping[str, "Figure"], folder: Path, formats: Sequence[str], metric: str = "top1") -> list[Path]:
-    """Write figures into a folder, in each format; the files, in that order. The same figures make the same bytes.
+    """Write figures into a folder, in each format; the files, in that order, named after another metric than top1, too.
+    The same figures make the same bytes.
 
     Raises UsageError for a format that there is not, UnreachableError if the folder cannot be written.
     """
     check_formats(formats)
-    names = {"accuracy": "accuracy" if metric == "top1" else metric}
-    return [
-        save(drawn, folder / f"{names.get(kind, kind)}.{each}") for kind, drawn in figures.items() for each in formats
-    ]
+    suffix = "" if metric == "top1" else f"-{metric}"
+    return [save(drawn, folder / f"{kind}{suffix}.{each}") for kind, drawn in figures.items() for each in formats]
 
 
 def check_formats(formats: Sequence[str]) -> None:
@@ -198,8 +212,8 @@ def draw_curves(drawn: Sequence[Cell], lines: Sequence[Curve], metric: str, told
             mean = [_scale(metric) * value for value in line.mean]
             label = f"{len(others)} others" if number == 0 else None
             axis.plot(line.epochs, mean, color="0.78", linewidth=0.7, zorder=1, label=label)
-        _legend(axis, outside=len(panels) == 1, handlelength=3.2)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legends(figure, axes)
     figure.supxlabel("epoch", size="medium")
     figure.supylabel(_axis_name(metric), size="medium")
     spared = any(sum(cell.panel == panel for cell in drawn) > PANEL_LINES for panel in panels)
@@ -229,12 +243,23 @@ def _draw_curve(axis: "Axes", cell: Cell, line: Curve, scale: float, look: Mappi
 
 
 def _accuracy(material: Material, metric: str) -> "Figure | str":
-    drawn, told = cells(material.rows, metric), standing(material.rows, metric)
-    if len(drawn) <= MOST_CELLS:
-        return draw_values(drawn, metric, told)
+    rows = material.all_rows()
+    drawn, told = cells(rows, metric), standing(rows, metric)
+    if len(drawn) > MOST_CELLS:
+        told = f"{told}, the best {MOST_CELLS} of {len(drawn):,} cells"
+        drawn = _best(drawn, metric)[:MOST_CELLS]
+    return draw_values(drawn, metric, told)
+
+
+def _best(drawn: Sequence[Cell], metric: str) -> list[Cell]:
+    """The best first."""
     sign = -1 if BY_NAME[metric].better == "lower" else 1
-    best = sorted(drawn, key=lambda cell: -sign * spread(cell.values(metric))[0])[:MOST_CELLS]
-    return draw_values(best, metric, f"{told}, the best {MOST_CELLS} of {len(drawn):,} cells")
+
+    def rank(cell: Cell) -> float:
+        values = cell.values(metric)
+        return -sign * spread(values)[0] if values else math.inf
+
+    return sorted(drawn, key=rank)
 
 
 def draw_values(drawn: Sequence[Cell], metric: str, told: str = "") -> "Figure":
@@ -261,11 +286,11 @@ def draw_values(drawn: Sequence[Cell], metric: str, told: str = "") -> "Figure":
 
 def _study(kind: str) -> Callable[[Material, str], "Figure | str"]:
     def drawn(material: Material, metric: str) -> "Figure | str":
-        lines = study(material.rows, STUDIES[kind], metric)
-        if not lines:
+        if not study(material.rows, STUDIES[kind], metric):
             name = STUDIES[kind].replace("_", ".", 1)
             return f"no cells differ in {name} alone"
-        return draw_study(lines, STUDIES[kind], metric, standing(material.rows, metric))
+        rows = material.all_rows()
+        return draw_study(study(rows, STUDIES[kind], metric), STUDIES[kind], metric, standing(rows, metric))
 
     return drawn
 
@@ -283,7 +308,7 @@ def draw_study(lines: Sequence[Line], field: str, metric: str, told: str = "") -
             axis.set_xscale("log")
         axis.set_xticks(values, [f"{value:g}" for value in values])
         axis.minorticks_off()
-        _legend(axis, outside=len(panels) == 1, handlelength=3.2)
+    _legends(figure, axes)
     figure.supxlabel(setting_name(field), size="medium")
     figure.supylabel(_axis_name(metric), size="medium")
     bands = "Mean over seeds, whose number is in brackets; bands: 95 % interval of the mean, by Student's t."
@@ -322,7 +347,7 @@ def _ensemble(material: Material, metric: str) -> "Figure | str":
     axis.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     axis.set_xlabel("accuracy of one subnetwork, mean over the M (%)")
     axis.set_ylabel("accuracy of their ensemble (%)")
-    _legend(axis, outside=True, handlelength=1.2)
+    _legend(axis, handlelength=1.2)
     told = standing(_with_several(material.rows), "subnetwork_top1_mean")
     _tell(figure, told, "Small: each seed; large: mean. On the dotted line the ensemble gains nothing.")
     return figure
@@ -336,7 +361,7 @@ def _diversity(material: Material, metric: str) -> "Figure | str":
     for axis, name in zip(axes, there, strict=True):
         _draw_scatter(axis, _several(material.rows, name), name, metric)
         axis.set_xlabel(_axis_name(name).replace("_", " "))
-    _legend(axes[-1], outside=True, handlelength=1.2)
+    _legend(axes[-1], handlelength=1.2)
     figure.supylabel(_axis_name(metric), size="medium")
     _tell(figure, standing(_with_several(material.rows), there[0]), "Small: each seed; large: mean.")
     return figure
@@ -379,19 +404,21 @@ def _kind(cell: Cell, count: int) -> str:
 
 def _reliability(material: Material, metric: str) -> "Figure | str":
     drawn = cells(material.rows, "ece")
-    found: dict[str, tuple[Cell, Calibration]] = {}
-    for cell in drawn[:MOST_DIAGRAMS]:
-        try:
-            stored = [material.logits(row) for row in cell.trials]
-        except NotFoundError:
-            continue
-        found[cell.name] = cell, calibration(stored)
+    found: dict[str, Calibration] = {}
+    for cell in _best(drawn, metric):
+        if len(found) < MOST_DIAGRAMS:
+            try:
+                found[cell.name] = calibration([material.logits(row) for row in cell.trials])
+            except NotFoundError:
+                continue
     if not found:
         return "no cell has the logits of all its finished trials in the store"
     told = standing(material.rows, "ece")
     if len(found) < len(drawn):
         told = f"{told}, {len(found)} of {len(drawn)} cells"
-    return draw_reliability(list(found.values()), told)
+    if len(found) == MOST_DIAGRAMS < len(drawn):
+        told = f"{told}, the best by {metric}"
+    return draw_reliability([(cell, found[cell.name]) for cell in drawn if cell.name in found], told)
 
 
 def draw_reliability(found: Sequence[tuple[Cell, Calibration]], told: str = "") -> "Figure":
@@ -491,7 +518,9 @@ def _show(axis: "Axes", image_HWC: Any, title: str = "") -> None:
 
 
 def draw_front(front: Front) -> "Figure":
-    """The metric against the cost: the front as a line, what is dominated as open marks."""
+    """The metric against the cost: the front as a line, what is dominated as open marks; each with a number, which a
+    list beside it explains.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -500,40 +529,73 @@ def draw_front(front: Front) -> "Figure":
         axis = figure.subplots()
         scale = _scale(front.metric)
         costs = [each.cost for each in front.members]
-        is_wide = min(costs) > 0 and max(costs) / min(costs) > 20
-        middle = math.sqrt(min(costs) * max(costs)) if is_wide else (min(costs) + max(costs)) / 2
-        on = sorted((each for each in front.members if each.dominated_by is None), key=lambda each: each.cost)
-        axis.plot([each.cost for each in on], [scale * each.mean for each in on], color="0.5", linewidth=1,
-                  drawstyle="steps-post", zorder=1)  # fmt: skip
-        for each in front.members:
-            low, high = interval(each.values, 0.95) or (each.mean, each.mean)
-            axis.vlines([each.cost], scale * low, scale * high, color="0.6", linewidth=0.9, zorder=1)
-            filled = "black" if each.dominated_by is None else "white"
-            axis.plot([each.cost], [scale * each.mean], marker="o", markersize=5, linestyle="none", color="black",
-                      markerfacecolor=filled)  # fmt: skip
-        _name_members(axis, front, scale, middle)
-        if is_wide:
+        on = [each for each in front.members if each.dominated_by is None]
+        corners = [
+            [(here.cost, scale * here.mean), (then.cost, scale * here.mean)] for here, then in itertools.pairwise(on)
+        ]
+        steps = [*itertools.chain(*corners), (on[-1].cost, scale * on[-1].mean)]
+        bounds = [(each.cost, interval(each.values, 0.95) or (each.mean, each.mean)) for each in front.members]
+        bars = [[(cost, scale * low), (cost, scale * high)] for cost, (low, high) in bounds]
+        axis.plot(*zip(*steps, strict=True), color="0.5", linewidth=1, zorder=1)
+        for bar in bars:
+            axis.plot(*zip(*bar, strict=True), color="0.6", linewidth=0.9, zorder=1)
+        if min(costs) > 0 and max(costs) / min(costs) > 20:
             axis.set_xscale("log")
         axis.margins(x=0.08)
         axis.set_xlabel(front.cost_name)
         axis.set_ylabel(_axis_name(front.metric))
-        _tell(figure, front.standing, "Filled: on the front, no other is as good for less; open: dominated. Bars: 95 % "
-                                      "interval of the mean, by Student's t.")  # fmt: skip
+        _number_members(figure, front, [*bars, steps])
+        _tell(figure, front.standing, "Filled: on the front, no other is as good for less; open: dominated, by means "
+                                      "alone. Bars: 95 % interval of the mean, by Student's t.")  # fmt: skip
     return figure
 
 
-def _name_members(axis: "Axes", front: Front, scale: float, middle: float) -> None:
-    """Those of the front, and the others too where they are few; of several in one place all in one line."""
-    places: dict[tuple[float, float], list[str]] = {}
-    for each in front.members:
-        if each.dominated_by is None or len(front.members) <= MOST_NAMED:
-            places.setdefault((each.cost, scale * each.mean), []).append(each.name)
-    for (cost, mean), names in places.items():
-        left = cost > middle
+def _number_members(figure: "Figure", front: Front, lines: Sequence[Sequence[tuple[float, float]]]) -> None:
+    """All members by their cost; of very many those of the front. Members in one place share a word."""
+    (axis,), scale = figure.axes, _scale(front.metric)
+    few = len(front.members) <= MOST_NUMBERED
+    numbers: dict[tuple[float, float], list[str]] = {}
+    for each in sorted(front.members, key=lambda each: not few and each.dominated_by is not None):  # named ones first
+        at = numbers.setdefault((each.cost, scale * each.mean), [])
+        name = None
+        if few or each.dominated_by is None:
+            at.append(str(sum(map(len, numbers.values())) + 1))
+            name = f"{at[-1]}  {textwrap.fill(each.name, 80, subsequent_indent='    ')}"
+        axis.plot(
+            [each.cost], [scale * each.mean], marker="o", markersize=5, linestyle="none", color="black",
+            markerfacecolor="black" if each.dominated_by is None else "white", label=name,
+        )  # fmt: skip
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="x-small", handlelength=1.0).set_in_layout(False)
+    _place(figure, {place: ", ".join(told) for place, told in numbers.items()}, lines)
+
+
+def _place(
+    figure: "Figure", words: Mapping[tuple[float, float], str], lines: Sequence[Sequence[tuple[float, float]]]
+) -> None:
+    """Write each word beside its place on the only axis, whose layout is final from then on; empty ones are marks that
+    no other word may cover, and stand last. `lines` go straight across or upwards.
+    """
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    (axis,) = figure.axes
+    points = 72 / figure.dpi
+    size = 0.7 * float(_STYLE["font.size"])
+    marks = [(points * x, points * y) for x, y in axis.transData.transform(list(words))]
+    left, lower, right, upper = (points * each for each in axis.get_window_extent().extents)
+    ends = [[(points * x, points * y) for x, y in axis.transData.transform(line)] for line in lines]
+    thin = [
+        (min(a, b) - 0.5, min(c, d) - 0.5, max(a, b) + 0.5, max(c, d) + 0.5)
+        for line in ends
+        for (a, c), (b, d) in itertools.pairwise(line)
+    ]
+    sizes = [(0.66 * size * len(word), size) for word in words.values() if word]
+    middles = lettering.place(marks, sizes, frame=(left, lower, right, upper), lines=thin)
+    for (at, word), mark, middle in zip(words.items(), marks, middles, strict=False):
+        offset = (middle[0] - mark[0], middle[1] - mark[1])
         axis.annotate(
-            "; ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else ""), (cost, mean),
-            xytext=(-5 if left else 5, 4), textcoords="offset points", ha="right" if left else "left",
-            fontsize="x-small", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.75},
+            word, at, xytext=offset, textcoords="offset points", ha="center", va="center", fontsize=size,
+            arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkB": 2}
+            if math.hypot(*offset) > LEADER else None,
         )  # fmt: skip
 
 
@@ -568,7 +630,7 @@ def _panels(titles: Sequence[str], *, titled: bool = True, sharex: bool = True) 
     """Axes with common limits, one for each title, at most three side by side."""
     from matplotlib.figure import Figure
 
-    across = min(3, len(titles))
+    across = min(PANELS_ACROSS, len(titles))
     down = math.ceil(len(titles) / across)
     figure = Figure(figsize=(5.2 if across == 1 else 3.6 * across, 3.4 * down), layout="constrained")
     axes = list(figure.subplots(down, across, sharex=sharex, sharey=True, squeeze=False).flat)
@@ -593,16 +655,29 @@ def _tell(figure: "Figure", told: str, how: str) -> None:
     figure.text(0.01, -0.02, "\n".join(lines), fontsize=7, color="0.35", va="top", linespacing=1.3)
 
 
-def _legend(axis: "Axes", *, outside: bool, **given: Any) -> None:
-    """What the lines are: beside the only plot, or the last; within each of several. Of many lines the first."""
+def _legend(axis: "Axes", **given: Any) -> None:
+    """What the lines are, beside the only plot or the last. Of many lines the first."""
     handles, names = axis.get_legend_handles_labels()
-    most = MOST_NAMED if outside else PANEL_LINES
-    more = len(names) - most
+    more = len(names) - MOST_NAMED
     if more > 1:
-        handles, names = handles[:most], [*names[: most - 1], f"{names[most - 1]} and {more} more"]
+        handles, names = handles[:MOST_NAMED], [*names[: MOST_NAMED - 1], f"{names[MOST_NAMED - 1]} and {more} more"]
     names = [textwrap.fill(name, 40) for name in names]
-    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)} if outside else {"loc": "best"}
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
     axis.legend(handles, names, **place, **given).set_in_layout(False)
+
+
+def _legends(figure: "Figure", axes: Sequence["Axes"]) -> None:
+    """What the lines are: beside the only plot; of several below each, where they cover none."""
+    if len(axes) == 1:
+        _legend(axes[0], handlelength=3.2)
+        return
+    most = 0
+    for axis in axes:
+        handles, names = axis.get_legend_handles_labels()
+        names = [textwrap.fill(name, 44) for name in names]
+        most = max(most, sum(1 + name.count("\n") for name in names))
+        axis.legend(handles, names, loc="upper left", bbox_to_anchor=(-0.02, -0.1), handlelength=3.2, borderaxespad=0)
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * most * math.ceil(len(axes) / PANELS_ACROSS))
 
 
 def _look(number: int, of: int) -> dict[str, Any]:

@@ -188,7 +188,8 @@ def _notes(cost: str, clock: str, price: float | None, currency: str) -> list[st
         notes.append("No trial used a GPU: hours are those of the wall clock.")
     if cost == "money":
         notes.append(f"At {price:g} {currency} an hour.")
-    return [*notes, "Costs are means over the trials of a cell, those of an ensemble sums over its members."]
+    notes.append("Costs are means over the trials of a cell, those of an ensemble sums over its members.")
+    return [*notes, "Dominated: by means alone, which may differ by chance; `mixmo table` tests that."]
 
 
 def _ordered(members: Sequence[Member], metric: str) -> tuple[Member, ...]:

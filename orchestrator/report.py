@@ -89,16 +89,18 @@ def _state(content: Content) -> str:
     states = Counter(row.state for row in content.rows)
     total, done = len(content.rows), states["TERMINATED"]
     left = total - sum(states[state] for state in FINAL)
+    warned = _warning(content.results.heading)
     at = f" These results were written on {_moment(content.written_at)}." if content.written_at else ""
     if left:
         told = (
             f"Not finished: {left:,} of {plural(total, 'trial')} run or wait. All below is right for the "
             f"{plural(done, 'trial')} that have finished, and will change."
         )
-        return f'<p class="state open" role="status">{told}{at}</p>'
+        return f'<p class="state open" role="status">{warned}{told}{at}</p>'
     failed = f", {states['ERROR']:,} failed" if states["ERROR"] else ""
     cancelled = f", {states['CANCELLED']:,} were cancelled" if states["CANCELLED"] else ""
-    return f'<p class="state">Finished: {done:,} of {plural(total, "trial")}{failed}{cancelled}.{at}</p>'
+    told = f"Finished: {done:,} of {plural(total, 'trial')}{failed}{cancelled}."
+    return f'<p class="state{" open" if warned else ""}">{warned}{told}{at}</p>'
 
 
 def _summary(content: Content) -> str:
@@ -146,7 +148,7 @@ def _results(content: Content) -> str:
     made = content.results
     header, body = made.text_cells()
     told = [*made.legend(), *made.notes()]
-    main = _table(f"{made.title} of every cell", header, body, words=len(made.row_fields))
+    main = _table(f"{made.title} of every cell", header, body, words=len(made.row_fields), warning=made.heading)
     data = base64.b64encode(made.to_csv().encode()).decode()
     link = f'<p><a download="results.csv" href="data:text/csv;base64,{data}">These numbers, unrounded, as CSV</a></p>'
     return main + _notes(told) + link + _more(content)
@@ -159,7 +161,8 @@ def _more(content: Content) -> str:
     lines = [list(column) for column in zip(*(table.text_cells(("value",))[1] for table in content.more), strict=True)]
     header = [*content.more[0].text_cells(("value",))[0][: len(fields)], *(table.title for table in content.more)]
     body = [[*line[0][: len(fields)], *(each[len(fields)] for each in line)] for line in lines]
-    return "<h3>Other metrics</h3>" + _table("Other metrics of every cell, last epoch", header, body, words=len(fields))
+    caption, warning = "Other metrics of every cell, last epoch", content.results.heading
+    return "<h3>Other metrics</h3>" + _table(caption, header, body, words=len(fields), warning=warning)
 
 
 def _ensembles(content: Content) -> str:
@@ -176,11 +179,11 @@ def _ensembles(content: Content) -> str:
 
 
 def _cost(content: Content) -> str:
-    parts = ""
+    parts, warning = "", content.results.heading
     if content.front:
         header, body = content.front.text_cells()
         caption = f"{content.front.metric} against {content.front.cost_name}"
-        parts += _table(caption, header, body, words=1, words_after=3) + _notes(content.front.notes)
+        parts += _table(caption, header, body, words=1, words_after=3, warning=warning) + _notes(content.front.notes)
         parts += _figure(draw_front(content.front), "Accuracy against cost", f"Figure of the table above: {caption}")
     groups: dict[str, list[TrialRow]] = {}
     for row in content.rows:
@@ -188,7 +191,8 @@ def _cost(content: Content) -> str:
     names = cell_names(content.rows)
     body = [[names[cell], *_spent(members)] for cell, members in groups.items()]
     header = ["cell", "trials", "finished", "time a trial", "GPU-hours a trial", "FLOPs a trial", "parameters"]
-    return parts + "<h3>What each cell took</h3>" + _table("Time and arithmetic of each cell", header, body, words=1)
+    caption = "Time and arithmetic of each cell"
+    return parts + "<h3>What each cell took</h3>" + _table(caption, header, body, words=1, warning=warning)
 
 
 def _spent(members: Sequence[TrialRow]) -> list[str]:
@@ -262,7 +266,7 @@ def _run(content: Content) -> str:
         for row in content.rows[:MOST_TRIALS]
     ]
     shown = "All trials" if len(body) == len(content.rows) else f"The first {len(body):,} trials"
-    table = _table(f"{shown} of {len(content.rows):,}", header, body, words=2)
+    table = _table(f"{shown} of {len(content.rows):,}", header, body, words=2, warning=content.results.heading)
     return f"{files}<details><summary>{shown}</summary>{table}</details>"
 
 
@@ -275,9 +279,17 @@ def _value(row: TrialRow, metric: str, *, is_fraction: bool) -> str:
 
 
 def _table(
-    caption: str, header: Sequence[str], body: Sequence[Sequence[str]], *, words: int, words_after: int = 10**6
+    caption: str,
+    header: Sequence[str],
+    body: Sequence[Sequence[str]],
+    *,
+    words: int,
+    words_after: int = 10**6,
+    warning: str = "",
 ) -> str:
-    """A table whose first columns name the line; `words_after`: from this column on there are words again."""
+    """A table whose first columns name the line; `words_after`: from this column on there are words again. The warning
+    is what `mixmo table` prints above its own.
+    """
 
     def kind(i: int) -> str:
         return "" if i < words or i >= words_after else ' class="n"'
@@ -294,8 +306,12 @@ def _table(
     )
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
-        f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>\n{lines}</tbody></table></div>"
+        f"<caption>{_warning(warning)}{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>\n{lines}</tbody></table></div>"
     )
+
+
+def _warning(text: str) -> str:
+    return f'<strong class="warning">{escape(text)}</strong>' if text else ""
 
 
 def _parted(name: str) -> str:
@@ -327,6 +343,7 @@ h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem; overflow-wrap: anywhere; }
 a { color: var(--link); }
 .state { margin: 0 0 1rem; }
 .state.open { padding: .6rem .9rem; border-left: 4px solid var(--open); background: var(--open-soft); }
+.warning { display: block; color: var(--ink); }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .75rem 1.5rem; margin: 1rem 0; }
 dt { color: var(--faint); font-size: .85rem; }
 dd { margin: 0; overflow-wrap: anywhere; }

@@ -4,12 +4,14 @@ import csv
 import io
 import json
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mixmo_core.metrics import BY_NAME
+from orchestrator.errors import UsageError
 from orchestrator.rows import CONFIG_COLUMNS
 from orchestrator.significance import Comparison, holm, interval, needed
 
@@ -17,12 +19,14 @@ At = Literal["last", "best"] | int
 """The last epoch, the best one of each trial, or the one of this number."""
 Key = tuple[Any, ...]
 Part = Literal["value", "interval", "difference", "p", "p_t", "published"]
+PARTS: tuple[Part, ...] = get_args(Part)[1:]
+"""What may stand beside a value."""
 
 QUICK = "quick form, not comparable"
 """Heads what is shown of a sweep that was run with --quick."""
 WIDTH = 100
-"""Columns of a page. Where a table is wider, the parts that a reader misses least are left out."""
-_SPARED: tuple[Part, ...] = ("p_t", "interval", "p")
+"""Columns of a terminal. Where a table is wider, the parts that a reader misses least are left out, in this order."""
+_SPARED: tuple[Part, ...] = ("p_t", "p", "interval")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,23 +165,23 @@ class ResultTable:
 
     # ---------------------------------------------------------------------------------------------------------- forms
 
-    def to_markdown(self, width: int = WIDTH) -> str:
-        """A pipe table. Fractions are shown in percent, as mean ± standard deviation."""
-        parts = self._fitting(width)
-        header, body = self.text_cells(parts)
+    def to_markdown(self, parts: Sequence[str] = ()) -> str:
+        """A pipe table: each value with these parts, or with all that there are. Fractions are shown in percent, as
+        mean ± standard deviation.
+        """
+        chosen = self._chosen(parts) or self._available()
+        header, body = self.text_cells(chosen)
         lines = [header, ["---"] * len(self.row_fields) + ["---:"] * (len(header) - len(self.row_fields)), *body]
         head = f"**{self.heading}**\n\n" if self.heading else ""
         text = "".join("| " + " | ".join(each.replace("|", r"\|") for each in line) + " |\n" for line in lines)
-        return (
-            head
-            + text
-            + "".join(f"\n{note}\n" for note in (*self._key_to_tests(parts), *self.notes(), *self._spared(parts)))
-        )
+        return head + text + "".join(f"\n{note}\n" for note in (*self._key_to_tests(chosen), *self.notes()))
 
-    def to_text(self, width: int = WIDTH) -> str:
-        """For a terminal: columns in line, no colours."""
-        parts = self._fitting(width)
-        header, body = self.text_cells(parts)
+    def to_text(self, width: int = WIDTH, parts: Sequence[str] = ()) -> str:
+        """For a terminal: columns in line, no colours. Where all of it is too wide, the tests are left out, and then
+        the interval, unless the parts are named.
+        """
+        chosen = self._chosen(parts) or self._fitting(width)
+        header, body = self.text_cells(chosen)
         widths = _widths(header, body)
         rule = ["─" * width for width in widths]
         settings = len(self.row_fields)
@@ -188,25 +192,31 @@ class ResultTable:
             ).rstrip()
             for line in (header, rule, *body)
         ]
-        told = [*self.legend(parts), *self.notes(), *self._spared(parts)]
+        told = [*self.legend(chosen), *self.notes(), *([] if parts else self._spared(chosen))]
         lines = [self.heading, "", *lines] if self.heading else lines
         return "".join(f"{line}\n" for line in (*lines, *(part for each in told for part in _wrapped(each, width))))
 
-    def to_latex(self, command: str = "") -> str:
-        """A tabular of booktabs, the best of each column in bold; its legend follows it. `command` is what made it."""
-        parts = tuple(part for part in self._available() if part in ("value", "difference", "published"))
+    def to_latex(self, command: str = "", parts: Sequence[str] = ()) -> str:
+        """A tabular of booktabs, the best of each column in bold, set smaller where it is wider than the line; its
+        legend follows it. Significance is a dagger. Unless the parts are named, interval and difference stand beside a
+        single column of values and are left out beside several. `command` is what made it.
+        """
+        usual = ("value", "published", *(("interval", "difference") if len(self.col_keys) == 1 else ()))
+        chosen = self._chosen(parts) or tuple(part for part in self._available() if part in usual)
         source = f"sweep {', '.join(self.sweeps)}; commit {', '.join(self.commits) or 'not known'}"
         origin = " ".join("; ".join(filter(None, (source, command))).split())
-        header = [*map(short, self.row_fields), *self._titles(parts)]
-        body = [[*(_escaped(shown(value)) for value in row), *self._latex_line(row, parts)] for row in self.row_keys]
-        caption = [rf"\textbf{{{_escaped(self.heading)}}}\par\smallskip"] if self.heading else []
+        header = [*map(short, self.row_fields), *self._titles(chosen)]
+        body = [[*(_escaped(shown(value)) for value in row), *self._latex_line(row, chosen)] for row in self.row_keys]
+        caption = [rf"\noindent\textbf{{{_escaped(self.heading)}}}\par\smallskip"] if self.heading else []
         lines = [
-            *([f"% {self.heading}"] if self.heading else []), f"% {origin}", r"% \usepackage{booktabs}", *caption,
+            *([f"% {self.heading}"] if self.heading else []), f"% {origin}", r"% \usepackage{booktabs,graphicx}",
+            *caption, r"\noindent\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{{'l' * len(self.row_fields)}{'r' * (len(header) - len(self.row_fields))}}}",
             r"\toprule", _latex_row(map(_escaped, header)), r"\midrule", *map(_latex_row, body), r"\bottomrule",
-            r"\end{tabular}",
+            r"\end{tabular}}",
         ]  # fmt: skip
-        told = [_escaped(each) for each in (*self._key_to_values(parts), *self.notes()) if each]
+        tested = [each for each in self._key_to_tests(chosen) if not each.startswith("*")]
+        told = [_escaped(each) for each in (*self._key_to_values(chosen), *tested, *self.notes()) if each]
         told += self._latex_key()
         if told:
             lines += [r"\par\smallskip", r"{\footnotesize\raggedright", *(rf"{each}\par" for each in told), "}"]
@@ -263,7 +273,7 @@ class ResultTable:
         body = [
             [
                 *map(shown, row),
-                *(self.part_text(self._cell(row, col), part) for col in self.col_keys for part in chosen),
+                *(self.part_text(self._cell(row, col), part) for col, part in self._columns(chosen)),
             ]
             for row in self.row_keys
         ]
@@ -298,22 +308,36 @@ class ResultTable:
         }
         return tuple(part for part, is_there in there.items() if is_there)
 
+    def _chosen(self, parts: Sequence[str]) -> tuple[Part, ...]:
+        """The value and those of the parts that there are; empty where none was asked for. Raises UsageError for what
+        is no part.
+        """
+        unknown = [part for part in parts if part not in PARTS]
+        if unknown:
+            raise UsageError(f"no part {unknown[0]} of a table; there are {', '.join(PARTS)}")
+        return tuple(part for part in self._available() if part in ("value", *parts)) if parts else ()
+
     def _fitting(self, width: int) -> tuple[Part, ...]:
         parts = self._available()
         for spared in _SPARED:
             widths = _widths(*self.text_cells(parts))
-            if sum(widths) + 3 * len(widths) + 1 <= width:  # as Markdown frames them
+            if sum(widths) + 2 * (len(widths) - 1) <= width:
                 break
             parts = tuple(part for part in parts if part != spared)
         return parts
+
+    def _columns(self, parts: Sequence[Part]) -> list[tuple[Key, Part]]:
+        """The columns of numbers; no empty ones of published numbers, which often stand under one setting alone."""
+        told = {col for (_, col), cell in self.cells.items() if cell.published}
+        return [(col, part) for col in self.col_keys for part in parts if part != "published" or col in told]
 
     def _titles(self, parts: Sequence[Part]) -> list[str]:
         names = {"interval": f"{self._confident} interval", "difference": "vs baseline", "p": "p", "p_t": "p (t)",
                  "published": "published"}  # fmt: skip
         titles = []
-        for col in self.col_keys:
+        for col, part in self._columns(parts):
             title = ", ".join(f"{short(k)} {shown(v)}" for k, v in zip(self.col_fields, col, strict=True))
-            titles += [title or self.title, *(names[part] for part in parts if part != "value")]
+            titles.append(names.get(part, title or self.title))
         return titles
 
     @property
@@ -427,7 +451,7 @@ class ResultTable:
     def _spared(self, parts: Sequence[Part]) -> list[str]:
         names = {"interval": "the interval", "p": "p", "p_t": "p (t)"}
         lacking = [name for part, name in names.items() if part in self._available() and part not in parts]
-        return [f"Left out for want of room: {', '.join(lacking)}; CSV and JSON have all."] if lacking else []
+        return [f"Left out for want of room: {', '.join(lacking)}; --format markdown has all."] if lacking else []
 
     def notes(self) -> list[str]:
         """What a reader must know to read the numbers right."""
@@ -500,16 +524,16 @@ class ResultTable:
 
     def _latex_line(self, row: Key, parts: Sequence[Part]) -> list[str]:
         line = []
-        for col in self.col_keys:
+        for col, part in self._columns(parts):
             cell = self._cell(row, col)
-            for part in parts:
-                if part == "value":
-                    line.append(self._latex_value(cell, best=self._is_best(cell, col)))
-                    continue
-                text = self.part_text(cell, part).removesuffix(" *")
-                mark = "" if text == "-" or part != "published" else r"$^{\ddagger}$"
-                mark = r"$^{\dagger}$" if part == "difference" and self.significant(cell) else mark
-                line.append(_latex_number(text) + mark)
+            found = r"$^{\dagger}$" if self.significant(cell) else ""
+            if part == "value":
+                value = self._latex_value(cell, best=self._is_best(cell, col))
+                line.append(value + ("" if "difference" in parts else found))
+                continue
+            text = self.part_text(cell, part).removesuffix(" *")
+            told = r"$^{\ddagger}$" if text != "-" else ""
+            line.append(_latex_number(text) + {"published": told, "difference": found}.get(part, ""))
         return line
 
     def _latex_value(self, cell: Cell, *, best: bool) -> str:
@@ -607,7 +631,9 @@ def _escaped(text: str) -> str:
 
 def _latex_number(text: str) -> str:
     """Numbers in mathematics, so that a minus is one; words as they are."""
-    return "$" + text.replace("±", r"\pm") + "$" if any(map(str.isdigit, text)) else _escaped(text)
+    if not any(map(str.isdigit, text)):
+        return _escaped(text)
+    return re.sub(r"[^\s()]*\d[^\s()]*(?: ± \S+)?", lambda found: "$" + found[0].replace("±", r"\pm") + "$", text)
 
 
 def _latex_row(cells: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mixmo_core.config import leaves
 from mixmo_core.metrics import CALIBRATION_BINS
-from orchestrator.analysis import varied
+from orchestrator.analysis import EnsembleRow, telling
 from orchestrator.result_table import heading, shown
 from orchestrator.rows import FINAL, EpochRow, TrialRow
 from orchestrator.significance import interval
@@ -70,7 +70,7 @@ def finished(rows: Iterable[TrialRow], metric: str) -> list[TrialRow]:
 def cells(rows: Sequence[TrialRow], metric: str) -> list[Cell]:
     """The cells that have finished trials with this metric, in the order of the sweep."""
     full = finished(rows, metric)
-    names = _telling(full)
+    names = telling(full)
     planned: dict[str, set[str]] = {}
     for row in rows:
         planned.setdefault(row.cell_id, set()).add(row.trial_id)
@@ -85,16 +85,19 @@ def cells(rows: Sequence[TrialRow], metric: str) -> list[Cell]:
 
 
 def standing(rows: Sequence[TrialRow], metric: str) -> str:
-    """How much of a sweep a figure shows: `quickstart: 12 of 12 trials`, `quickstart, unfinished: 7 of 12 trials`. And
-    that a quick form is one, as tables say.
+    """How much of a sweep a figure shows: `quickstart: 12 of 12 trials and 2 ensembles`, `quickstart, unfinished: 7 of
+    12 trials`. And that a quick form is one, as tables say.
     """
-    ids = {row.trial_id for row in rows}
-    n, full = len(finished(rows, metric)), {row.trial_id for row in rows if row.state in FINAL}
+    trials = [row for row in rows if not isinstance(row, EnsembleRow)]
+    ids = {row.trial_id for row in trials}
+    n, full = len(finished(trials, metric)), {row.trial_id for row in trials if row.state in FINAL}
+    combined = len({row.trial_id for row in rows}) - len(ids)
+    made = f" and {combined:,} ensemble{'' if combined == 1 else 's'}" if combined else ""
     sweeps = [*dict.fromkeys(row.sweep for row in rows)]
     unfinished = ", unfinished" if full < ids else ""
-    others = "" if unfinished or n == len(ids) else ", the others failed or lack this metric"
+    others = "" if unfinished or n == len(ids) else ", the others failed, were stopped early or lack this metric"
     quick = f" ({told})" if (told := heading(sweeps)) else ""
-    return f"{', '.join(sweeps)}{unfinished}: {n:,} of {len(ids):,} trials{others}{quick}"
+    return f"{', '.join(sweeps)}{unfinished}: {n:,} of {len(ids):,} trials{made}{others}{quick}"
 
 
 def _listed(rows: Iterable[TrialRow]) -> list[TrialRow]:
@@ -102,18 +105,6 @@ def _listed(rows: Iterable[TrialRow]) -> list[TrialRow]:
     kept = list(rows)
     order = {name: place for place, name in enumerate(dict.fromkeys(row.sweep for row in kept))}
     return sorted(kept, key=lambda row: (order[row.sweep], row.position))
-
-
-def _telling(rows: Sequence[TrialRow]) -> list[str]:
-    """What tells the cells apart: labels, where all have one, and of the settings those that labels do not imply."""
-    names = varied(rows)
-    if not all(row.label for row in rows):
-        return names
-    kept: list[str] = []
-    for name in names:
-        if len({_words(row, [*kept, name]) for row in rows}) > len({_words(row, kept) for row in rows}):
-            kept.append(name)
-    return kept
 
 
 def _name(row: TrialRow, names: Sequence[str]) -> str:
@@ -224,7 +215,7 @@ def study(rows: Sequence[TrialRow], field: str, metric: str, confidence: float =
     left out.
     """
     full = finished(rows, metric)
-    names = _telling(full)
+    names = telling(full)
     if field not in names:
         return []
     names.remove(field)

@@ -1,8 +1,8 @@
 """Sweeps made by hand whose cells differ in one setting, with numbers that look like those of trained networks."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from made_rows import NOTHING, NOW, epoch
 
 from mixmo_core import cost
 from mixmo_core.config import TrialConfig, cell_id, digest, identity, unflatten
+from orchestrator.analysis import EnsembleRow
 from orchestrator.rows import EpochRow, TrialRow, config_columns
 from orchestrator.store import Logits, ResultStore
 
@@ -80,6 +81,20 @@ def rows(
             )  # fmt: skip
             made.append(change(row))
     return made
+
+
+def ensemble(members: Sequence[TrialRow]) -> EnsembleRow:
+    """Of trials of one cell; it predicts a little better than the best of them."""
+    first = members[0]
+    columns = {spec.name: getattr(first, spec.name) for spec in fields(first)}
+    best = max(row.metrics["top1"] or 0.0 for row in members)
+    own: dict[str, Any] = {
+        "label": f"{len(members)} x {first.label}", "trial_id": "+".join(row.trial_id for row in members),
+        "cell_id": f"{len(members)}x{first.cell_id}", "metrics": {**first.metrics, "top1": best + 0.01},
+        "train_flops": math.fsum(row.train_flops or 0.0 for row in members),
+        "gpu_seconds": math.fsum(row.gpu_seconds for row in members),
+    }  # fmt: skip
+    return EnsembleRow(**{**columns, **own}, members=len(members))
 
 
 def epochs(trials: Iterable[TrialRow]) -> list[EpochRow]:

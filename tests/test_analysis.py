@@ -263,24 +263,77 @@ def test_without_a_matching_baseline_there_is_no_difference() -> None:
 
 def test_markdown() -> None:
     expected = """\
-| label | model.width | model.subnetworks | mixing.method | top1 % | vs baseline | p |
-| --- | --- | --- | --- | ---: | ---: | ---: |
-| - | 2 | 2 | linear | 71.00 ± 1.00 (3) | +1.00 ± 0.82 | 1 |
-| - | 2 | 2 | cutmix | 75.00 ± 1.00 (3) | +5.00 ± 0.82 | 1 |
-| - | 5 | 2 | linear | 81.00 ± 1.00 (3) | +2.00 ± 0.82 | 1 |
-| - | 5 | 2 | cutmix | 85.00 ± 1.73 (3) | +6.00 ± 1.15 | 1 |
-| vanilla | 2 | 1 | - | 70.00 ± 1.00 (3) | baseline | - |
-| vanilla | 5 | 1 | - | 79.00 ± 1.00 (3) | baseline | - |
+| label | model.width | model.subnetworks | mixing.method | top1 % | 95 % interval | vs baseline | p | p (t) |
+| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |
+| - | 2 | 2 | linear | 71.00 ± 1.00 (3) | 68.52 to 73.48 | +1.00 ± 0.82 | 1 | 0.23 |
+| - | 2 | 2 | cutmix | 75.00 ± 1.00 (3) | 72.52 to 77.48 | +5.00 ± 0.82 | 1 | - |
+| - | 5 | 2 | linear | 81.00 ± 1.00 (3) | 78.52 to 83.48 | +2.00 ± 0.82 | 1 | - |
+| - | 5 | 2 | cutmix | 85.00 ± 1.73 (3) | 80.70 to 89.30 | +6.00 ± 1.15 | 1 | 0.018 |
+| vanilla | 2 | 1 | - | 70.00 ± 1.00 (3) | 67.52 to 72.48 | baseline | - | - |
+| vanilla | 5 | 1 | - | 79.00 ± 1.00 (3) | 76.52 to 81.48 | baseline | - | - |
 
 p: two-sided, from exact permutation of the signs of the differences, paired by seed, after Holm's correction over 4 \
 comparisons
 
+p (t): the same of the paired t-test
+
 3 seeds cannot decide at 5 %: with 3 pairs the smallest exact two-sided p is 0.25, 1 after Holm's correction over 4; \
 8 seeds can.
-
-Left out for want of room: the interval, p (t); CSV and JSON have all.
 """
     assert table(rows(), baseline="vanilla").to_markdown() == expected
+
+
+def test_lines_are_the_labels_and_what_they_leave_open() -> None:
+    made = [row.replace(label="MIMO" if row.label is None else row.label) for row in rows()]
+    assert table(rows()).row_fields == ("label", "model_width", "model_subnetworks", "mixing_method")
+    assert table(made).row_fields == ("label", "model_width", "mixing_method")
+    assert sorted(cell.values for cell in table(made).cells.values()) == sorted(
+        cell.values for cell in table(rows()).cells.values()
+    )
+    alone = [row for row in made if row.config["mixing_method"] != "linear"]
+    assert table(alone).row_fields == ("label", "model_width")
+
+
+def test_a_narrow_terminal_spares_the_tests_and_last_of_all_the_interval() -> None:
+    made = table(seven(), row_fields=["label"], baseline="plain")
+    shown = []
+    for width in range(90, 40, -1):
+        header = tuple(re.split(r"  +", made.to_text(width).splitlines()[0])[1:])
+        if header not in shown:
+            shown.append(header)
+        assert ("Left out for want of room" in made.to_text(width)) == (len(header) < 5)
+    assert shown == [
+        ("top1 %", "95 % interval", "vs baseline", "p", "p (t)"), ("top1 %", "95 % interval", "vs baseline", "p"),
+        ("top1 %", "95 % interval", "vs baseline"), ("top1 %", "vs baseline"),
+    ]  # fmt: skip
+
+
+def test_the_parts_that_are_named_are_shown_in_every_form() -> None:
+    made = table(seven(), row_fields=["label"], baseline="plain")
+    assert made.to_text(40, ["p", "interval"]).splitlines()[0].split("  ")[-1] == "p"
+    assert "Left out" not in made.to_text(40, ["p"])
+    assert made.to_markdown(["p_t"]).startswith("| label | top1 % | p (t) |\n")
+    latex = made.to_latex("", ["interval", "p"])
+    assert r"label & top1 \% & 95 \% interval & p \\" in latex
+    assert "p: two-sided, from exact permutation" in latex
+    assert r"$\mathbf{76.33} \pm 1.37$ (7)$^{\dagger}$ & $75.06$ to $77.60$ & $0.016$ \\" in latex
+    with pytest.raises(UsageError, match="no part value of a table; there are interval, difference, p, p_t, published"):
+        made.to_text(80, ["value"])
+
+
+def test_published_numbers_have_no_empty_columns() -> None:
+    published = [Published(label="Theirs", where={"model.width": 5, "mixing.method": "cutmix"}, metrics={"top1": 0.8},
+                           source="Table 1")]  # fmt: skip
+    made = table(rows(), row_fields=["mixing.method"], col_fields=["model.width"], published=published)
+    assert made.text_cells(("value", "published"))[0] == [
+        "mixing.method",
+        "model.width 2",
+        "model.width 5",
+        "published",
+    ]
+    assert {len(line) for line in made.text_cells(("value", "published"))[1]} == {4}
+    (line,) = (line for line in made.to_latex().splitlines() if line.startswith("cutmix"))
+    assert line.count("&") == 3
 
 
 def seven(shift: float = 0.05, **given: Any) -> list[TrialRow]:
@@ -298,18 +351,20 @@ def test_latex() -> None:
     assert (
         made.to_latex("mixmo table made --format=latex")
         == r"""% sweep made; commit 1a2b3c; mixmo table made --format=latex
-% \usepackage{booktabs}
-\begin{tabular}{lrr}
+% \usepackage{booktabs,graphicx}
+\noindent\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%
+\begin{tabular}{lrrr}
 \toprule
-label & top1 \% & vs baseline \\
+label & top1 \% & 95 \% interval & vs baseline \\
 \midrule
-plain & $71.30 \pm 1.35$ (7) & baseline \\
-a \& b & $\mathbf{76.33} \pm 1.37$ (7) & $+5.03 \pm 0.73$$^{\dagger}$ \\
+plain & $71.30 \pm 1.35$ (7) & $70.05$ to $72.55$ & baseline \\
+a \& b & $\mathbf{76.33} \pm 1.37$ (7) & $75.06$ to $77.60$ & $+5.03 \pm 0.73$$^{\dagger}$ \\
 \bottomrule
-\end{tabular}
+\end{tabular}}
 \par\smallskip
 {\footnotesize\raggedright
 top1 \%: mean $\pm$ standard deviation (number of trials)\par
+95 \% interval: of the mean, by Student's t\par
 vs baseline: difference of the means in points $\pm$ its standard error\par
 \textbf{Bold}: the best mean of its column, significant only where marked.\par
 $^{\dagger}$ significant at 5\,\%: exact permutation test, Holm's correction over 1.\par
@@ -321,19 +376,24 @@ $^{\dagger}$ significant at 5\,\%: exact permutation test, Holm's correction ove
 ODD = r"50 % & #1_a {b} ~^\ <c>|d*"
 
 
-def test_latex_compiles(tmp_path: Path) -> None:
+def compiled(body: str, folder: Path) -> str:
+    """What TeX says of a page with this table, which it must be able to set."""
     program = shutil.which("pdflatex") or shutil.which("tectonic")
     if program is None:
         pytest.skip("neither pdflatex nor tectonic is here: the LaTeX of tables is not compiled")
+    page = "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}\n" + body + "\\end{document}\n"
+    (folder / "page.tex").write_text(page)
+    flags = ["-interaction=nonstopmode", "-halt-on-error"] if "pdflatex" in program else []
+    done = subprocess.run([program, *flags, "page.tex"], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert (folder / "page.pdf").exists()
+    return done.stdout + done.stderr
+
+
+def test_latex_compiles(tmp_path: Path) -> None:
     published = [Published(label=None, where={"model.subnetworks": 2}, metrics={"top1": 0.8}, source=ODD)]
     made = [row.replace(label=ODD if row.label != "plain" else "plain") for row in seven()]
-    body = table(made, baseline="plain", published=published).to_latex("mixmo table a_b")
-    page = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\n" + body + "\\end{document}\n"
-    (tmp_path / "page.tex").write_text(page)
-    flags = ["-interaction=nonstopmode", "-halt-on-error"] if "pdflatex" in program else []
-    done = subprocess.run([program, *flags, "page.tex"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    assert (tmp_path / "page.pdf").exists()
+    compiled(table(made, baseline="plain", published=published).to_latex("mixmo table a_b"), tmp_path)
 
 
 def test_latex_keeps_its_columns_and_braces_whatever_the_words() -> None:

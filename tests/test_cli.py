@@ -506,7 +506,7 @@ def test_a_quick_table_is_headed_so_and_shows_no_published_number(mixmo: Shell, 
     assert both.count("80.00") == 1
 
 
-@pytest.mark.parametrize("width", [60, 200])
+@pytest.mark.parametrize("width", [50, 200])
 def test_a_table_has_the_width_of_the_terminal(
     mixmo: Shell, tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,8 @@
 """Figures: what is drawn where, that it can be told apart without colour, and that files are the same each time."""
 
 import io
+import itertools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import made_cifar
+import made_figures
 import made_studies
 import numpy as np
 import pytest
 from made_rows import NOTHING
 from matplotlib.patches import Rectangle
 
-from orchestrator import figures, gallery
+from orchestrator import figures, gallery, studies
+from orchestrator.analysis import EnsembleRow
 from orchestrator.errors import NotFoundError, UnreachableError, UsageError
 from orchestrator.figures import FORMATS, KINDS, TITLES, Material, draw, draw_front, draw_study, write
 from orchestrator.pareto import front
@@ -180,10 +184,44 @@ def test_a_diagram_has_the_bars_of_the_bins() -> None:
     assert "ECE 2.0 %" in above.get_title()  # the trial's own number, which the table has
 
 
-def test_more_cells_than_diagrams_are_told() -> None:
-    rows = made_studies.rows(SWEEPS["width"])
-    drawn = draw(material(rows, logits=logits), only=["reliability"]).figures["reliability"]
-    assert "12 of 15 cells" in told(drawn)
+@pytest.mark.parametrize(("metric", "best"), [("top1", True), ("ece", False)])
+def test_of_more_cells_than_diagrams_the_best_are_drawn_in_the_order_of_the_sweep(metric: str, best: bool) -> None:
+    rows = [
+        row.replace(metrics={**row.metrics, metric: 0.5 + row.position % 15 / 100})
+        for row in made_studies.rows(SWEEPS["width"])
+    ]
+    drawn = draw(material(rows, logits=logits), metric=metric, only=["reliability"]).figures["reliability"]
+    assert f"12 of 15 cells, the best by {metric}" in told(drawn)
+    titles = [axis.get_title().replace("\n", " ").split(" (")[0] for axis in drawn.axes if axis.get_title()]
+    names = [cell.name for cell in studies.cells(rows, "ece")]
+    assert titles == (names[3:] if best else names[:12])
+
+
+def test_ensembles_are_drawn_among_the_cells_and_the_studies_and_are_made_once_they_are_needed() -> None:
+    rows = with_ensembles(made_studies.WIDTH)
+    trials = [row for row in rows if not isinstance(row, EnsembleRow)]
+    asked: list[str] = []
+
+    def combined() -> list[TrialRow]:
+        asked.append("asked")
+        return [row for row in rows if isinstance(row, EnsembleRow)]
+
+    few = draw(material(trials, ensembles=combined), only=["curves", "probability", "ensemble", "diversity"])
+    assert asked == []
+    assert set(few.lacking) == {"probability"}
+    assert not any("2 x" in name for figure in few.figures.values() for name in named(figure))
+    drawn = draw(material(trials, ensembles=combined), only=["accuracy", "width"]).figures
+    assert len(asked) == 2
+    assert "45 of 45 trials and 15 ensembles" in told(drawn["width"])
+    assert {"vanilla (3)", "2 x vanilla (1)", "2 x Cut-MixMo (1)"} <= set(named(drawn["width"]))
+    lines = {line.get_label(): line for line in drawn["width"].axes[0].get_lines()}
+    assert np.asarray(lines["2 x vanilla (1)"].get_xdata()).tolist() == [1, 2, 3, 5, 10]
+    assert sum(label.get_text().startswith("2 x") for label in drawn["accuracy"].axes[0].get_yticklabels()) == 15
+
+
+def named(figure: Any) -> list[str]:
+    """What the legends of a figure list."""
+    return [text.get_text() for axis in figure.axes if axis.get_legend() for text in axis.get_legend().get_texts()]
 
 
 @pytest.mark.slow
@@ -239,17 +277,58 @@ def test_files_are_written_in_each_format_and_are_the_same_each_time(tmp_path: P
             assert not re.search(r"<dc:date>|20\d\d-\d\d-\d\d", path.read_text())
 
 
-def test_the_figure_of_another_metric_has_a_name_of_its_own(tmp_path: Path) -> None:
-    drawn = draw(material(made_studies.rows(SWEEPS["width"])), metric="nll", only=["accuracy"]).figures
-    assert [path.name for path in write(drawn, tmp_path, ["svg"], "nll")] == ["nll.svg"]
+def test_the_figures_of_another_metric_have_names_of_their_own(tmp_path: Path) -> None:
+    drawn = draw(material(made_studies.rows(SWEEPS["width"])), metric="nll", only=["accuracy", "width"]).figures
+    assert [path.name for path in write(drawn, tmp_path, ["svg"], "nll")] == ["accuracy-nll.svg", "width-nll.svg"]
+    assert [path.name for path in write(drawn, tmp_path, ["svg"])] == ["accuracy.svg", "width.svg"]
 
 
-def test_a_front_is_drawn_with_its_members_named() -> None:
-    found = front(made_studies.rows(SWEEPS["subnetworks"]), cost="flops")
+# ------------------------------------------------------------------------------------------------------------ fronts
+
+
+def with_ensembles(blocks: Sequence[made_studies.Block]) -> list[TrialRow]:
+    rows = made_studies.rows(blocks)
+    cells: dict[str, list[TrialRow]] = {}
+    for row in rows:
+        cells.setdefault(row.cell_id, []).append(row)
+    return [*rows, *(made_studies.ensemble(members[:2]) for members in cells.values())]
+
+
+@pytest.mark.parametrize("name", ["subnetworks", "probability"])
+def test_a_front_is_drawn_with_numbers_that_its_list_explains(name: str) -> None:
+    found = front(with_ensembles(SWEEPS[name]), cost="flops")
     axis = draw_front(found).axes[0]
-    names = [text.get_text() for text in axis.texts]
-    assert all(any(each.name in name for name in names) for each in found.members)
+    legend = axis.get_legend()
+    assert legend is not None
+    listed = [text.get_text().split(None, 1) for text in legend.get_texts()]
+    assert [" ".join(name.split()) for _, name in listed] == [each.name for each in found.members]
+    shown = [number for text in axis.texts for number in text.get_text().split(", ")]
+    assert sorted(shown, key=int) == [number for number, _ in listed]
     assert axis.get_xlabel() == "FLOPs of training"
+
+
+@pytest.mark.parametrize("name", ["probability", "many"])
+def test_the_numbers_of_a_front_cover_neither_marks_nor_each_other(name: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    rows = SWEEPS[name] if name == "many" else [*SWEEPS[name], *made_studies.SUBNETWORKS]
+    figure = draw_front(front(with_ensembles(rows), cost="flops"))
+    renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
+    (axis,) = figure.axes
+    numbers = [text.get_window_extent(renderer) for text in axis.texts]
+    marks = [axis.transData.transform(line.get_xydata()) for line in axis.lines if line.get_marker() == "o"]
+    assert len(numbers) > 5
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(numbers, 2))
+    for number in numbers:
+        assert not any(number.contains(*mark[0]) for mark in marks)
+
+
+def test_of_a_front_with_very_many_members_those_are_numbered_that_none_dominates() -> None:
+    found = front(with_ensembles(SWEEPS["many"]), cost="flops")
+    assert len(found.members) > figures.MOST_NUMBERED
+    legend = draw_front(found).axes[0].get_legend()
+    assert legend is not None
+    assert len(legend.get_texts()) == sum(each.dominated_by is None for each in found.members)
 
 
 # ----------------------------------------------------------------------------------------------------------- gallery
@@ -307,9 +386,18 @@ def test_the_page_shows_every_kind_with_its_command() -> None:
     text = PAGE.read_text()
     headings = {word for line in text.splitlines() if line.startswith("## ") for word in line[3:].split(", ")}
     assert headings >= set(KINDS)
-    for path in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text):
-        assert (PAGE.parent / path).stat().st_size < 200_000
+    assert len(made_figures.pictures()) == len([*made_figures.FOLDER.iterdir()])
+    assert all(picture.stat().st_size < 200_000 for picture in made_figures.pictures())
     for kinds in re.findall(r"--only ([\w,]+)", text):
         assert set(kinds.split(",")) <= set(KINDS)
     (sweep,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert len(parse(sweep, source=PAGE.name).trials) == 60
+
+
+@pytest.mark.slow
+def test_the_pictures_of_the_page_show_what_the_code_draws(tmp_path: Path) -> None:
+    """Words and numbers, not pixels: these hang on the fonts that a machine has."""
+    drawn = made_figures.drawn(tmp_path)
+    for picture in made_figures.pictures():
+        shown = json.loads(json.dumps(made_figures.shown(drawn[picture.stem])))
+        assert made_figures.carried(picture) == shown, f"{picture.name}: run python tests/made_figures.py"

@@ -12,7 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from test_analysis import compiled
 from test_cli import COMMANDS, Shell
 from test_cli import mixmo as mixmo  # the fixture
 
@@ -21,7 +23,7 @@ from mixmo_core.cost import forward_flops, trial_flops
 from orchestrator.analysis import EnsembleRow, table
 from orchestrator.plan import initial_row
 from orchestrator.rows import METRIC_COLUMNS, TrialRow
-from orchestrator.store import ResultStore
+from orchestrator.store import Logits, ResultStore
 from orchestrator.sweep import Published, Sweep, Trial, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,7 +130,12 @@ def finished(sweep: Sweep) -> list[TrialRow]:
     """Every trial, and every ensemble of each cell, as a run would leave them."""
     metrics = {**dict.fromkeys(METRIC_COLUMNS), **dict.fromkeys(("top1", "top5", "nll_calibrated"), 0.5)}
     done = {"state": "TERMINATED", "metrics": metrics}
-    rows = [initial_row(trial, sweep).replace(**done, epoch=trial.config.optim.epochs) for trial in sweep.trials]
+    rows = [
+        initial_row(trial, sweep).replace(
+            **done, epoch=trial.config.optim.epochs, train_flops=trial_flops(trial.config), wall_s=60.0
+        )
+        for trial in sweep.trials
+    ]
     return [*rows, *ensembles(sweep, rows)]
 
 
@@ -171,6 +178,20 @@ def test_every_published_number_stands_beside_the_cell_that_has_its_settings(nam
     quick = finished(load(FILES[name], quick=True))
     shown = table(quick, published=[each for each in sweep.published if is_whole(each)])
     assert not any(cell.published for cell in shown.cells.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("table1_cifar10", ((), ())), ("figure5_width", (("label", "data.msda"), ("model.width",)))],
+    ids=lambda given: given if isinstance(given, str) else "",
+)
+def test_a_table_of_the_paper_fits_on_a_page(name: str, fields: tuple[list[str], list[str]], tmp_path: Path) -> None:
+    sweep = load(FILES[name])
+    made = table(finished(sweep), row_fields=fields[0], col_fields=fields[1], baseline=sweep.baseline,
+                 published=sweep.published)  # fmt: skip
+    if not fields[0]:
+        assert made.row_fields == ("label", "data_repetition", "data_msda")
+    assert "Overfull" not in compiled(made.to_latex("mixmo table"), tmp_path)
 
 
 def test_a_number_is_the_same_in_every_file() -> None:
@@ -278,13 +299,28 @@ def test_the_page_says_by_what_its_prices_are_told() -> None:
         assert told in text
 
 
+def with_logits(store: ResultStore, rows: list[TrialRow]) -> Iterator[TrialRow]:
+    """The trials as a run leaves them, each with what the network makes of a few images."""
+    labels_N = np.arange(20)
+    for row in rows:
+        classes = DATASETS[row.config["data_dataset"]].classes
+        shape = (row.config["model_subnetworks"], len(labels_N), classes)
+        stored = Logits.of(np.random.default_rng(row.position).normal(size=shape), labels_N % classes)
+        yield row.replace(logits=store.attempt(row.trial_id, 1, 1, "token").put_logits(stored))
+
+
 @each_file
-def test_the_commands_of_a_file_run(name: str, mixmo: Shell, tmp_path: Path) -> None:
+def test_the_commands_of_a_file_run(name: str, mixmo: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are printed, in a folder where the sweep was run; `figures` in the test after this one."""
     path = FILES[name]
     sweep, known = load(path), {words for words, _ in COMMANDS}
-    store = ResultStore.open(tmp_path, create=True)
+    monkeypatch.chdir(tmp_path)
+    store = ResultStore.open("results", create=True)
+    trials = [row for row in finished(sweep) if not isinstance(row, EnsembleRow)]
+    combined = {row.label for row in trials} & {each.of for each in sweep.ensembles}
     with store.writer(name, sweep_text=sweep.text) as writer:
-        writer.put([row for row in finished(sweep) if not isinstance(row, EnsembleRow)])
+        writer.put([row for row in trials if row.label not in combined])
+        writer.put([*with_logits(store, [row for row in trials if row.label in combined])])
         writer.close(done=True)
     given = commands(path)
     assert [words for words in given if words.startswith(f"mixmo run {path.relative_to(ROOT)} ")]
@@ -292,11 +328,31 @@ def test_the_commands_of_a_file_run(name: str, mixmo: Shell, tmp_path: Path) -> 
         program, command, *rest = shlex.split(words)
         assert program == "mixmo"
         assert {command, f"{command} {rest[0]}"} & known, words
-        if command == "table":
+        if command in ("table", "pareto"):
             assert rest[0] == name
-            without = ["--no-ensembles"] if sweep.ensembles else []
-            ended = mixmo(command, *rest, *without, "--results", tmp_path)
+            ended = mixmo(command, *rest)
             assert ended.code == 0, ended.err
+            for each in sweep.ensembles:  # of all members at least, in every table and front
+                assert f"{max(each.members)} x {each.of}" in ended.out or "--cols" in words, words
+            if "--out" in rest:
+                assert Path(rest[rest.index("--out") + 1]).stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_the_figure_of_widths_has_its_ensembles(mixmo: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "figure5_width"
+    sweep = load(FILES[name])
+    monkeypatch.chdir(tmp_path)
+    store = ResultStore.open("results", create=True)
+    trials = [row for row in finished(sweep) if not isinstance(row, EnsembleRow)]
+    with store.writer(name, sweep_text=sweep.text) as writer:
+        writer.put([*with_logits(store, trials)])
+        writer.close(done=True)
+    (words,) = (words for words in commands(FILES[name]) if words.startswith("mixmo figures"))
+    ended = mixmo(*shlex.split(words)[1:])
+    assert ended.code == 0, ended.err
+    drawn = Path("figures", name, "width.svg").read_text()
+    assert all(f"<!-- {label} -->" in drawn for label in ("2 x vanilla (1)", "2 x CutMix (1)", "vanilla (3)"))
 
 
 if __name__ == "__main__":

@@ -124,6 +124,7 @@ def test_an_unfinished_sweep_is_right_for_what_has_finished_and_says_so() -> Non
     rows[-1] = rows[-1].replace(state="RUNNING")
     found = front(rows, cost="flops")
     assert "made, unfinished: 20 of 21 trials." in found.to_text()
+    assert "by means alone, which may differ by chance" in found.notes[-1]
     assert "(2/3)" in found.to_text()
 
 

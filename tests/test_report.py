@@ -9,7 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import get_args
@@ -49,6 +49,7 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.tables: list[list[list[str]]] = []
         self.text = ""
+        self.captions: list[str] = []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -59,6 +60,8 @@ class Page(HTMLParser):
             self.open.append(tag)
         if tag == "table":
             self.tables.append([])
+        elif tag == "caption":
+            self.captions.append("")
         elif tag == "tr":
             self.tables[-1].append([])
         elif tag in ("td", "th"):
@@ -70,6 +73,8 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         data = data.replace("\u00a0", " ")  # which hold a mean and its deviation together on paper
         self.text += data
+        if "caption" in self.open:
+            self.captions[-1] += data
         if self.open and self.open[-1] in ("td", "th"):
             self.tables[-1][-1][-1] += data
 
@@ -234,6 +239,37 @@ def test_a_page_says_what_was_run(mixmo: Mixmo) -> None:
         assert text in page.text
     assert all(row.trial_id in page.text for row in rows)
     assert "EUR for training" in page.text
+
+
+def quick(row: TrialRow) -> TrialRow:
+    return row.replace(sweep="made-quick")
+
+
+def steered(row: TrialRow) -> TrialRow:
+    """By ASHA, which stopped two trials, or by a population: what the page has to say of both."""
+    return row.replace(stopped_early=row.position < 2, lineage="{}")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [(quick, ["quick form, not comparable"]),
+     (steered, ["without 2 trials that a scheduler stopped early",
+                "populations: settings are those that trials began with"])],
+)  # fmt: skip
+def test_what_heads_the_table_heads_every_table_of_the_page(
+    mixmo: Mixmo, change: Callable[[TrialRow], TrialRow], told: list[str]
+) -> None:
+    rows = [change(row) for row in made_studies.rows(SMALL[:2])]
+    with_logits(ResultStore.open("results", create=True), rows, text=FILE.replace("Cut-MixMo", "vanilla"))
+    name = rows[0].sweep
+    _, heading, *_ = mixmo(f"table {name} --format markdown").split("**")
+    assert all(each in heading for each in told)
+    text, page = the_page(mixmo, f"report {name}")
+    assert len(page.captions) == len(page.tables) >= 4
+    assert all(caption.startswith(heading) for caption in page.captions)
+    assert heading in text[text.index('<p class="state') : text.index("</p>")]
+    shown = re.sub(r"<pre>.*?</pre>", "", text, flags=re.DOTALL)  # the sweep file, as it was given
+    assert ("paper&lt;/b" in shown) == ("80.00" in shown) == (name == "made")
 
 
 def test_several_sweeps_make_one_page(mixmo: Mixmo) -> None:

@@ -58,7 +58,17 @@ def test_what_failed_is_told_apart_from_what_is_to_come() -> None:
     rows = made_studies.rows(made_studies.SUBNETWORKS)
     assert standing(rows, "top1") == "made: 21 of 21 trials"
     rows[0] = rows[0].replace(state="ERROR")
-    assert standing(rows, "top1") == "made: 20 of 21 trials, the others failed or lack this metric"
+    others = "the others failed, were stopped early or lack this metric"
+    assert standing(rows, "top1") == f"made: 20 of 21 trials, {others}"
+
+
+def test_ensembles_are_counted_by_themselves() -> None:
+    rows = made_studies.rows(made_studies.SUBNETWORKS)
+    combined = [made_studies.ensemble(rows[:1] * 2), made_studies.ensemble(rows[1:2] * 2)]
+    assert standing([*rows, *combined], "top1") == "made: 21 of 21 trials and 2 ensembles"
+    assert standing([*rows, *combined[:1]], "top1") == "made: 21 of 21 trials and 1 ensemble"
+    rows[0] = rows[0].replace(state="RUNNING")
+    assert standing([*rows, *combined], "top1") == "made, unfinished: 20 of 21 trials and 2 ensembles"
 
 
 def test_a_quick_form_is_told_so_below_a_figure() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -38,6 +39,7 @@ def figures(
     ] = "",
     format: Annotated[str, typer.Option("--format", metavar="FORMATS", help="Of png, svg and pdf.")] = "png,svg",
     metric: Metric = "top1",
+    no_ensembles: NoEnsembles = False,
     data: Data = None,
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the files go.")] = Path("figures"),
     results: Results = "results",
@@ -47,14 +49,21 @@ def figures(
 
     Prints the files that it writes, and says of each figure that it leaves out what the sweep lacks for it. Kinds:
     curves, accuracy, width, subnetworks, probability, weight_root, repetition, ensemble, diversity, reliability,
-    gallery. The gallery shows images of --data, or made ones.
+    gallery. The gallery shows images of --data, or made ones. Ensembles that the sweep file names are drawn among the
+    cells and the studies. With --metric each file's name ends with the metric's.
     """
     from orchestrator import analysis
     from orchestrator import figures as drawing
 
     formats, sweep = _words(format), list(dict.fromkeys(sweep))
     drawing.check_formats(formats)
-    drawn = _drawn(analysis.load(results, *sweep), metric, data, _words(only))
+    loaded = analysis.load(results, *sweep)
+
+    @functools.cache
+    def combined() -> list[TrialRow]:
+        return [] if no_ensembles else _ensembles(loaded, loaded.asked(), streams.say)
+
+    drawn = _drawn(loaded, combined, metric, data, _words(only))
     files = drawing.write(drawn.figures, out / "+".join(sweep), formats, metric)
     if as_json:
         named = {"files": [str(file) for file in files], "not_drawn": dict(drawn.lacking)}
@@ -95,7 +104,7 @@ def pareto(
     if out:
         _check_suffix(out, (".png", ".svg", ".pdf"))
     loaded = analysis.load(results, *dict.fromkeys(sweep))
-    asked = _asked(loaded)
+    asked = loaded.asked()
     rows = [*loaded.rows, *([] if no_ensembles else _ensembles(loaded, asked, streams.say, [metric]))]
     price, currency = _price(asked, price)
     found = front(rows, metric=metric, cost=cost, price=price, currency=currency)
@@ -160,9 +169,10 @@ def _content(
     from orchestrator.errors import NotFoundError
     from orchestrator.report import MORE_METRICS, Content
 
-    asked, told = _asked(loaded), list[str]()
+    asked, told = loaded.asked(), list[str]()
     trials = loaded.rows
-    rows = [*trials, *([] if no_ensembles else _ensembles(loaded, asked, told.append))]
+    combined = [] if no_ensembles else _ensembles(loaded, asked, told.append)
+    rows = [*trials, *combined]
     baselines = {each.baseline for each in asked.values()}
     baseline = baselines.pop() if len(baselines) == 1 else None
     made = analysis.table(
@@ -171,7 +181,7 @@ def _content(
     )  # fmt: skip
     known = [each for each in MORE_METRICS if each != metric and any(row.metrics.get(each) is not None for row in rows)]
     try:
-        drawn = _drawn(loaded, metric, data, ())
+        drawn = _drawn(loaded, lambda: combined, metric, data, ())
     except NotFoundError:
         drawn = None
     written = [loaded.store.snapshot(name).header.written_at for name in loaded.sweeps]
@@ -197,7 +207,13 @@ def _front(rows: list[TrialRow], metric: str, price: tuple[float | None, str]) -
     return None
 
 
-def _drawn(loaded: analysis.Results, metric: str, data: str | None, only: tuple[str, ...]) -> Drawn:
+def _drawn(
+    loaded: analysis.Results,
+    ensembles: Callable[[], list[TrialRow]],
+    metric: str,
+    data: str | None,
+    only: tuple[str, ...],
+) -> Drawn:
     from orchestrator import figures as drawing
     from orchestrator.rows import epoch_rows
 
@@ -210,15 +226,13 @@ def _drawn(loaded: analysis.Results, metric: str, data: str | None, only: tuple[
         return gallery.samples(rows, local(data))  # of a bucket's datasets those that were copied here
 
     material = drawing.Material(
-        rows=rows, epochs=lambda: epoch_rows(loaded.epochs()), logits=loaded.store.logits, samples=samples
+        rows=rows,
+        epochs=lambda: epoch_rows(loaded.epochs()),
+        logits=loaded.store.logits,
+        samples=samples,
+        ensembles=ensembles,
     )
     return drawing.draw(material, metric=metric, only=only)
-
-
-def _asked(loaded: analysis.Results) -> dict[str, Shown]:
-    from orchestrator.sweep import shown
-
-    return {name: shown(loaded.store.sweep_file(name), name) for name in loaded.sweeps}
 
 
 def _ensembles(

@@ -153,6 +153,14 @@ def table(
     with_stopped: Annotated[
         bool, typer.Option("--with-stopped", help="Count trials that a scheduler stopped early, too.")
     ] = False,
+    parts: Annotated[
+        str,
+        typer.Option(
+            "--parts",
+            metavar="PARTS",
+            help="Beside each mean: interval,difference,p,p_t,published. [default: what fits]",
+        ),
+    ] = "",
     format: Annotated[Format, typer.Option("--format", help="How to print it.")] = "terminal",
     results: Results = "results",
     as_json: Json = False,
@@ -160,20 +168,19 @@ def table(
     """Mean, deviation and number of seeds of every cell.
 
     Only finished trials count; a cell that lacks some is marked, and a heading tells of trials that a scheduler
-    stopped early. Without --rows, the lines are the labels and the
-    settings that vary. Differences from the baseline are tested, paired where the seeds are the same. Ensembles that
-    the sweep file names stand below, made from the trials' stored logits. Published numbers that it gives stand beside
-    the cell that has their settings, or below; a sweep that was run with --quick is headed so, and has none.
+    stopped early. Without --rows, the lines are the labels and those settings that vary which no label implies.
+    Differences from the baseline are tested, paired where the seeds are the same. Ensembles that the sweep file names
+    stand below, made from the trials' stored logits. Published numbers that it gives stand beside the cell that has
+    their settings, or below; a sweep that was run with --quick is headed so, and has none. Markdown, CSV and JSON have
+    all of it; a terminal what it has room for, and LaTeX all but p, unless --parts names something else.
     """
     light()
     from orchestrator import analysis
-    from orchestrator.sweep import is_quick, shown
 
     sweep, when = list(dict.fromkeys(sweep)), _when(at)
     loaded = analysis.load(results, *sweep)
-    fields = [[each.strip() for each in names.split(",") if each.strip()] for names in (rows, cols)]
-    asked = {name: shown(loaded.store.sweep_file(name), name) for name in sweep}
-    trials = loaded.rows
+    fields = [[each.strip() for each in names.split(",") if each.strip()] for names in (rows, cols, parts)]
+    asked, trials = loaded.asked(), loaded.rows
     ensembles = any(each.ensembles for each in asked.values()) and not no_ensembles
     made = analysis.table(
         [*trials, *(_ensembles(loaded, when, metric) if ensembles else ())],
@@ -183,19 +190,19 @@ def table(
         at=when,
         epochs=loaded.at_epoch(when) if isinstance(when, int) else (),
         baseline=baseline or _baseline({name: each.baseline for name, each in asked.items()}, trials),
-        published=[each for name, one in asked.items() if not is_quick(name) for each in one.published],
+        published=[each for one in asked.values() for each in one.published],
         confidence=ci / 100,
         with_stopped=with_stopped,
     )
     options = {"--rows": rows, "--cols": cols, "--metric": metric, "--at": at, "--baseline": baseline or "",
-               "--ci": f"{ci:g}"}  # fmt: skip
+               "--ci": f"{ci:g}", "--parts": parts}  # fmt: skip
     given = [f"{name}={value}" for name, value in options.items() if value and value not in ("top1", "last", "95")]
     flags = [*(["--no-ensembles"] if no_ensembles else []), *(["--with-stopped"] if with_stopped else [])]
     words = ["mixmo", "table", *sweep, *given, *flags, "--format=latex"]
     shapes: dict[str, Callable[[], str]] = {
-        "terminal": lambda: made.to_text(streams.width()),
-        "markdown": made.to_markdown, "csv": made.to_csv, "json": made.to_json,
-        "latex": lambda: made.to_latex(with_results(shlex.join(words), results)),
+        "terminal": lambda: made.to_text(streams.width(), fields[2]),
+        "markdown": lambda: made.to_markdown(fields[2]), "csv": made.to_csv, "json": made.to_json,
+        "latex": lambda: made.to_latex(with_results(shlex.join(words), results), fields[2]),
     }  # fmt: skip
     print(shapes["json" if as_json else format]().rstrip("\n"))
 
