@@ -104,7 +104,8 @@ def _coming(file: Path, changed_ns: int) -> tuple[Node, ...]:
 
 def _node(resources: Mapping[str, float], labels: Mapping[str, str]) -> Node:
     types = frozenset(name.partition(":")[2] for name in resources if name.startswith(ACCELERATOR))
-    return Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0), types, labels.get(MARKET) == "spot")
+    cpus, gpus, market = resources.get("CPU", 0.0), resources.get("GPU", 0.0), labels.get(MARKET)
+    return Node(cpus, gpus, types, market == "spot", market == "on-demand")
 
 
 @contextlib.contextmanager
@@ -367,7 +368,7 @@ class Fleet:
                 use_gpu=bool(plan.gpus_per_worker),
                 resources_per_worker=per_worker,
                 accelerator_type=plan.accelerator,
-                label_selector=None if plan.spot else {MARKET: "!spot"},
+                label_selector=offered().market(plan),
             ),
             run_config=ray.train.RunConfig(
                 name=name,

@@ -10,7 +10,7 @@ from orchestrator.errors import UsageError
 ACCELERATOR = "accelerator_type:"
 """Ray's resource for a type of GPU begins so."""
 MARKET = "ray.io/market-type"
-"""Ray's label for what may be taken away: `spot`."""
+"""Ray's label for what may be taken away, `spot`, and what may not, `on-demand`."""
 IDLE_S = 60.0
 """After which a gang that finds no trial goes, so that its machine can be released."""
 
@@ -42,6 +42,8 @@ class Node:
     gpus: float = 0.0
     accelerators: frozenset[str] = frozenset()
     spot: bool = False
+    on_demand: bool = False
+    """Labelled so. Machines of one's own are neither."""
 
     def holds(self, needs: Needs) -> int:
         """How many of a gang's workers."""
@@ -76,9 +78,24 @@ class Offer:
         """Now, or once machines come."""
         return any(node.gpus >= 1 for node in (*self.nodes, *self.coming))
 
+    def spares(self, needs: Needs) -> bool:
+        """Whether a gang leaves machines on demand to those who will have no others: where spot machines may come for
+        it. Ray's autoscaler goes by how well a machine is filled, not by its price: for three gangs of a GPU each it
+        would launch a machine on demand that has four.
+        """
+        return needs.spot and _gangs_on([node for node in self.coming if node.spot], needs) >= 1
+
+    def market(self, needs: Needs) -> dict[str, str] | None:
+        """The label that a gang's machines must have, as Ray wants it told; None where any will do."""
+        if not needs.spot:
+            return {MARKET: "!spot"}
+        return {MARKET: "!on-demand"} if self.spares(needs) else None
+
     def room(self, needs: Needs) -> int:
         """How many gangs it holds, at most."""
-        return max(_gangs_on(self.nodes, needs), _gangs_on(self.coming, needs))
+        spares = self.spares(needs)
+        now, later = ([node for node in kind if not (spares and node.on_demand)] for kind in (self.nodes, self.coming))
+        return max(_gangs_on(now, needs), _gangs_on(later, needs))
 
     def refuse_if_never(self, needs: Needs) -> None:
         """Raises UsageError if no gang will ever stand here."""
@@ -99,8 +116,10 @@ def coming_of(config: Mapping[str, Any]) -> tuple[Node, ...]:
         resources = kind.get("resources") or {}
         types = frozenset(name.partition(":")[2] for name in resources if name.startswith(ACCELERATOR))
         market = (kind.get("node_config") or {}).get("InstanceMarketOptions") or {}
-        spot = (kind.get("labels") or {}).get(MARKET) == "spot" or market.get("MarketType") == "spot"
-        node = Node(float(resources.get("CPU", 0)), float(resources.get("GPU", 0)), types, spot)
+        label = (kind.get("labels") or {}).get(MARKET)
+        spot = label == "spot" or market.get("MarketType") == "spot"
+        cpus, gpus = (float(resources.get(name, 0)) for name in ("CPU", "GPU"))
+        node = Node(cpus, gpus, types, spot, label == "on-demand")
         found += [node] * min(int(kind.get("max_workers", most)), most)
     return tuple(found)
 

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import UsageError
-from orchestrator.roster import IDLE_S, Change, Needs, Node, Offer, Scene, coming_of, decide
+from orchestrator.roster import IDLE_S, MARKET, Change, Needs, Node, Offer, Scene, coming_of, decide
 
 L4 = Node(8, 1, frozenset({"L4"}), spot=True)
+FOUR = Node(48, 4, frozenset({"L4"}), on_demand=True)
 HEAD = Node(0)
 
 needs = st.builds(
@@ -96,7 +97,7 @@ def test_what_an_autoscaler_may_bring_is_read_from_its_file() -> None:
             "more": {"resources": {"CPU": 4}, "labels": {"ray.io/market-type": "on-demand"}, "max_workers": 2},
         },
     }  # fmt: skip
-    assert coming_of(config) == (L4,) * 6 + (Node(4),) * 2
+    assert coming_of(config) == (L4,) * 6 + (Node(4, on_demand=True),) * 2
     assert coming_of({}) == ()
 
 
@@ -111,6 +112,10 @@ def test_what_an_autoscaler_may_bring_is_read_from_its_file() -> None:
         (Offer((HEAD, L4), (L4,) * 4), Needs(gpus_per_worker=1), 4),
         (Offer((HEAD,), (L4,) * 4), Needs(gpus_per_worker=1, spot=False), 0),
         (Offer((HEAD, Node(8, 1, frozenset({"A100"})))), Needs(gpus_per_worker=1, accelerator="L4"), 0),
+        (Offer((HEAD, FOUR), (FOUR,) * 4 + (L4,) * 3), Needs(gpus_per_worker=1), 3),  # those on demand are spared
+        (Offer((HEAD, FOUR), (FOUR,) * 4 + (L4,) * 3), Needs(gpus_per_worker=1, spot=False), 16),
+        (Offer((HEAD, FOUR), (FOUR,) * 4 + (L4,) * 3), Needs(gpus_per_worker=2), 8),  # for which no spot machine comes
+        (Offer((HEAD, FOUR, L4)), Needs(gpus_per_worker=1), 5),  # nothing more comes: what is there is used
     ],
 )  # fmt: skip
 def test_how_many_gangs_a_cluster_holds(offer: Offer, each: Needs, room: int) -> None:
@@ -131,3 +136,11 @@ def test_how_many_gangs_a_cluster_holds(offer: Offer, each: Needs, room: int) ->
 def test_what_the_cluster_can_never_give_is_refused_with_what_there_is(offer: Offer, each: Needs, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         offer.refuse_if_never(each)
+
+
+def test_which_market_a_gangs_machines_must_be_of() -> None:
+    cloud = Offer((HEAD,), (FOUR,) * 4 + (L4,) * 3)
+    assert cloud.market(Needs(gpus_per_worker=1)) == {MARKET: "!on-demand"}
+    assert cloud.market(Needs(gpus_per_worker=2)) is None
+    assert cloud.market(Needs(gpus_per_worker=1, spot=False)) == {MARKET: "!spot"}
+    assert Offer((Node(8, 1),)).market(Needs(gpus_per_worker=1)) is None
