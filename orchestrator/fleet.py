@@ -54,12 +54,20 @@ from ruamel.yaml import YAML  # noqa: E402
 from ruamel.yaml.error import YAMLError  # noqa: E402
 
 from orchestrator import gang  # noqa: E402
-from orchestrator.casualties import Head, HeadGoneError, Messenger, dead_nodes, missed_within_s  # noqa: E402
+from orchestrator.casualties import (  # noqa: E402
+    Head,
+    Messenger,
+    RayLostError,
+    dead_nodes,
+    found_no_place,
+    missed_within_s,
+    waiting_groups,
+)
 from orchestrator.dispatcher import NAMESPACE, Dispatcher, Order, Retries, Roll, Update, Worker  # noqa: E402
 from orchestrator.errors import UnreachableError  # noqa: E402
 from orchestrator.gang import GangPlan  # noqa: E402
 from orchestrator.population import Population  # noqa: E402
-from orchestrator.roster import ACCELERATOR, MARKET, Node, Offer, Scene, coming_of, decide  # noqa: E402
+from orchestrator.roster import ACCELERATOR, MARKET, Doubts, Node, Offer, Scene, coming_of, decide, most_of  # noqa: E402
 from orchestrator.stopping import Judge  # noqa: E402
 
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
@@ -68,6 +76,8 @@ TEND_S = 2.0
 """Between two looks at which gangs there should be."""
 FORMATIONS = 8
 """A gang that was formed so often, and whose first rank never came to work, is given up."""
+STARTS = 4
+"""So often Ray Train may fail to form a gang for another reason than room."""
 
 # --------------------------------------------------------------------------------------------------------- the Ray
 
@@ -89,15 +99,16 @@ def offered() -> Offer:
     """What the cluster has now, and what its autoscaler may bring, if this is the head of one of `ray up`."""
     nodes = tuple(_node(each["Resources"], each["Labels"]) for each in ray.nodes() if each["Alive"])
     coming: tuple[Node, ...] = ()
+    most: int | None = None
     if os.environ.get("RAY_ADDRESS"):
         with contextlib.suppress(OSError, YAMLError):
             file = BOOTSTRAP.expanduser()
-            coming = _coming(file, file.stat().st_mtime_ns)
-    return Offer(nodes, coming)
+            coming, most = _coming(file, file.stat().st_mtime_ns)
+    return Offer(nodes, coming, most)
 
 
 @functools.lru_cache(maxsize=1)
-def _coming(file: Path, changed_ns: int) -> tuple[Node, ...]:
+def _coming(file: Path, changed_ns: int) -> tuple[tuple[Node, ...], int]:
     """Parsed again only when another `ray up` has changed it: the fleet asks every two seconds."""
     return coming_of(YAML(typ="safe").load(file.read_text()) or {})
 
@@ -116,10 +127,17 @@ def _joined_ray(address: str) -> Iterator[None]:
         raise UnreachableError(
             f"no Ray cluster answers at RAY_ADDRESS={address}: {error}. Start it, or unset RAY_ADDRESS to run here."
         ) from error
+    with _left():
+        yield
+
+
+@contextlib.contextmanager
+def _left() -> Iterator[None]:
+    """Leave Ray at the end. One that is lost is not asked: what is left of our own ends with this process."""
     try:
         yield
-    except HeadGoneError:
-        raise  # nobody is there to say goodbye to
+    except RayLostError:
+        raise
     except BaseException:
         ray.shutdown()
         raise
@@ -141,10 +159,8 @@ def _local_ray(cpus: int) -> Iterator[None]:
                 f"Ray cannot start on this machine: {error} Nothing was trained. Run the same command again when the "
                 f"machine is less busy; `mixmo doctor` says more."
             ) from error
-        try:
+        with _left():
             yield
-        finally:
-            ray.shutdown()
 
 
 def _cores() -> int:
@@ -198,10 +214,11 @@ class Fleet:
         )
         self.limit: int | None = None
         """`max_gangs` of the sweep file."""
-        self._tended_at, self._stood_at = time.monotonic(), time.monotonic()
+        self._tended_at = self._stood_at = self._filled_at = time.monotonic()
         self._dead: frozenset[str] = frozenset()
-        self._given_up = 0
-        """Gangs whose workers never came to work: there is less room than it seems."""
+        self._doubts = Doubts()
+        self._room = offered().room(plan)
+        """How many gangs the cluster holds, as last seen."""
         self._scratch = tempfile.mkdtemp(prefix="mixmo-train-")
         self._threads: list[threading.Thread] = []
         self._ended: dict[str, str] = {}
@@ -234,31 +251,40 @@ class Fleet:
 
     def _tend(self) -> None:
         """Have as many gangs as there is work and room for. Raises UnreachableError when there can be none."""
-        self._tended_at = time.monotonic()
+        now = self._tended_at = time.monotonic()
         roll: Roll = self._tell("roll")
         gangs = {thread.name: roll.standing.get(thread.name) for thread in self._threads if thread.is_alive()}
         work = roll.queued + roll.in_hand
-        if work and not gangs and self._given_up:
-            why = "; ".join(sorted(set(self._ended.values())))
+        given_up = self._doubts.count(frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"]), now)
+        if work and not gangs and given_up:
             raise UnreachableError(
-                f"no gang could be kept: {why}. Finished trials are safe; run the same command again."
+                f"no gang could be kept: {self._doubts}. Finished trials are safe; run the same command again."
             )
         if not work or gangs.keys() & roll.standing.keys():
-            self._stood_at = time.monotonic()
-        elif time.monotonic() - self._stood_at > self.plan.form_within_s:
+            self._stood_at = now
+        elif now - self._stood_at > self.plan.form_within_s:
             raise UnreachableError(_unformed(self.plan))
         dead = dead_nodes()
         if dead - self._dead:
             self._tell("nodes_lost", dead - self._dead)
             self._dead = dead
-        room = offered().room(self.plan) - self._given_up
+        self._room = offered().room(self.plan) - given_up
         scene = Scene(
-            queued=roll.queued, in_hand=roll.in_hand, gangs=gangs, room=room, limit=self.limit, slots=self.plan.slots
-        )
-        change = decide(scene)
+            queued=roll.queued, in_hand=roll.in_hand, gangs=gangs, room=self._room, limit=self.limit,
+            slots=self.plan.slots, spare_s=now - self._filled_at,
+        )  # fmt: skip
+        self._make_so(scene)
+        if not scene.spare:
+            self._filled_at = now
+
+    def _make_so(self, scene: Scene) -> None:
+        waiting = waiting_groups() if scene.is_overdue else []
+        change = decide(dataclasses.replace(scene, pending=len(waiting)))
         self.form(change.form)
         if change.dismiss:
             self._tell("dismiss", change.dismiss)
+        for group in waiting[: change.withdraw]:
+            ray.util.remove_placement_group(group)
 
     def workers(self) -> list[Worker]:
         found: list[Worker] = ray.get(self.dispatcher.workers.remote())
@@ -268,8 +294,8 @@ class Fleet:
         self._tell("drain")
 
     def size(self) -> int:
-        """How many trials can be trained at once by the gangs that there are, or are to be."""
-        return max(1, len(self._threads) - len(self._ended)) * self.plan.slots
+        """How many trials could be trained at once by as many gangs as there is room for."""
+        return max(1, most_of(self._room, self.limit)) * self.plan.slots
 
     def in_hand(self) -> int:
         """How many trials are being trained."""
@@ -334,22 +360,30 @@ class Fleet:
             self._fit(name)
         except BaseException as error:  # whatever ended it, the sweep goes on with the others
             why = f"{type(error).__name__}: {error}"
-            with contextlib.suppress(Exception):
-                self._given_up += not self._tell("formed", name)
+            if found_no_place(error):
+                why = "no machine had room for it in its time, or no trial waited for it any more"
+            else:
+                with contextlib.suppress(Exception):
+                    if not self._tell("formed", name):
+                        self._doubts.add(why, time.monotonic())
         self._ended[name] = why
         with contextlib.suppress(Exception):  # at the end of a sweep the dispatcher may be gone before its gangs
             ray.get(self.dispatcher.gang_ended.remote(name, why))
 
     def _fit(self, name: str) -> None:
-        """Have Ray Train keep the gang: again after so many failures, unless no worker of it ever came to work."""
-        formed = 0
+        """Have Ray Train keep the gang: again after so many failures, unless no worker of it ever came to work, or no
+        machine has room for it. Then the fleet decides whether it wants another.
+        """
+        formed = fruitless = 0
         while True:
             try:
                 self._trainer(name).fit()
                 return
-            except ray.train.TrainingFailedError:
+            except ray.train.TrainingFailedError as error:
                 before, formed = formed, int(self._tell("formed", name))
-                if formed == before:
+                fruitless = 0 if formed > before else fruitless + 1
+                is_at_start = isinstance(error, ray.train.ControllerError)
+                if found_no_place(error) or fruitless >= (STARTS if is_at_start else 1):
                     raise
 
     def _trainer(self, name: str) -> Any:
@@ -375,14 +409,14 @@ class Fleet:
                 storage_path=self._scratch,
                 callbacks=[Messenger(name, plan.dispatcher, plan.namespace)],
                 # The dispatcher counts a trial's attempts; over a gang's life there is no limit to count to (`_fit`).
-                failure_config=ray.train.FailureConfig(max_failures=FORMATIONS - 1, controller_failure_limit=3),
+                failure_config=ray.train.FailureConfig(max_failures=FORMATIONS - 1, controller_failure_limit=0),
             ),
         )
 
 
-def _lost(error: BaseException) -> UnreachableError:
+def _lost(error: BaseException) -> RayLostError:
     said = str(error).strip().partition("\n")[0].rstrip(".")
-    return UnreachableError(
+    return RayLostError(
         f"Ray lost the dispatcher: {said}. Finished trials are safe. Where the cluster is gone, start it again; then "
         "run the same command again."
     )

@@ -239,7 +239,7 @@ def test_which_machines_rays_autoscaler_launches_for_gangs(aws: str) -> None:
 
     config = AWSNodeProvider.fillout_available_node_types_resources(prepared("gpu"))
     scaling = AutoscalingConfig(config, skip_content_hash=True)
-    offer = Offer((Node(0),), coming_of(config))
+    offer = Offer((Node(0),), *coming_of(config))
     for most, needs, launched in LAUNCHED:
         gangs = min(most, offer.room(needs))
         workers = [_request(needs, offer)] * needs.workers
