@@ -3,8 +3,9 @@
 import contextlib
 import os
 import socket
+import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -47,10 +48,13 @@ class RayLostError(UnreachableError):
 
 class Head:
     """Ray's head, seen from a process that has something to write before it ends. Ray ends each that has not found the
-    head for a minute, and at once where it finds another in its place, with words and an exit code of its own.
+    head for a minute, and at once where it finds another in its place, with words and an exit code of its own. And each
+    that needs the raylet of its machine after that has ended.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, own: Sequence[subprocess.Popen[Any]] = ()) -> None:
+        """`own`: processes of this head that this one has started; where one of them has ended, all is over."""
+        self._own = own
         host, _, port = address.rpartition(":")
         self._place = host.strip("[]"), int(port)
         self._looked_at = time.monotonic()
@@ -70,6 +74,8 @@ class Head:
         if now - self._looked_at < LOOK_S and not anew:
             return self.answers
         self._looked_at = now
+        if any(each.poll() is not None for each in self._own):
+            raise self._gone("has ended")
         try:
             socket.create_connection(self._place, timeout=ANSWER_S).close()
             self._away_since = None
@@ -87,6 +93,15 @@ class Head:
             f"Ray's head, {host}:{port}, {how}. Finished trials are safe, and others go on from their checkpoints: run "
             "the same command again, and start the cluster again before, if it is one of `ray up` or `ray start`."
         )
+
+
+def own_processes() -> list[subprocess.Popen[Any]]:
+    """What a Ray of our own stands on, none where we have joined one."""
+    # No public name has them; tests/test_faults.py holds Ray to it.
+    from ray._private.worker import _global_node
+
+    held = {} if _global_node is None else _global_node.all_processes
+    return [each.process for name in ("gcs_server", "raylet") for each in held.get(name, [])]
 
 
 def drain(node: str, why: str, left_s: float) -> None:

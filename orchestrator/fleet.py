@@ -61,6 +61,7 @@ from orchestrator.casualties import (  # noqa: E402
     dead_nodes,
     found_no_place,
     missed_within_s,
+    own_processes,
     waiting_groups,
 )
 from orchestrator.dispatcher import NAMESPACE, Dispatcher, Order, Retries, Roll, Update, Worker  # noqa: E402
@@ -76,6 +77,8 @@ TEND_S = 2.0
 """Between two looks at which gangs there should be."""
 FORMATIONS = 8
 """A gang that was formed so often, and whose first rank never came to work, is given up."""
+ANSWER_S = 2.0
+"""After which it is looked whether Ray's head is still there to say what has become of the dispatcher."""
 STARTS = 4
 """So often Ray Train may fail to form a gang for another reason than room."""
 
@@ -204,7 +207,7 @@ class Fleet:
         population: Population | None = None,
     ) -> None:
         self.plan = plan
-        self._head = Head(ray.get_runtime_context().gcs_address)
+        self._head = Head(ray.get_runtime_context().gcs_address, own_processes())
         actor = ray.remote(num_cpus=0, max_concurrency=100_000)(Dispatcher)
         # Beside the driver: Ray would put it on any machine, and one that goes must not take the sweep with it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -251,6 +254,7 @@ class Fleet:
 
     def _tend(self) -> None:
         """Have as many gangs as there is work and room for. Raises UnreachableError when there can be none."""
+        self._head.look(anew=True)  # what asks it hangs, if it is gone
         now = self._tended_at = time.monotonic()
         roll: Roll = self._tell("roll")
         gangs = {thread.name: roll.standing.get(thread.name) for thread in self._threads if thread.is_alive()}
@@ -334,7 +338,12 @@ class Fleet:
 
     def _tell(self, method: str, *words: Any) -> Any:
         try:
-            return ray.get(getattr(self.dispatcher, method).remote(*words))
+            answer = getattr(self.dispatcher, method).remote(*words)
+            while True:
+                # What became of an actor is the head's to say: without one, Ray waits for what will not come.
+                with contextlib.suppress(ray.exceptions.GetTimeoutError):
+                    return ray.get(answer, timeout=ANSWER_S)
+                self._head.look(anew=True)
         except ray.exceptions.RayError as error:
             self._head.look(anew=True)  # that says more
             raise _lost(error) from error
@@ -376,6 +385,9 @@ class Fleet:
         """
         formed = fruitless = 0
         while True:
+            self._head.look(
+                anew=True
+            )  # Ray Train stores the loop with the raylet: a process that finds none there ends
             try:
                 self._trainer(name).fit()
                 return
