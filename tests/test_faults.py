@@ -75,8 +75,9 @@ def test_a_head_that_ends_under_a_sweep_is_told_and_the_same_command_goes_on(
     [(("gcs_server", "raylet/raylet"), signal.SIGKILL), (("raylet/raylet",), signal.SIGTERM)],
 )
 def test_a_ray_of_our_own_that_is_stopped_is_told_and_the_same_command_goes_on(
-    names: tuple[str, ...], end: signal.Signals, tmp_path: Path
+    names: tuple[str, ...], end: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else workers starve where others compute
     sweep = Mixmo(tmp_path / "sweep", SWEEP)
     driver = sweep.start("run", "sweep.yaml", "--yes")
     try:
