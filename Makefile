@@ -8,7 +8,7 @@ export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help quickstart test test-cluster chaos wheel check format clean
+.PHONY: help quickstart test test-cluster test-faults chaos wheel check format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/make \1|\2/' | column -t -s '|'
@@ -36,6 +36,11 @@ test: export MIXMO_TEST_INSTALL := 1
 test: .venv/tests ## every test that this machine can run, about 45 minutes on 2 cores
 	$(BIN)/python -m pytest -q -n 2 -m "not ray"
 	$(BIN)/python -m pytest -m ray --durations=15
+
+# Machines and heads of real Ray clusters that are lost, filled, stopped and shared; alone on the machine.
+test-faults: export MIXMO_TEST_FAULTS := 1
+test-faults: .venv/tests ## lose, fill, stop and share real Ray clusters; about 15 minutes
+	$(BIN)/python -m pytest tests/test_nodes.py tests/test_faults.py -v
 
 chaos: export MIXMO_TEST_INSTALL := 1
 chaos: .venv/tests ## kill, freeze and cut off sweeps by the thousand, in pieces; about 75 minutes, see tests/chaos

@@ -3,13 +3,15 @@
 import contextlib
 import os
 import socket
+import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 import ray.exceptions
 import ray.train
+from ray.util.placement_group import PlacementGroup
 
 from orchestrator.dispatcher import Loss
 from orchestrator.errors import UnreachableError
@@ -38,16 +40,21 @@ def missed_within_s() -> float:
     return float(Config.health_check_failure_threshold() * check_ms) / 1000
 
 
-class HeadGoneError(UnreachableError):
-    """Ray's head is gone. Nothing may be asked of Ray any more, no goodbye either: it ends the process."""
+class RayLostError(UnreachableError):
+    """Ray's head is gone, or the dispatcher. Nothing may be asked of Ray any more, no goodbye either: it ends the
+    process, with 1 and without a word, where a thread asks it for something while it says goodbye.
+    """
 
 
 class Head:
     """Ray's head, seen from a process that has something to write before it ends. Ray ends each that has not found the
-    head for a minute, and at once where it finds another in its place, with words and an exit code of its own.
+    head for a minute, and at once where it finds another in its place, with words and an exit code of its own. And each
+    that needs the raylet of its machine after that has ended.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, own: Sequence[subprocess.Popen[Any]] = ()) -> None:
+        """`own`: processes of this head that this one has started; where one of them has ended, all is over."""
+        self._own = own
         host, _, port = address.rpartition(":")
         self._place = host.strip("[]"), int(port)
         self._looked_at = time.monotonic()
@@ -60,13 +67,15 @@ class Head:
         return self._away_since is None
 
     def look(self, *, anew: bool = False) -> bool:
-        """Whether it answers: if not, whatever else asks it hangs. Raises HeadGoneError where it is gone. `anew`: do
+        """Whether it answers: if not, whatever else asks it hangs. Raises RayLostError where it is gone. `anew`: do
         not go by what was seen half a second ago.
         """
         now = time.monotonic()
         if now - self._looked_at < LOOK_S and not anew:
             return self.answers
         self._looked_at = now
+        if any(each.poll() is not None for each in self._own):
+            raise self._gone("has ended")
         try:
             socket.create_connection(self._place, timeout=ANSWER_S).close()
             self._away_since = None
@@ -78,12 +87,21 @@ class Head:
                 raise self._gone(f"has not answered for {now - self._away_since:.0f} s") from error
         return self.answers
 
-    def _gone(self, how: str) -> HeadGoneError:
+    def _gone(self, how: str) -> RayLostError:
         host, port = self._place
-        return HeadGoneError(
+        return RayLostError(
             f"Ray's head, {host}:{port}, {how}. Finished trials are safe, and others go on from their checkpoints: run "
             "the same command again, and start the cluster again before, if it is one of `ray up` or `ray start`."
         )
+
+
+def own_processes() -> list[subprocess.Popen[Any]]:
+    """What a Ray of our own stands on, none where we have joined one."""
+    # No public name has them; tests/test_faults.py holds Ray to it.
+    from ray._private.worker import _global_node
+
+    held = {} if _global_node is None else _global_node.all_processes
+    return [each.process for name in ("gcs_server", "raylet") for each in held.get(name, [])]
 
 
 def drain(node: str, why: str, left_s: float) -> None:
@@ -95,6 +113,34 @@ def drain(node: str, why: str, left_s: float) -> None:
     reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     deadline_ms = int((time.time() + left_s) * 1000)
     global_worker.gcs_client.drain_node(node, reason, why, deadline_ms)
+
+
+def waiting_groups() -> list[PlacementGroup]:
+    """What actors of this driver's job have asked room for and wait for: gangs, and nothing of Tune's, which asks from
+    the driver itself. A group that is removed is one that its gang could not get in its time.
+    """
+    # No public call tells whose a group is; tests/test_nodes.py holds Ray to it.
+    from ray._private.state import state
+    from ray.core.generated import gcs_pb2
+
+    own = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    table = map(
+        gcs_pb2.PlacementGroupTableData.FromString, state._connect_and_get_accessor().get_placement_group_table()
+    )
+    return [
+        PlacementGroup(ray.PlacementGroupID(each.placement_group_id))
+        for each in table
+        if each.state == gcs_pb2.PlacementGroupTableData.PENDING
+        and each.creator_job_id == own
+        and not each.creator_actor_dead
+    ]
+
+
+def found_no_place(error: BaseException) -> bool:
+    """Whether Ray Train gave a gang up since no machine had room for it in its time, or since it was called off."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    return isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
 
 
 def kind_of(errors: Mapping[int, BaseException]) -> Loss | None:

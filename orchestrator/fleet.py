@@ -54,12 +54,21 @@ from ruamel.yaml import YAML  # noqa: E402
 from ruamel.yaml.error import YAMLError  # noqa: E402
 
 from orchestrator import gang  # noqa: E402
-from orchestrator.casualties import Head, HeadGoneError, Messenger, dead_nodes, missed_within_s  # noqa: E402
+from orchestrator.casualties import (  # noqa: E402
+    Head,
+    Messenger,
+    RayLostError,
+    dead_nodes,
+    found_no_place,
+    missed_within_s,
+    own_processes,
+    waiting_groups,
+)
 from orchestrator.dispatcher import NAMESPACE, Dispatcher, Order, Retries, Roll, Update, Worker  # noqa: E402
 from orchestrator.errors import UnreachableError  # noqa: E402
 from orchestrator.gang import GangPlan  # noqa: E402
 from orchestrator.population import Population  # noqa: E402
-from orchestrator.roster import ACCELERATOR, MARKET, Node, Offer, Scene, coming_of, decide  # noqa: E402
+from orchestrator.roster import ACCELERATOR, MARKET, Doubts, Node, Offer, Scene, coming_of, decide, most_of  # noqa: E402
 from orchestrator.stopping import Judge  # noqa: E402
 
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
@@ -68,6 +77,10 @@ TEND_S = 2.0
 """Between two looks at which gangs there should be."""
 FORMATIONS = 8
 """A gang that was formed so often, and whose first rank never came to work, is given up."""
+ANSWER_S = 2.0
+"""After which it is looked whether Ray's head is still there to say what has become of the dispatcher."""
+STARTS = 4
+"""So often Ray Train may fail to form a gang for another reason than room."""
 
 # --------------------------------------------------------------------------------------------------------- the Ray
 
@@ -89,22 +102,24 @@ def offered() -> Offer:
     """What the cluster has now, and what its autoscaler may bring, if this is the head of one of `ray up`."""
     nodes = tuple(_node(each["Resources"], each["Labels"]) for each in ray.nodes() if each["Alive"])
     coming: tuple[Node, ...] = ()
+    most: int | None = None
     if os.environ.get("RAY_ADDRESS"):
         with contextlib.suppress(OSError, YAMLError):
             file = BOOTSTRAP.expanduser()
-            coming = _coming(file, file.stat().st_mtime_ns)
-    return Offer(nodes, coming)
+            coming, most = _coming(file, file.stat().st_mtime_ns)
+    return Offer(nodes, coming, most)
 
 
 @functools.lru_cache(maxsize=1)
-def _coming(file: Path, changed_ns: int) -> tuple[Node, ...]:
+def _coming(file: Path, changed_ns: int) -> tuple[tuple[Node, ...], int]:
     """Parsed again only when another `ray up` has changed it: the fleet asks every two seconds."""
     return coming_of(YAML(typ="safe").load(file.read_text()) or {})
 
 
 def _node(resources: Mapping[str, float], labels: Mapping[str, str]) -> Node:
     types = frozenset(name.partition(":")[2] for name in resources if name.startswith(ACCELERATOR))
-    return Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0), types, labels.get(MARKET) == "spot")
+    cpus, gpus, market = resources.get("CPU", 0.0), resources.get("GPU", 0.0), labels.get(MARKET)
+    return Node(cpus, gpus, types, market == "spot", market == "on-demand")
 
 
 @contextlib.contextmanager
@@ -115,10 +130,17 @@ def _joined_ray(address: str) -> Iterator[None]:
         raise UnreachableError(
             f"no Ray cluster answers at RAY_ADDRESS={address}: {error}. Start it, or unset RAY_ADDRESS to run here."
         ) from error
+    with _left():
+        yield
+
+
+@contextlib.contextmanager
+def _left() -> Iterator[None]:
+    """Leave Ray at the end. One that is lost is not asked: what is left of our own ends with this process."""
     try:
         yield
-    except HeadGoneError:
-        raise  # nobody is there to say goodbye to
+    except RayLostError:
+        raise
     except BaseException:
         ray.shutdown()
         raise
@@ -140,10 +162,8 @@ def _local_ray(cpus: int) -> Iterator[None]:
                 f"Ray cannot start on this machine: {error} Nothing was trained. Run the same command again when the "
                 f"machine is less busy; `mixmo doctor` says more."
             ) from error
-        try:
+        with _left():
             yield
-        finally:
-            ray.shutdown()
 
 
 def _cores() -> int:
@@ -187,7 +207,7 @@ class Fleet:
         population: Population | None = None,
     ) -> None:
         self.plan = plan
-        self._head = Head(ray.get_runtime_context().gcs_address)
+        self._head = Head(ray.get_runtime_context().gcs_address, own_processes())
         actor = ray.remote(num_cpus=0, max_concurrency=100_000)(Dispatcher)
         # Beside the driver: Ray would put it on any machine, and one that goes must not take the sweep with it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -197,10 +217,11 @@ class Fleet:
         )
         self.limit: int | None = None
         """`max_gangs` of the sweep file."""
-        self._tended_at, self._stood_at = time.monotonic(), time.monotonic()
+        self._tended_at = self._stood_at = self._filled_at = time.monotonic()
         self._dead: frozenset[str] = frozenset()
-        self._given_up = 0
-        """Gangs whose workers never came to work: there is less room than it seems."""
+        self._doubts = Doubts()
+        self._room = offered().room(plan)
+        """How many gangs the cluster holds, as last seen."""
         self._scratch = tempfile.mkdtemp(prefix="mixmo-train-")
         self._threads: list[threading.Thread] = []
         self._ended: dict[str, str] = {}
@@ -233,31 +254,41 @@ class Fleet:
 
     def _tend(self) -> None:
         """Have as many gangs as there is work and room for. Raises UnreachableError when there can be none."""
-        self._tended_at = time.monotonic()
+        self._head.look(anew=True)  # what asks it hangs, if it is gone
+        now = self._tended_at = time.monotonic()
         roll: Roll = self._tell("roll")
         gangs = {thread.name: roll.standing.get(thread.name) for thread in self._threads if thread.is_alive()}
         work = roll.queued + roll.in_hand
-        if work and not gangs and self._given_up:
-            why = "; ".join(sorted(set(self._ended.values())))
+        given_up = self._doubts.count(frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"]), now)
+        if work and not gangs and given_up:
             raise UnreachableError(
-                f"no gang could be kept: {why}. Finished trials are safe; run the same command again."
+                f"no gang could be kept: {self._doubts}. Finished trials are safe; run the same command again."
             )
         if not work or gangs.keys() & roll.standing.keys():
-            self._stood_at = time.monotonic()
-        elif time.monotonic() - self._stood_at > self.plan.form_within_s:
+            self._stood_at = now
+        elif now - self._stood_at > self.plan.form_within_s:
             raise UnreachableError(_unformed(self.plan))
         dead = dead_nodes()
         if dead - self._dead:
             self._tell("nodes_lost", dead - self._dead)
             self._dead = dead
-        room = offered().room(self.plan) - self._given_up
+        self._room = offered().room(self.plan) - given_up
         scene = Scene(
-            queued=roll.queued, in_hand=roll.in_hand, gangs=gangs, room=room, limit=self.limit, slots=self.plan.slots
-        )
-        change = decide(scene)
+            queued=roll.queued, in_hand=roll.in_hand, gangs=gangs, room=self._room, limit=self.limit,
+            slots=self.plan.slots, spare_s=now - self._filled_at,
+        )  # fmt: skip
+        self._make_so(scene)
+        if not scene.spare:
+            self._filled_at = now
+
+    def _make_so(self, scene: Scene) -> None:
+        waiting = waiting_groups() if scene.is_overdue else []
+        change = decide(dataclasses.replace(scene, pending=len(waiting)))
         self.form(change.form)
         if change.dismiss:
             self._tell("dismiss", change.dismiss)
+        for group in waiting[: change.withdraw]:
+            ray.util.remove_placement_group(group)
 
     def workers(self) -> list[Worker]:
         found: list[Worker] = ray.get(self.dispatcher.workers.remote())
@@ -267,8 +298,8 @@ class Fleet:
         self._tell("drain")
 
     def size(self) -> int:
-        """How many trials can be trained at once by the gangs that there are, or are to be."""
-        return max(1, len(self._threads) - len(self._ended)) * self.plan.slots
+        """How many trials could be trained at once by as many gangs as there is room for."""
+        return max(1, most_of(self._room, self.limit)) * self.plan.slots
 
     def in_hand(self) -> int:
         """How many trials are being trained."""
@@ -307,7 +338,12 @@ class Fleet:
 
     def _tell(self, method: str, *words: Any) -> Any:
         try:
-            return ray.get(getattr(self.dispatcher, method).remote(*words))
+            answer = getattr(self.dispatcher, method).remote(*words)
+            while True:
+                # What became of an actor is the head's to say: without one, Ray waits for what will not come.
+                with contextlib.suppress(ray.exceptions.GetTimeoutError):
+                    return ray.get(answer, timeout=ANSWER_S)
+                self._head.look(anew=True)
         except ray.exceptions.RayError as error:
             self._head.look(anew=True)  # that says more
             raise _lost(error) from error
@@ -333,22 +369,33 @@ class Fleet:
             self._fit(name)
         except BaseException as error:  # whatever ended it, the sweep goes on with the others
             why = f"{type(error).__name__}: {error}"
-            with contextlib.suppress(Exception):
-                self._given_up += not self._tell("formed", name)
+            if found_no_place(error):
+                why = "no machine had room for it in its time, or no trial waited for it any more"
+            else:
+                with contextlib.suppress(Exception):
+                    if not self._tell("formed", name):
+                        self._doubts.add(why, time.monotonic())
         self._ended[name] = why
         with contextlib.suppress(Exception):  # at the end of a sweep the dispatcher may be gone before its gangs
             ray.get(self.dispatcher.gang_ended.remote(name, why))
 
     def _fit(self, name: str) -> None:
-        """Have Ray Train keep the gang: again after so many failures, unless no worker of it ever came to work."""
-        formed = 0
+        """Have Ray Train keep the gang: again after so many failures, unless no worker of it ever came to work, or no
+        machine has room for it. Then the fleet decides whether it wants another.
+        """
+        formed = fruitless = 0
         while True:
+            self._head.look(
+                anew=True
+            )  # Ray Train stores the loop with the raylet: a process that finds none there ends
             try:
                 self._trainer(name).fit()
                 return
-            except ray.train.TrainingFailedError:
+            except ray.train.TrainingFailedError as error:
                 before, formed = formed, int(self._tell("formed", name))
-                if formed == before:
+                fruitless = 0 if formed > before else fruitless + 1
+                is_at_start = isinstance(error, ray.train.ControllerError)
+                if found_no_place(error) or fruitless >= (STARTS if is_at_start else 1):
                     raise
 
     def _trainer(self, name: str) -> Any:
@@ -367,21 +414,21 @@ class Fleet:
                 use_gpu=bool(plan.gpus_per_worker),
                 resources_per_worker=per_worker,
                 accelerator_type=plan.accelerator,
-                label_selector=None if plan.spot else {MARKET: "!spot"},
+                label_selector=offered().market(plan),
             ),
             run_config=ray.train.RunConfig(
                 name=name,
                 storage_path=self._scratch,
                 callbacks=[Messenger(name, plan.dispatcher, plan.namespace)],
                 # The dispatcher counts a trial's attempts; over a gang's life there is no limit to count to (`_fit`).
-                failure_config=ray.train.FailureConfig(max_failures=FORMATIONS - 1, controller_failure_limit=3),
+                failure_config=ray.train.FailureConfig(max_failures=FORMATIONS - 1, controller_failure_limit=0),
             ),
         )
 
 
-def _lost(error: BaseException) -> UnreachableError:
+def _lost(error: BaseException) -> RayLostError:
     said = str(error).strip().partition("\n")[0].rstrip(".")
-    return UnreachableError(
+    return RayLostError(
         f"Ray lost the dispatcher: {said}. Finished trials are safe. Where the cluster is gone, start it again; then "
         "run the same command again."
     )

@@ -13,7 +13,7 @@ import pytest
 
 asked = pytest.mark.skipif(
     not os.environ.get("MIXMO_TEST_FAULTS"),
-    reason="FIVE MINUTES OF FAULTS OF RAY WERE NOT TRIED: MIXMO_TEST_FAULTS=1 runs them",
+    reason="FIFTEEN MINUTES OF FAULTS OF RAY WERE NOT TRIED: `make test-faults` runs them",
 )
 """Tests that take a minute or two each, of what few changes touch."""
 

@@ -15,7 +15,7 @@ import made_bucket
 import pytest
 from test_setup_aws import setup_aws
 
-from orchestrator.roster import MARKET
+from orchestrator.roster import MARKET, Needs, Node, Offer, coming_of
 
 ROOT = Path(__file__).resolve().parent.parent
 REGION = "us-west-2"
@@ -217,6 +217,64 @@ def test_rays_provider_launches_labels_and_ends_machines_with_no_more_than_the_h
     assert sorted((each["InstanceType"], each.get("InstanceLifecycle")) for each in launched) == [
         ("g6.12xlarge", None), ("g6.xlarge", "spot"),
     ]  # fmt: skip
+
+
+# A sweep's gangs, what each needs, and what is to be launched for them.
+LAUNCHED: list[tuple[int, Needs, dict[str, int]]] = [
+    (1, Needs(gpus_per_worker=1), {"spot_gpu": 1}),
+    (4, Needs(gpus_per_worker=1), {"spot_gpu": 4}),  # which one machine on demand would hold
+    (8, Needs(gpus_per_worker=0.25), {"spot_gpu": 2}),
+    (99, Needs(gpus_per_worker=1), {"spot_gpu": 16}),
+    (24, Needs(cpus_per_worker=2), {"spot_gpu": 12}),
+    (3, Needs(gpus_per_worker=1, workers=4), {"spot_gpu": 12}),
+    (4, Needs(gpus_per_worker=1, spot=False), {"on_demand_gpu": 1}),
+    (2, Needs(gpus_per_worker=1, workers=4, spot=False), {"on_demand_gpu": 2}),
+    (1, Needs(gpus_per_worker=4), {"on_demand_gpu": 1}),  # no spot machine has so many
+]
+
+
+@pytest.mark.slow
+def test_which_machines_rays_autoscaler_launches_for_gangs(aws: str) -> None:
+    """Its decision alone, on all that a sweep's gangs ask for: Ray Train asks for a group of its own each, and beside
+    it for the workers of all groups together.
+    """
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+    from ray.autoscaler.v2.utils import ResourceRequestUtil
+    from ray.core.generated.autoscaler_pb2 import ClusterResourceConstraint, GangResourceRequest
+
+    config = AWSNodeProvider.fillout_available_node_types_resources(prepared("gpu"))
+    scaling = AutoscalingConfig(config, skip_content_hash=True)
+    offer = Offer((Node(0),), *coming_of(config))
+    for most, needs, launched in LAUNCHED:
+        gangs = min(most, offer.room(needs))
+        workers = [_request(needs, offer)] * needs.workers
+        request = SchedulingRequest(
+            disable_launch_config_check=True,
+            node_type_configs=scaling.get_node_type_configs(),
+            max_num_nodes=scaling.get_max_num_nodes(),
+            gang_resource_requests=[GangResourceRequest(requests=workers) for _ in range(gangs)],
+            cluster_resource_constraints=[
+                ClusterResourceConstraint(resource_requests=ResourceRequestUtil.group_by_count(workers * gangs))
+            ],
+        )
+        reply = ResourceDemandScheduler().schedule(request)
+        assert {each.instance_type: each.count for each in reply.to_launch} == launched, needs
+        assert not reply.infeasible_gang_resource_requests
+
+
+def _request(needs: Needs, offer: Offer) -> Any:
+    """A worker, as Ray asks its autoscaler for it."""
+    from ray.autoscaler.v2.utils import ResourceRequestUtil
+    from ray.core.generated.common_pb2 import LabelSelectorOperator
+
+    bundle = {"CPU": needs.cpus_per_worker, "GPU": needs.gpus_per_worker}
+    differs = LabelSelectorOperator.LABEL_OPERATOR_NOT_IN
+    market = offer.market(needs) or {}
+    selectors = [[(label, differs, [value.removeprefix("!")]) for label, value in market.items()]]
+    asked = {name: amount for name, amount in bundle.items() if amount}
+    return ResourceRequestUtil.make(asked, label_selectors=selectors if market else None)
 
 
 def _check_that_nothing_but_ssh_is_open_to_the_world(types: dict[str, Any]) -> None:

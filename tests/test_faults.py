@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import made_raylets
 import pytest
 from command_line import Mixmo, kill
 
-from orchestrator.casualties import Head
+from orchestrator.casualties import Head, RayLostError
 from orchestrator.errors import UnreachableError
 from orchestrator.rows import TrialRow
 
@@ -68,16 +69,24 @@ def test_a_head_that_ends_under_a_sweep_is_told_and_the_same_command_goes_on(
 @made_raylets.asked
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_ray_of_our_own_that_is_stopped_is_told_and_the_same_command_goes_on(tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("names", "end"),
+    [(("gcs_server", "raylet/raylet"), signal.SIGKILL), (("raylet/raylet",), signal.SIGTERM)],
+)
+def test_a_ray_of_our_own_that_is_stopped_is_told_and_the_same_command_goes_on(
+    names: tuple[str, ...], end: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else workers starve where others compute
     sweep = Mixmo(tmp_path / "sweep", SWEEP)
     driver = sweep.start("run", "sweep.yaml", "--yes")
     try:
         sweep.until(driver, one_done_and_one_under_way)
-        stopped = [pid for pid, said in children(driver.pid) if "gcs_server" in said or "raylet/raylet" in said]
-        assert len(stopped) == 2
+        stopped = [pid for name in names for pid, said in children(driver.pid) if name in said]
+        assert len(stopped) == len(names)
         for pid in stopped:
-            os.kill(pid, signal.SIGKILL)
-        before = told_of_its_end(driver, sweep, may_be_ended=True)
+            os.kill(pid, end)
+        before = told_of_its_end(driver, sweep)
     finally:
         kill(driver)
     goes_on(sweep, before)
@@ -93,16 +102,13 @@ def children(parent: int) -> list[tuple[int, str]]:
     return found
 
 
-def told_of_its_end(driver: Any, sweep: Mixmo, *, may_be_ended: bool = False) -> dict[str, TrialRow]:
-    """The trials that had finished by then. `may_be_ended`: Ray ends a process whose raylet is gone, with 1 and without
-    a word, if it comes to that first.
-    """
+def told_of_its_end(driver: Any, sweep: Mixmo) -> dict[str, TrialRow]:
+    """The trials that had finished by then."""
     _, said = driver.communicate(timeout=60)
-    assert driver.returncode in ((1, 7) if may_be_ended else (7,)), said
-    if driver.returncode == 7:
-        assert "Ray's head, " in said
-        assert "Finished trials are safe" in said
-        assert "run the same command again" in said
+    assert driver.returncode == 7, said
+    assert "Ray's head, " in said or "Ray lost the dispatcher" in said
+    assert "Finished trials are safe" in said
+    assert "run the same command again" in said
     return {row.trial_id: row for row in sweep.rows() if row.state == "TERMINATED"}
 
 
@@ -156,6 +162,21 @@ def test_a_head_that_is_gone_is_known_at_once_and_one_that_is_silent_has_time(mo
     Clock(monkeypatch)
     with pytest.raises(UnreachableError, match=r"127\.0\.0\.1:\d+, has ended\. Finished trials are safe.*same command"):
         Head(address).look()
+
+
+def test_a_head_of_our_own_is_gone_with_any_of_its_processes() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        subprocess.Popen(["sleep", "600"]) as one,
+        subprocess.Popen(["sleep", "600"]) as other,
+    ):
+        head = Head(f"127.0.0.1:{listening.getsockname()[1]}", [one, other])
+        assert head.look(anew=True)
+        other.kill()
+        other.wait()
+        with pytest.raises(RayLostError, match="has ended"):
+            head.look(anew=True)
+        one.kill()
 
 
 def silent(*_: Any, **__: Any) -> None:

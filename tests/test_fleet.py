@@ -109,6 +109,12 @@ class Crew:
                     return update
         raise AssertionError(f"it did not happen in {patience_s} s; told: {self.told[-5:]}")
 
+    def until_true(self, holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 600
+        while not holds():
+            assert time.monotonic() < deadline, "it did not happen"
+            self.told += self.fleet.updates(0.5)
+
     def ended(self, index: int) -> Update:
         earlier = [update for update in self.told if update.kind == "ended" and update.index == index]
         return earlier[0] if earlier else self.until(lambda update: update.kind == "ended" and update.index == index)

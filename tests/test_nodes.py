@@ -1,20 +1,23 @@
 """Gangs on several machines: raylets of one Ray on this one, of which some are killed, drained and filled."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import made_cifar
 import made_metadata
 import made_raylets
 import pytest
-from command_line import Mixmo
+from command_line import Mixmo, kill
 from disturbed import CannotError, small_disk
 from made_raylets import add
+from test_datasets import FILES
 from test_fleet import Crew, config
 
 from orchestrator.dispatcher import NAMESPACE, Retries, Update
 from orchestrator.errors import UnreachableError, UsageError
+from orchestrator.store import ResultStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -160,6 +163,7 @@ def test_a_gang_that_cannot_form_in_its_time_is_told_and_the_same_command_goes_o
         assert part in said
     assert "run the same command again" in said
     ray.kill(held)
+    (sweep.folder / "sweep.yaml").write_text(LATE.replace("form_within_s: 5", "form_within_s: 600"))  # as it says
     sweep("run", "sweep.yaml", "--yes")
     assert [(row.state, row.attempts) for row in sweep.rows()] == [("TERMINATED", 1)]
 
@@ -208,3 +212,164 @@ def test_a_worker_whose_disk_is_full_trains_on_and_saves_when_there_is_room(mach
         assert (ended.state, ended.attempt) == ("TERMINATED", 1)
         assert sorted(crew.losses(0)) == list(range(1, 401))
     assert "a checkpoint is not stored yet" in crew.store.log(crew.orders[0].trial_id)
+
+
+def free_cpus() -> float:
+    import ray
+
+    return float(ray.available_resources().get("CPU", 0))
+
+
+@made_raylets.asked
+def test_gangs_stand_where_they_may_and_go_so_that_machines_can(
+    machines: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On demand only, on one of two machines: a gang that finds no place is called off when nothing waits for it, one
+    that finds no trial goes home, and both are formed again when there is work.
+    """
+    from orchestrator import roster
+    from orchestrator.casualties import waiting_groups
+
+    monkeypatch.setattr(roster, "IDLE_S", 2.0)
+    spot, lasting = (
+        add(machines, labels={roster.MARKET: market}, resources={"accelerator_type:P4": 1})
+        for market in ("spot", "on-demand")
+    )
+    machines.wait_for_nodes()
+    before = free_cpus()
+    trials = [config(0, **{"optim.epochs": 100}), config(1), config(2, **{"optim.epochs": 100}), config(3)]
+    crew = Crew(tmp_path, trials, workers=1, name="lasting", accelerator="P4", spot=False)
+    crew.fleet.limit = 2
+    with crew:
+        assert crew.fleet.size() == 1
+        crew.fleet.form(2)
+        crew.submit(0)
+        crew.until(lambda update: update.kind == "started")
+        assert [worker.node for worker in crew.workers()] == [lasting.node_id]
+        gone = crew.until(lambda update: update.kind == "gang")
+        assert "no machine had room for it in its time, or no trial waited" in gone.text
+        assert waiting_groups() == []
+        assert crew.ended(0).state == "TERMINATED"
+        gone = crew.until(lambda update: update.kind == "gang")
+        assert "ended: it was sent home" in gone.text
+        crew.until_true(lambda: free_cpus() == before)
+        assert crew.workers() == []
+        crew.submit(1)
+        assert crew.ended(1).state == "TERMINATED"
+        assert [worker.node for worker in crew.workers()] == [lasting.node_id]
+        # A machine that comes later is used, whatever was called off before.
+        later = add(machines, labels={roster.MARKET: "on-demand"}, resources={"accelerator_type:P4": 1})
+        machines.wait_for_nodes()
+        crew.submit(2, 3)
+        crew.until(lambda update: update.index == 2 and update.kind == "started")
+        assert {crew.ended(2).state, crew.ended(3).state} == {"TERMINATED"}
+        assert crew.fleet.size() == 2
+    for node in (spot, lasting, later):
+        machines.remove_node(node)
+
+
+@made_raylets.asked
+def test_two_sweeps_that_share_a_cluster_are_at_work_at_once_and_both_end(
+    machines: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    while len(machines.worker_nodes) < 2:
+        add(machines)
+    machines.wait_for_nodes()
+    monkeypatch.setenv("RAY_ADDRESS", machines.address)
+    sweeps = [Mixmo(tmp_path / name, SHARED.format(name=name)) for name in ("one", "two")]
+    drivers = [sweep.start("run", "sweep.yaml", "--yes") for sweep in sweeps]
+    try:
+        sweeps[0].until(drivers[0], lambda _: all(map(is_at_work, sweeps)))
+        for driver in drivers:
+            said = driver.communicate(timeout=600)
+            assert driver.returncode == 0, said
+    finally:
+        for driver in drivers:
+            kill(driver)
+    assert [[row.state for row in sweep.rows()] for sweep in sweeps] == [["TERMINATED"] * 2] * 2
+
+
+def is_at_work(sweep: Mixmo) -> bool:
+    return sweep.epochs() > 0 and any(row.state == "RUNNING" and row.epoch > 0 for row in sweep.rows())
+
+
+SHARED = """
+name: {name}
+trial:
+  data: {{dataset: digits, train_images: 200, batch_size: 40, augmentation: none}}
+  model: {{depth: 10, width: 1}}
+  optim: {{epochs: 400, lr: 0.01}}
+seeds: 2
+resources: {{gpus_per_worker: 0, max_gangs: 1}}
+"""
+
+
+def knowing_made_cifar() -> Callable[[Any], None]:
+    """What a gang works by, where the images are those of this test; each host writes down what it copies."""
+    from torchvision.datasets import CIFAR10
+
+    from mixmo_core import config, data
+
+    made = config.DATASETS["cifar10"], data._MD5["cifar10"]
+    lists = {name: getattr(CIFAR10, name) for name in ("train_list", "test_list", "meta")}
+
+    def loop(settings: Any) -> None:  # inside, so that it travels by value
+        import os
+        from pathlib import Path
+
+        from torchvision.datasets import CIFAR10
+
+        from mixmo_core import config, data
+        from orchestrator import gang
+        from orchestrator.store.bucket import Bucket
+
+        config.DATASETS["cifar10"], data._MD5["cifar10"] = made
+        for name, value in lists.items():
+            setattr(CIFAR10, name, value)
+        download = Bucket.download
+
+        def watched(self: Bucket, key: str, *rest: Any) -> Any:
+            with Path(os.environ["MIXMO_DATA_CACHE"], "copied").open("a") as file:
+                file.write(f"{key}\n")
+            return download(self, key, *rest)
+
+        Bucket.download = watched  # type: ignore[assignment, method-assign]
+        gang.loop(settings)
+
+    return loop
+
+
+@made_raylets.asked
+def test_each_host_of_a_gang_copies_the_images_of_a_bucket_once(
+    machines: Any, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mixmo_core import data
+    from orchestrator import datasets, gang
+
+    place, published = bucket.replace("/some/results", "/data"), tmp_path / "published"
+    made_cifar.forget()
+    made_cifar.write_cifar10(published, monkeypatch)
+    for key in FILES:
+        ResultStore.open(place).folder.put(key, (published / key).read_bytes())
+    caches = [tmp_path / "here", tmp_path / "there"]
+    nodes = [
+        add(machines, env_vars={datasets.CACHE: str(cache)}, resources={"accelerator_type:V100": 1}) for cache in caches
+    ]
+    machines.wait_for_nodes()
+    monkeypatch.setattr(gang, "loop", knowing_made_cifar())
+    images: dict[str, Any] = {"data.dataset": "cifar10", "data.train_images": "all", "data.batch_size": 40}
+    crew = Crew(
+        tmp_path, [config(seed, **images) for seed in (0, 1)], workers=2, name="images", accelerator="V100",
+        data_dir=place, datasets=("cifar10",), group_timeout_s=120.0,
+    )  # fmt: skip
+    with crew:
+        crew.fleet.form(1)
+        crew.submit(0, 1)
+        assert [crew.ended(index).state for index in (0, 1)] == ["TERMINATED"] * 2
+        assert {worker.node for worker in crew.workers()} == {node.node_id for node in nodes}
+    for cache in caches:
+        assert sorted((cache / "copied").read_text().split()) == FILES
+        data.check("cifar10", datasets.local(place, {datasets.CACHE: str(cache)}))
+    for node in nodes:
+        machines.remove_node(node)
+    made_cifar.forget()

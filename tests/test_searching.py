@@ -4,18 +4,22 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import made_engine
 import pytest
-from made_engine import Killing, Threads
+from made_engine import Killing, MadeCrew, Threads
 from test_ranges import ALPHA, LR, load
 
 from mixmo_core.config import flatten
 from orchestrator import driver, pages, plan, searching
 from orchestrator import sweep as sweeps
+from orchestrator.dispatcher import Roll, Update
 from orchestrator.engine import datasets_of
 from orchestrator.errors import SweepError, UsageError
+from orchestrator.roster import Scene, decide, most_of
 from orchestrator.rows import TrialRow, config_of
 from orchestrator.store import ResultStore, SweepWriter
 
@@ -212,3 +216,39 @@ def test_no_more_is_drawn_than_gangs_can_train_and_every_draw_is_an_event(tmp_pa
         open_now += (event.kind == "drawn") - (event.kind == "terminated")
         most = max(most, open_now)
     assert most == 2
+
+
+class Elastic(MadeCrew):
+    """As the fleet on a cluster: it has one machine, and as the third trial has ended three more have come."""
+
+    ended = 0
+
+    def _room(self) -> int:
+        return 4 if self.ended >= 3 else 1
+
+    def size(self) -> int:
+        return most_of(self._room(), None)
+
+    def updates(self, wait_s: float) -> list[Update]:
+        told = super().updates(wait_s)
+        self.ended += sum(update.kind == "ended" for update in told)
+        roll: Roll = self._loop.call(self.desk.roll)
+        gangs = dict.fromkeys(thread.name for thread in self._threads)
+        self.form(decide(Scene(queued=roll.queued, in_hand=roll.in_hand, gangs=gangs, room=self._room())).form)
+        return told
+
+
+def test_a_search_with_one_seed_grows_with_the_machines_that_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A draw waits for no gang, else no gang would be formed for it."""
+    monkeypatch.setattr(made_engine, "MadeCrew", Elastic)
+    store, threads = ResultStore.open(str(tmp_path), create=True), Threads(made_engine.Pace(0.01), gangs=1)
+    assert driver.run(whole(), store, engine=threads.engine, talk=lambda _: None) == 0
+    assert [row.state for row in store.trial_rows("made")] == ["TERMINATED"] * 16
+    assert len(threads.crews[0]._threads) == 4
+    told = [event.kind for event in store.events("made") if event.kind in ("drawn", "terminated")]
+    assert told[:10] == ["drawn", "terminated"] * 3 + ["drawn"] * 4, (
+        "each end of one is followed by one, until there is room"
+    )
+    assert max(accumulate(1 if kind == "drawn" else -1 for kind in told)) == 4

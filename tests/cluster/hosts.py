@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +34,9 @@ _INSIDE = "MIXMO_CLUSTER_INSIDE"
 def missing() -> dict[str, str]:
     """Programs that are not here, with Debian's packages of them."""
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    return {name: package for name, package in WANTED.items() if shutil.which(name, path=path) is None}
+    lacking = {name: package for name, package in WANTED.items() if shutil.which(name, path=path) is None}
+    venv = subprocess.run(["dpkg", "-s", "python3-venv"], capture_output=True, check=False)  # cluster/gpu.yaml asks so
+    return lacking | ({"venv": "python3-venv"} if venv.returncode else {})
 
 
 def alone(words: Sequence[str]) -> int | None:
@@ -48,10 +50,16 @@ def alone(words: Sequence[str]) -> int | None:
 
 
 def make_network(folder: Path) -> None:
-    """The bridge that joins the hosts and this process, who is the laptop. Nothing else is on it."""
+    """The bridge that joins the hosts and this process, who is the laptop. Nothing else is on it.
+
+    `alone` has left the machine's network behind: from here there is a way to the hosts and to nowhere else, whatever
+    address anybody may connect to.
+    """
     sh("mount --make-rprivate /")
     sh("ip link set lo up")
     sh(f"ip link add {BRIDGE} type bridge && ip addr add {LAPTOP}/24 dev {BRIDGE} && ip link set {BRIDGE} up")
+    ways = subprocess.run(["ip", "route"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert all(way.startswith(f"{NETWORK}.0/24 ") for way in ways), ways
     for private in ("/tmp/ray", "/run/netns"):
         Path(private).mkdir(parents=True, exist_ok=True)
         sh(f"mount -t tmpfs none {private}")
@@ -66,6 +74,8 @@ class Host:
     number: int
     folder: Path
     """What is this host's alone: root's home, its Ray's files."""
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Of who logs in, besides what every host has."""
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     @property
@@ -111,6 +121,7 @@ class Host:
             "export RAY_health_check_period_ms=2000 RAY_health_check_failure_threshold=10\n"  # a test waits for it:
             "export RAY_health_check_timeout_ms=2000 RAY_gcs_rpc_server_reconnect_timeout_s=30\n"  # 40 s, and 30 s
             "export RAY_raylet_start_wait_time_s=300\n"  # and others may use the machine
+            + "".join(f"export {name}={value}\n" for name, value in self.environment.items())
         )
         init = (
             f"hostname {self.name} && {keeps}mount --rbind {self.root} {HOME} && "
@@ -141,6 +152,9 @@ class Host:
         sh(f"ip link del {self.name}")
         self.process.kill()
         self.process.wait()
+
+    def is_off(self) -> bool:
+        return self.process is None or self.process.poll() is not None
 
 
 def ssh() -> list[str]:
