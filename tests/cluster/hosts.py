@@ -35,7 +35,8 @@ def missing() -> dict[str, str]:
     """Programs that are not here, with Debian's packages of them."""
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     lacking = {name: package for name, package in WANTED.items() if shutil.which(name, path=path) is None}
-    venv = subprocess.run(["dpkg", "-s", "python3-venv"], capture_output=True, check=False)  # cluster/gpu.yaml asks so
+    ask = "dpkg -s python3-venv"  # as cluster/gpu.yaml does, which would fetch it on each host
+    venv = subprocess.run(["bash", "-c", ask], capture_output=True, check=False)
     return lacking | ({"venv": "python3-venv"} if venv.returncode else {})
 
 
