@@ -27,7 +27,7 @@ name: {NAME}
 trial:
   data: {{dataset: digits, train_images: 400, batch_size: 40, augmentation: none}}
   model: {{depth: 10, width: 1}}
-  optim: {{epochs: 90, lr: 0.1}}
+  optim: {{epochs: 60, lr: 0.1}}
 blocks:
   - {{label: cut, set: {{mixing.method: cutmix}}}}
 seeds: 2
@@ -98,7 +98,7 @@ class Sweep:
         self.trains_on_two()
 
         ended = ("TERMINATED", "ERROR")
-        until(lambda: self.rows() and all(row.state in ended for row in self.rows()), "the sweep ends", 1200)
+        until(lambda: self.rows() and all(row.state in ended for row in self.rows()), "the sweep ends", 3600)
         assert {row.state for row in self.rows()} == {"TERMINATED"}, [(row.state, row.error) for row in self.rows()]
         self.laptop.mixmo("verify", NAME)
         say("the sweep has finished, whole")
