@@ -58,7 +58,10 @@ def make_network(folder: Path) -> None:
     """
     sh("mount --make-rprivate /")
     sh("ip link set lo up")
-    sh(f"ip link add {BRIDGE} type bridge && ip addr add {LAPTOP}/24 dev {BRIDGE} && ip link set {BRIDGE} up")
+    # With a hardware address of its own. Else it is that of one of its ports, and another one when a host comes or goes:
+    # the others then talk to nobody for a minute.
+    sh(f"ip link add {BRIDGE} address 02:00:00:00:00:01 type bridge && ip link set {BRIDGE} up")
+    sh(f"ip addr add {LAPTOP}/24 dev {BRIDGE}")
     ways = subprocess.run(["ip", "route"], capture_output=True, text=True, check=True).stdout.splitlines()
     assert all(way.startswith(f"{NETWORK}.0/24 ") for way in ways), ways
     for private in ("/tmp/ray", "/run/netns"):
