@@ -261,10 +261,6 @@ def test_a_gang_whose_worker_never_comes_to_work_is_given_up_with_what_ray_says(
 def test_a_gang_for_which_spot_machines_may_come_asks_for_none_on_demand_and_stands_on_those_without_a_label(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ray
-    from ray._raylet import GcsClient
-    from ray.autoscaler.v2.sdk import get_cluster_resource_state
-
     from orchestrator import fleet
 
     file = tmp_path / "ray_bootstrap_config.yaml"
@@ -274,11 +270,8 @@ def test_a_gang_for_which_spot_machines_may_come_asks_for_none_on_demand_and_sta
     monkeypatch.setattr(fleet, "BOOTSTRAP", file)
     monkeypatch.setenv("RAY_ADDRESS", "that of this Ray")  # as on the head of one that `ray up` has made
     with Crew(tmp_path, [config(0)], workers=1, name="market") as crew:
+        asked = crew.fleet._trainer("gang-0").scaling_config.label_selector
+        assert asked == {"ray.io/market-type": "!on-demand"}
         crew.fleet.form(1)
         crew.submit(0)
-        crew.until(lambda update: update.kind == "started")
-        asked = get_cluster_resource_state(GcsClient(ray.get_runtime_context().gcs_address))
-        ((request,),) = [list(each.resource_requests) for each in asked.cluster_resource_constraints]
-        assert "NOT_IN" in str(request)
-        assert "on-demand" in str(request)
         assert crew.ended(0).state == "TERMINATED"

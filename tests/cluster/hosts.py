@@ -58,8 +58,8 @@ def make_network(folder: Path) -> None:
     """
     sh("mount --make-rprivate /")
     sh("ip link set lo up")
-    # With a hardware address of its own. Else it is that of one of its ports, and another one when a host comes or goes:
-    # the others then talk to nobody for a minute.
+    # With a hardware address of its own. Else it has that of a port, and another one when a host comes or goes: for a
+    # minute the others then do not reach the laptop.
     sh(f"ip link add {BRIDGE} address 02:00:00:00:00:01 type bridge && ip link set {BRIDGE} up")
     sh(f"ip addr add {LAPTOP}/24 dev {BRIDGE}")
     ways = subprocess.run(["ip", "route"], capture_output=True, text=True, check=True).stdout.splitlines()
