@@ -46,10 +46,11 @@ chaos: export MIXMO_TEST_INSTALL := 1
 chaos: .venv/tests ## kill, freeze and cut off sweeps by the thousand, in pieces; about 75 minutes, see tests/chaos
 	$(BIN)/python tests/chaos
 
-# Three workers and a head as namespaces of this machine, over SSH.
+# Heads and workers as namespaces of this machine, over SSH: hosts of one's own, then machines of a model of EC2.
 test-cluster: export MIXMO_TEST_INSTALL := 1
-test-cluster: .venv/tests wheel ## ray up, a sweep on two hosts, one killed, ray down; as root, about ten minutes
+test-cluster: .venv/tests wheel ## ray up of both files, sweeps, hosts killed, workers from zero and back, ray down; as root, half an hour
 	$(BIN)/python tests/cluster/up_and_down.py
+	$(BIN)/python tests/cluster/from_zero.py
 
 # From a copy, which says what commit it is of: cluster/*.yaml ship all that lies in dist.
 wheel: .venv/runs ## dist/: the wheel, and the versions that it was tested with

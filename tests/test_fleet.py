@@ -261,3 +261,23 @@ def test_a_gang_whose_worker_never_comes_to_work_is_given_up_with_what_ray_says(
         with pytest.raises(UnreachableError, match=r"(?s)no gang could be kept: .*gopher"):
             crew.until(lambda update: update.kind == "ended")
     assert [update.kind for update in crew.told] == ["gang"]  # the trial was not charged
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_gang_for_which_spot_machines_may_come_asks_for_none_on_demand_and_stands_on_those_without_a_label(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator import fleet
+
+    file = tmp_path / "ray_bootstrap_config.yaml"
+    file.write_text(
+        "max_workers: 4\navailable_node_types: {spot: {resources: {CPU: 2}, labels: {ray.io/market-type: spot}}}\n"
+    )
+    monkeypatch.setattr(fleet, "BOOTSTRAP", file)
+    monkeypatch.setenv("RAY_ADDRESS", "that of this Ray")  # as on the head of one that `ray up` has made
+    with Crew(tmp_path, [config(0)], workers=1, name="market") as crew:
+        asked = crew.fleet._trainer("gang-0").scaling_config.label_selector
+        assert asked == {"ray.io/market-type": "!on-demand"}
+        crew.fleet.form(1)
+        crew.submit(0)
+        assert crew.ended(0).state == "TERMINATED"

@@ -23,7 +23,7 @@ ENVIRONMENT = {
     "AWS_ENDPOINT_URL": f"http://{hosts.LAPTOP}:{PORT}", "AWS_ACCESS_KEY_ID": "testkey",
     "AWS_SECRET_ACCESS_KEY": "hush-hush-testsecret", "AWS_EC2_METADATA_DISABLED": "true",
 }  # fmt: skip
-"""With which laptop and hosts find it. Credentials, where Amazon's machines have a role: nobody here plays the metadata."""
+"""With which laptop and hosts find it. The hosts have credentials, and no metadata to give them those of a role."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,15 @@ class Cloud:
         found = self._ec2.describe_instances()["Reservations"]
         return [_machine(each) for group in found for each in group["Instances"]]
 
-    def running(self, kind: str) -> list[Machine]:
-        return [each for each in self.machines() if each.kind == kind and each.runs]
+    def running(self) -> list[Machine]:
+        return [each for each in self.machines() if each.runs]
 
     def host(self, machine: Machine) -> Host:
         return self._hosts[machine.id]
+
+    def name(self, machine: Machine) -> str:
+        """Of its host; nothing as long as that boots."""
+        return self._hosts[machine.id].name if machine.id in self._hosts else ""
 
     def end(self, machine: Machine) -> None:
         """As the cloud itself ends a spot machine."""

@@ -35,7 +35,8 @@ def missing() -> dict[str, str]:
     """Programs that are not here, with Debian's packages of them."""
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     lacking = {name: package for name, package in WANTED.items() if shutil.which(name, path=path) is None}
-    venv = subprocess.run(["dpkg", "-s", "python3-venv"], capture_output=True, check=False)  # cluster/gpu.yaml asks so
+    ask = "dpkg -s python3-venv"  # as cluster/gpu.yaml does, which would fetch it on each host
+    venv = subprocess.run(["bash", "-c", ask], capture_output=True, check=False)
     return lacking | ({"venv": "python3-venv"} if venv.returncode else {})
 
 
@@ -57,7 +58,10 @@ def make_network(folder: Path) -> None:
     """
     sh("mount --make-rprivate /")
     sh("ip link set lo up")
-    sh(f"ip link add {BRIDGE} type bridge && ip addr add {LAPTOP}/24 dev {BRIDGE} && ip link set {BRIDGE} up")
+    # With a hardware address of its own. Else it has that of a port, and another one when a host comes or goes: for a
+    # minute the others then do not reach the laptop.
+    sh(f"ip link add {BRIDGE} address 02:00:00:00:00:01 type bridge && ip link set {BRIDGE} up")
+    sh(f"ip addr add {LAPTOP}/24 dev {BRIDGE}")
     ways = subprocess.run(["ip", "route"], capture_output=True, text=True, check=True).stdout.splitlines()
     assert all(way.startswith(f"{NETWORK}.0/24 ") for way in ways), ways
     for private in ("/tmp/ray", "/run/netns"):

@@ -1,4 +1,4 @@
-"""From where a cluster is made and used: it has the project, a key and a token. What both tests of this folder share."""
+"""From where a cluster is made and used: it has the project, a key and a token."""
 
 import contextlib
 import json

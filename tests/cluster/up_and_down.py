@@ -1,6 +1,6 @@
 """A cluster of hosts of one's own, from `ray up` to `ray down`, with one host killed in between.
 
-    make test-cluster        as root, with Debian's iproute2, openssh-server and rsync; about ten minutes on 2 cores
+    make test-cluster        as root, with Debian's iproute2, openssh-server, python3-venv and rsync
 
 Hosts are namespaces of this machine (hosts.py): a head and three workers, whose Rays see neither each other's processes
 nor each other's files, but for the folder of results, which they share as hosts share a network folder.
