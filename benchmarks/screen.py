@@ -1,5 +1,9 @@
 """The screen over a sweep of 10,000 trials: how long a frame takes, and what share of a core `mixmo watch` uses.
 
+A frame is what lies between a snapshot in hand and the terminal: the scene, its lines, and sending those that changed.
+The look at the store comes before it, on a thread of its own, so that keys are answered meanwhile; it is told by
+itself, and with the frame that follows.
+
 A store is made with 1,000 cells of 10 seeds, of which 100 trials run; a driver goes on with it once a second. Frames
 are timed here, part by part: the look at the store, the scene, the frame, the lines that are sent. The share of a core
 is that of a `mixmo watch` of its own, on a terminal of 140 x 45, from when its first frame is there. Processor seconds

@@ -42,7 +42,10 @@ def script() -> NoReturn:
     """The installed command. It leaves without the teardown of Arrow's and torch's threads, which can abort a process
     whose work is done and written.
     """
-    code = _run(None)
+    try:
+        code = _run(None)
+    except SystemExit as ended:  # what a shell is told to complete
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
