@@ -49,6 +49,7 @@ import ray.exceptions  # noqa: E402
 import ray.train  # noqa: E402
 import ray.train.torch  # noqa: E402
 import ray.tune  # noqa: E402 - here, before any thread starts: Ray's packages import each other in circles
+from ray.train.v2.api import data_parallel_trainer  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 from ruamel.yaml import YAML  # noqa: E402
 from ruamel.yaml.error import YAMLError  # noqa: E402
@@ -81,6 +82,21 @@ ANSWER_S = 2.0
 """After which it is looked whether Ray's head is still there to say what has become of the dispatcher."""
 STARTS = 4
 """So often Ray Train may fail to form a gang for another reason than room."""
+
+
+class _Carried:
+    """What Ray Train carries a loop in, without Ray's object store. An object of ours there would be lost with the
+    raylet of this machine, and Ray ends a process that cannot write down the loss of its objects, with 1 and no word.
+    """
+
+    def __init__(self, loop: Any) -> None:
+        self._pickled = ray.cloudpickle.dumps(loop)
+
+    def get(self) -> Any:
+        return ray.cloudpickle.loads(self._pickled)
+
+
+data_parallel_trainer.ObjectRefWrapper = _Carried  # type: ignore[assignment, misc]  # tests/test_faults.py holds Ray to it
 
 # --------------------------------------------------------------------------------------------------------- the Ray
 

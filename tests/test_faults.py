@@ -72,7 +72,7 @@ def test_a_head_that_ends_under_a_sweep_is_told_and_the_same_command_goes_on(
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("names", "end"),
-    [(("gcs_server", "raylet/raylet"), signal.SIGKILL), (("raylet/raylet",), signal.SIGTERM)],
+    [(("gcs_server", "raylet/raylet"), signal.SIGKILL), (("raylet/raylet", "gcs_server"), signal.SIGTERM)],
 )
 def test_a_ray_of_our_own_that_is_stopped_is_told_and_the_same_command_goes_on(
     names: tuple[str, ...], end: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
