@@ -124,7 +124,8 @@ class Host:
             f"export PATH={base}/bin:$PATH\n"
             "export RAY_health_check_period_ms=2000 RAY_health_check_failure_threshold=10\n"  # a test waits for it:
             "export RAY_health_check_timeout_ms=2000 RAY_gcs_rpc_server_reconnect_timeout_s=30\n"  # 40 s, and 30 s
-            "export RAY_raylet_start_wait_time_s=300\n"  # and others may use the machine
+            "export RAY_raylet_start_wait_time_s=300\n"  # and others may use the machine, beside whom workers that
+            "export RAY_worker_niceness=0\n"  # give way, as Ray's do, would hardly get to anything
             + "".join(f"export {name}={value}\n" for name, value in self.environment.items())
         )
         init = (
