@@ -280,8 +280,8 @@ def test_ensembles_stand_under_the_trials_and_meet_the_baseline(
         "3 x mixed",
         "3 x mixed",
     ]
-    of = shown.cells[("3 x mixed", 5, 2), ()]
-    one = shown.cells[("one", 2, 1), ()]
+    of = shown.cells[("3 x mixed", 5), ()]
+    one = shown.cells[("one", 2), ()]
     assert (of.n, of.planned) == (1, 1)
     assert of.difference == pytest.approx((of.mean or 0) - (one.mean or 0))
     assert "number of trials or ensembles" in shown.to_text()

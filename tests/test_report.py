@@ -296,7 +296,13 @@ def test_figures_are_drawn_and_what_is_left_out_is_told(mixmo: Mixmo, made: Resu
     out = mixmo("figures made --only accuracy,width,probability --format svg,pdf")
     names = ["accuracy.svg", "accuracy.pdf", "width.svg", "width.pdf"]
     assert out.splitlines() == [f"figures/made/{name}" for name in names]
-    assert mixmo.err == "note: no probability: no cells differ in mixing.probability alone\n"
+    assert mixmo.err.splitlines() == [
+        *(f"note: 2 x Cut-MixMo w={width}: the last 1 of 3 seeds are left out" for width in (1, 2)),
+        "note: no probability: no cells differ in mixing.probability alone",
+    ]
+    assert "2 x Cut-MixMo" in Path("figures/made/width.svg").read_text()
+    mixmo("figures made --only width --format svg --no-ensembles")
+    assert "2 x" not in mixmo.err + Path("figures/made/width.svg").read_text()
     document = json.loads(mixmo("figures made --only accuracy,gallery --format png --json"))
     assert document["schema"] == "mixmo.figures/1"
     assert document["files"] == ["figures/made/accuracy.png", "figures/made/gallery.png"]
