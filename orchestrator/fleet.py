@@ -96,7 +96,7 @@ class _Carried:
         return ray.cloudpickle.loads(self._pickled)
 
 
-data_parallel_trainer.ObjectRefWrapper = _Carried  # type: ignore[assignment, misc]  # tests/test_faults.py holds Ray to it
+data_parallel_trainer.ObjectRefWrapper = _Carried  # tests/test_faults.py holds Ray to it
 
 # --------------------------------------------------------------------------------------------------------- the Ray
 
@@ -401,9 +401,7 @@ class Fleet:
         """
         formed = fruitless = 0
         while True:
-            self._head.look(
-                anew=True
-            )  # Ray Train stores the loop with the raylet: a process that finds none there ends
+            self._head.look(anew=True)  # nothing is formed where Ray is lost
             try:
                 self._trainer(name).fit()
                 return
