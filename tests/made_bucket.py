@@ -1,4 +1,8 @@
-"""A server that speaks S3, on this machine alone: moto's, in a process of its own."""
+"""A server that speaks S3, on this machine alone: moto's, in a process of its own.
+
+On S3 a conditional write is one step. moto looks, and then writes, and between the two another thread of its may write:
+here one at a time does both.
+"""
 
 import contextlib
 import importlib.util
@@ -7,8 +11,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -27,7 +32,7 @@ def serve() -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        [sys.executable, __file__, "-H", "127.0.0.1", "-p", str(port)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONWARNINGS": "ignore"},
     )  # fmt: skip
     try:
@@ -64,3 +69,25 @@ def make_bucket(endpoint: str) -> str:
     made.create_bucket(Bucket=name)
     made.close()
     return name
+
+
+def _one_at_a_time(write: Callable[..., Any], lock: threading.Lock) -> Callable[..., Any]:
+    def alone(*given: Any, **named: Any) -> Any:
+        with lock:
+            return write(*given, **named)
+
+    return alone
+
+
+def _main() -> None:
+    from moto.s3.responses import S3Response
+    from moto.server import main
+
+    lock = threading.Lock()
+    for name in ("put_object", "delete_object"):
+        setattr(S3Response, name, _one_at_a_time(getattr(S3Response, name), lock))
+    main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    _main()

@@ -541,7 +541,7 @@ def test_a_row_names_a_checkpoint_when_it_is_stored_and_not_before(
     held: list[bool] = []
 
     def hold() -> None:
-        held.append(desk.row().epoch < 2 and reports.acquire(timeout=0.2) and reports.acquire(timeout=0.2))
+        held.append(desk.row().epoch < 2 and reports.acquire(timeout=2) and reports.acquire(timeout=2))
 
     when_uploading(store, monkeypatch, hold)
     missing: list[str] = []
