@@ -93,7 +93,8 @@ def permutation(ours: Sequence[float], others: Sequence[float]) -> tuple[float, 
     few = min(len(ours), len(others))
     centre = math.fsum((*ours, *others)) / (len(ours) + len(others))
     pool = sorted(each - centre for each in (*ours, *others))  # sorted: which group is named first makes no difference
-    found = _floor(abs(math.fsum(each - centre for each in ours)), math.fsum(map(abs, pool)))
+    # By the numbers themselves, not by their distances from the centre: where all are equal, these are rounding alone.
+    found = _floor(abs(math.fsum(each - centre for each in ours)), math.fsum(map(abs, (*ours, *others))))
     ways = math.comb(len(pool), few)
     if ways <= MOST_ARRANGEMENTS:
         return sum(abs(sum(dealt)) >= found for dealt in itertools.combinations(pool, few)) / ways, None

@@ -35,6 +35,7 @@ def aws(aws_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", made_bucket.KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", made_bucket.SECRET)
     monkeypatch.setenv("HOME", str(tmp_path))  # where Ray keeps the key pair that it makes
+    _post(aws_server, "reset")
     _post(aws_server, "reset-auth", b"1000000")
     assert setup_aws.main(["--bucket", "lab-results", "--region", REGION]) == 0
     return aws_server
