@@ -290,16 +290,19 @@ def _cost(cost: Mapping[str, Any], width: int) -> list[Text]:
     """A line for each kind of device that has been timed, or why nothing can be told."""
     if cost["unknown"]:
         told = f"{cost['unknown']}; `mixmo calibrate FILE` does that on this machine, the first trials of a run do, too"
-        return [Text("Cost: ").append("not known", style=STRONG).append(f" ({told})", style=FAINT)]
+        return [Text("Cost: ").append("not known", style=STRONG), *_wrapped(told, width)]
     lines: list[Text] = []
     for device in cost["devices"]:
         line = Text("      " if lines else "Cost: ").append(_hours(device), style=STRONG)
         if device["money"]:
             line.append(f" · {device['money']['mean']:,.2f} {cost['currency']}")
         line.append(f" on {device['device_name']}")
-        how = textwrap.wrap(f"{_lasts(device, cost['gangs'])}{_known(device)}", width - 6)
-        lines += [line, *(Text(f"      {each}", style=FAINT) for each in how)]
+        lines += [line, *_wrapped(f"{_lasts(device, cost['gangs'])}{_known(device)}", width)]
     return lines
+
+
+def _wrapped(told: str, width: int) -> list[Text]:
+    return [Text(f"      {each}", style=FAINT) for each in textwrap.wrap(told, width - 6)]
 
 
 def _hours(device: Mapping[str, Any]) -> str:

@@ -107,8 +107,11 @@ def test_without_timings_nothing_is_made_up() -> None:
     sweep = sweep_of()
     told = planning.make(sweep, []).summary()["cost"]
     assert (told["devices"], told["unknown"]) == ([], "nothing has been timed yet")
-    line = page(planning.make(sweep, []))[2]
-    assert line.startswith(" Cost: not known (nothing has been timed yet; `mixmo calibrate FILE` does that")
+    lines = page(planning.make(sweep, []))[2:4]
+    assert lines == [
+        " Cost: not known",
+        "       nothing has been timed yet; `mixmo calibrate FILE` does that on this machine, the first trials",
+    ]
     other = timings(sweep, 60.0, 1, 2, 4, precision="bf16")
     assert "not of fp32 with 1 worker" in planning.make(sweep, [], timings=other).summary()["cost"]["unknown"]
     done = [finished(sweep, trial) for trial in sweep.trials]
