@@ -110,7 +110,7 @@ def test_without_timings_nothing_is_made_up() -> None:
     lines = page(planning.make(sweep, []))[2:4]
     assert lines == [
         " Cost: not known",
-        "       nothing has been timed yet; `mixmo calibrate FILE` does that on this machine, the first trials",
+        "       nothing has been timed yet; `mixmo calibrate FILE` does that on this machine, the first",
     ]
     other = timings(sweep, 60.0, 1, 2, 4, precision="bf16")
     assert "not of fp32 with 1 worker" in planning.make(sweep, [], timings=other).summary()["cost"]["unknown"]
