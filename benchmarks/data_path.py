@@ -10,7 +10,6 @@ those of step.py: CPU time on the CPU. Writes benchmarks/results/data_path_<devi
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -118,9 +117,11 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     reference = None if options.reference is None else Reference(options.reference)
     rows = [measure(case, reference, options.device, options.rounds) for case in CASES]
-    path = machine.write(f"data_path_{options.device.type}", {"threads": options.threads, "rows": rows})
-    print(json.dumps(rows, indent=1) if options.json else table(rows))
-    print(f"written to {path}", file=sys.stderr)
+    machine.publish(
+        f"data_path_{options.device.type}",
+        {"threads": options.threads, "rows": rows},
+        None if options.json else table(rows),
+    )
     return 0
 
 

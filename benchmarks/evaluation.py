@@ -10,10 +10,8 @@ Writes benchmarks/results/evaluation_<device>.json.
 """
 
 import argparse
-import json
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import machine
@@ -86,9 +84,11 @@ def main() -> int:
         for net in options.net.split(",")
         for precision in options.precision.split(",")
     ]
-    path: Path = machine.write(f"evaluation_{options.device.type}", {"threads": options.threads, "rows": rows})
-    print(json.dumps(rows, indent=1) if options.json else table(rows))
-    print(f"written to {path}", file=sys.stderr)
+    machine.publish(
+        f"evaluation_{options.device.type}",
+        {"threads": options.threads, "rows": rows},
+        None if options.json else table(rows),
+    )
     return 0
 
 

@@ -49,3 +49,10 @@ def write(name: str, result: dict[str, Any]) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({**described(), **result}, indent=1) + "\n")
     return path
+
+
+def publish(name: str, result: dict[str, Any], table: str | None) -> None:
+    """As `write`, and print its `rows`: as this table, or else as JSON."""
+    path = write(name, result)
+    print(json.dumps(result["rows"], indent=1) if table is None else table)
+    print(f"written to {path}", file=sys.stderr)

@@ -13,10 +13,8 @@ Not here: the same trials on shares of a GPU under plain Ray Tune. Writes benchm
 """
 
 import argparse
-import json
 import statistics
 import sys
-from pathlib import Path
 from typing import Any
 
 import machine
@@ -134,9 +132,11 @@ def main() -> int:
         for net in options.net.split(",")
         for row in measure(net, counts, options.device, options.precision, options.rounds)
     ]
-    path: Path = machine.write(f"slots_{options.device.type}", {"threads": options.threads, "rows": rows})
-    print(json.dumps(rows, indent=1) if options.json else table(rows))
-    print(f"written to {path}", file=sys.stderr)
+    machine.publish(
+        f"slots_{options.device.type}",
+        {"threads": options.threads, "rows": rows},
+        None if options.json else table(rows),
+    )
     return 0
 
 

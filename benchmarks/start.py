@@ -13,11 +13,9 @@ Writes benchmarks/results/start_<device>.json.
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import machine
@@ -116,9 +114,11 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = [measure(net, options.device, options.rounds) for net in options.net.split(",")]
-    path: Path = machine.write(f"start_{options.device.type}", {"threads": options.threads, "rows": rows})
-    print(json.dumps(rows, indent=1) if options.json else table(rows))
-    print(f"written to {path}", file=sys.stderr)
+    machine.publish(
+        f"start_{options.device.type}",
+        {"threads": options.threads, "rows": rows},
+        None if options.json else table(rows),
+    )
     return 0
 
 

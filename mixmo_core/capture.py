@@ -44,9 +44,8 @@ def cuda_graph(body: Callable[[], None], generators: Collection[torch.Generator]
     """Record what `body` asks of the current stream, without doing it. A replay draws from the seeds of its moment."""
     graph = torch.cuda.CUDAGraph()
     for generator in generators:
-        if (
-            generator.get_offset()
-        ):  # it has drawn since it was seeded, in the eager step; others would only cost replays
+        # It has drawn since it was seeded, in the eager step: others would only cost replays.
+        if generator.get_offset():
             graph.register_generator_state(generator)
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         body()

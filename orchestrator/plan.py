@@ -372,6 +372,7 @@ def _cost(plan: Plan, gangs: int | None) -> dict[str, Any]:
     resources, price, gangs = plan.sweep.resources, plan.sweep.price, _at_once(plan, gangs)["gangs"]
     devices = []
     for each in plan.estimates:
+        elapsed = {count: asdict(each.elapsed(count)) for count in ((gangs,) if gangs else _FOR_EXAMPLE)}
         cores = 0.0 if each.gpus else resources.workers * resources.cpus_per_worker
         gpu_hours = each.seconds.times(each.gpus / 3600) if each.gpus else None
         money = gpu_hours.times(price.gpu_hour) if gpu_hours and price.gpu_hour is not None else None
@@ -382,8 +383,8 @@ def _cost(plan: Plan, gangs: int | None) -> dict[str, Any]:
             "gpu_hours": gpu_hours and asdict(gpu_hours),
             "core_hours": asdict(each.seconds.times(cores / 3600)) if cores else None,
             "money": money and asdict(money),
-            "elapsed_s": asdict(each.elapsed(gangs)) if gangs else None,
-            "elapsed_by_gangs": {str(count): asdict(each.elapsed(count)) for count in _FOR_EXAMPLE},
+            "elapsed_s": elapsed[gangs] if gangs else None,
+            "elapsed_by_gangs": {str(count): span for count, span in elapsed.items()},
             "shapes": each.shapes,
             "measured": each.measured,
         })  # fmt: skip
