@@ -21,7 +21,6 @@ from typing import Any
 import machine
 import torch
 from step import settings, timed
-from torch import nn
 
 from mixmo_core import capture, cost, networks, train
 from mixmo_core.config import DATASETS, TrialConfig, digest, identity, training_images, unflatten
@@ -67,12 +66,12 @@ def measure(net: str, device: torch.device, rounds: int) -> dict[str, Any]:
 
 def without_weights(config: TrialConfig, images: Images) -> None:
     """All of `made` but the drawing."""
-    draw = nn.init.trunc_normal_, nn.init.normal_
-    nn.init.trunc_normal_ = nn.init.normal_ = lambda tensor, **_: tensor
+    draw = networks._initialise
+    networks._initialise = lambda net, generator: None
     try:
         made(config, images)
     finally:
-        nn.init.trunc_normal_, nn.init.normal_ = draw
+        networks._initialise = draw
 
 
 def captured(config: TrialConfig, images: Images) -> dict[str, float]:

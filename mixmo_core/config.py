@@ -328,7 +328,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 NUMERICS: dict[str, int] = {
     "training": 1,
-    **{name: 1 for literal in (Arch, MixingMethod, DatasetName) for name in get_args(literal)},
+    **{name: 2 for name in get_args(Arch)},
+    **{name: 1 for literal in (MixingMethod, DatasetName) for name in get_args(literal)},
     **{f"augmentation_{name}": 1 for name in get_args(Augmentation)},
     **{f"msda_{name}": 1 for name in get_args(Msda)},
 }

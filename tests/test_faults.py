@@ -25,7 +25,7 @@ trial:
   model: {depth: 10, width: 1, subnetworks: 1}
   optim: {epochs: 50, lr: 0.1}
 seeds: 3
-resources: {gpus_per_worker: 0}
+resources: {gpus_per_worker: 0, max_gangs: 1}
 checkpoints: {every_s: 0.2}
 retry: {crash: 0}
 """

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from strategies import flats
 from torch import Tensor, nn
 
@@ -125,6 +126,18 @@ def test_parameters_have_the_reference_names_and_shapes(tag: str, golden: Callab
         if "running" not in name
     }
     assert ours == set(recorded[f"{tag}_param_names"].tolist())
+
+
+@pytest.mark.parametrize("tag", ["wrn10_1_m2", "res18_1_m2"])
+def test_initial_weights_are_normal_and_cut_off_at_two(tag: str) -> None:
+    """By Kolmogorov's test of each tensor, at one false alarm in 100,000; the seed is fixed."""
+    cut = stats.truncnorm(-2, 2)
+    for name, tensor in networks.build(NETS[tag]).named_parameters():
+        if tensor.dim() < 2 or name == "classifier_biases" or (name == "classifiers" and tag == "res18_1_m2"):
+            continue
+        fan_in = tensor.shape[-1] if name == "classifiers" else math.prod(tensor.shape[-3:])
+        drawn = tensor.detach().double().flatten() / (math.sqrt(2 / fan_in) / networks.TRUNCATED_STD)
+        assert stats.kstest(drawn[:50_000].numpy(), cut.cdf).pvalue > 1e-5, name
 
 
 @pytest.mark.shared

@@ -226,7 +226,7 @@ def test_every_config_is_recognised_under_older_numerics(config: TrialConfig, wo
 
 def test_numerics_are_recorded_by_part() -> None:
     numerics = initial_row(OURS.trials[0], OURS).numerics
-    assert numerics == "augmentation_standard=1 digits=1 msda_none=1 training=1 wide_resnet=1"
+    assert numerics == "augmentation_standard=1 digits=1 msda_none=1 training=1 wide_resnet=2"
 
 
 def test_the_summary_counts_and_adds_up() -> None:

@@ -394,7 +394,7 @@ def test_a_trial_of_a_population_is_no_other_trial(tmp_path: Path) -> None:
         assert not {trial.cell_id for trial in sweep.trials} & {trial.cell_id for trial in other.trials}
     assert own == {trial.trial_id for trial in sweep_of("  mode: max").trials}
     assert own < {trial.trial_id for trial in sweep_of(seeds=3).trials}
-    assert sweep.trials[0].trial_id == "3c257e02565b"  # another one would lose the results that there are
+    assert sweep.trials[0].trial_id == "64a69bb9d35a"  # another one would lose the results that there are
 
 
 def replace_name(make: Any, name: str) -> sweeps.Sweep:

@@ -118,7 +118,7 @@ def test_a_trial_is_found_opened_read_and_cancelled(tmux: Open, results: Path, t
     terminal.press("Enter", "Down", "Enter")
     terminal.shows("top-1  15.")
     terminal.press("Tab", "End")
-    command = f"mixmo train --trial de3808db0e00 --results {results}"
+    command = f"mixmo train --trial aa4463179935 --results {results}"
     terminal.until(lambda shown: command in "".join(line[1:].rstrip() for line in shown.splitlines()))
     terminal.press("Tab")
     terminal.shows("as it was printed")
@@ -130,7 +130,7 @@ def test_a_trial_is_found_opened_read_and_cancelled(tmux: Open, results: Path, t
     terminal.press("K", "y")
     terminal.shows("cancel: 1 trial cancelled")
     rows = ResultStore.open(results).trial_rows(NAME)
-    assert [row.trial_id[:7] for row in rows if row.state == "CANCELLED"] == ["de3808d"]
+    assert [row.trial_id[:7] for row in rows if row.state == "CANCELLED"] == ["aa44631"]
 
     terminal.press("Escape")
     terminal.shows("1 cancelled")

@@ -4,11 +4,12 @@
 that of the version at hand, where there is none.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import duckdb
@@ -23,9 +24,10 @@ from made_rows import advance, at, begin, content, finished, in_a_folder, keys, 
 from made_store import FINISHED, RUNNING, SWEEP
 
 from mixmo_core import train
+from mixmo_core.config import NUMERICS, parts, trial_id
 from orchestrator import analysis, cli, pull, query, trained
 from orchestrator.cli import guard
-from orchestrator.rows import EPOCHS_SCHEMA, TRIALS_SCHEMA, config_of
+from orchestrator.rows import EPOCHS_SCHEMA, TRIALS_SCHEMA, TrialRow, config_of
 from orchestrator.store import DamagedError, ResultStore
 from orchestrator.store.tables import LAYOUT, NewerError
 
@@ -68,12 +70,23 @@ def test_every_reader_reads_it(kept: tuple[ResultStore, str]) -> None:
     assert len(loaded.to_pandas("epochs")) == loaded.to_polars("epochs").height == len(epochs)
 
 
-def test_a_row_still_has_the_trial_id_that_it_had(kept: tuple[ResultStore, str]) -> None:
-    """Else the trial would be trained again."""
-    from mixmo_core.config import trial_id
+@contextlib.contextmanager
+def as_it_reckoned(row: TrialRow) -> Iterator[None]:
+    """With the version that each part's arithmetic had when the row was written."""
+    with pytest.MonkeyPatch.context() as patch:
+        for part, number in (each.split("=") for each in (row.numerics or "").split()):
+            assert 1 <= int(number) <= NUMERICS[part]
+            patch.setitem(NUMERICS, part, int(number))
+        yield
 
+
+def test_a_row_still_has_the_trial_id_that_it_had(kept: tuple[ResultStore, str]) -> None:
+    """Else the trial would be trained again, as it should be only where its arithmetic has changed."""
     for row in kept[0].trial_rows(SWEEP):
-        assert trial_id(config_of(row)) == row.trial_id
+        with as_it_reckoned(row):
+            assert trial_id(config_of(row)) == row.trial_id
+            current = parts(config_of(row))
+        assert (trial_id(config_of(row)) == row.trial_id) == (current == parts(config_of(row)))
 
 
 def test_its_network_predicts_what_it_did(kept: tuple[ResultStore, str]) -> None:
@@ -91,7 +104,8 @@ def test_a_training_goes_on_from_its_checkpoint(kept: tuple[ResultStore, str], t
     (key,) = store.checkpoints(row.trial_id)
     state = train.load(store.fetch(key, tmp_path / key.rpartition("/")[2]))
     assert (state["epoch"], state["part"]["step"], len(state["rows"])) == (2, 1, 1)
-    (last,) = [epoch for epoch in train.train(config_of(row), resume=state) if isinstance(epoch, train.Epoch)]
+    with as_it_reckoned(row):
+        (last,) = [epoch for epoch in train.train(config_of(row), resume=state) if isinstance(epoch, train.Epoch)]
     assert last.epoch == 2
     assert torch.isfinite(torch.tensor(last.metrics["loss"]))
 
@@ -134,11 +148,11 @@ def with_colours(table: pa.Table) -> pa.Table:
 
 def later(store: ResultStore) -> None:
     """A finished sweep of a version whose tables have a column more."""
-    for key in ("trials.parquet", "epochs/live-1.parquet", *(f"epochs/{part}" for part in parts(store))):
+    for key in ("trials.parquet", "epochs/live-1.parquet", *(f"epochs/{part}" for part in epoch_parts(store))):
         changed(store, key, with_colours)
 
 
-def parts(store: ResultStore) -> list[str]:
+def epoch_parts(store: ResultStore) -> list[str]:
     return list(store.snapshot("made").header.parts)
 
 
@@ -160,7 +174,7 @@ def test_columns_of_a_later_version_are_left_out(store: ResultStore, tmp_path: P
 def test_tools_that_read_the_files_take_those_of_two_versions(store: ResultStore) -> None:
     """The parts of the later version have a column more, whichever file they meet first."""
     finished(store)
-    changed(store, f"epochs/{parts(store)[0]}", with_colours)
+    changed(store, f"epochs/{epoch_parts(store)[0]}", with_colours)
     folder = at(store, "sweeps/made/epochs")
     for fence in (0, 9):  # before and after, by name
         pq.write_table(EPOCHS_SCHEMA.empty_table(), folder / f"live-{fence}.parquet")
@@ -187,7 +201,7 @@ def test_an_earlier_version_does_not_run_what_it_would_write_with_loss(store: Re
 @pytest.mark.parametrize("missing", ["logits", "ece", "hosts", "mixing_alpha"])
 def test_what_an_earlier_version_did_not_write_is_null(store: ResultStore, missing: str) -> None:
     finished(store)
-    for key in ("trials.parquet", *(f"epochs/{part}" for part in parts(store))):
+    for key in ("trials.parquet", *(f"epochs/{part}" for part in epoch_parts(store))):
         changed(store, key, lambda table: table.drop_columns([missing]) if missing in table.schema.names else table)
     trials, epochs = store.tables("made")
     assert trials.column(missing).null_count == 2
