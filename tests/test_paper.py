@@ -250,12 +250,15 @@ def _took(found: Mapping[str, Any]) -> str:
 
 
 def tables(name: str) -> list[str]:
-    """The first table of a quick form as `mixmo table` printed it, with its heading and without its notes."""
+    """The first table of a quick form that has a number, as `mixmo table` printed it, with its heading and without its
+    notes.
+    """
     file = RESULTS / f"{name}-quick.json"
     if not file.exists():
         return []
-    printed = json.loads(file.read_text())["tables"][0]["markdown"].splitlines()
-    assert printed[0] == "**quick form, not comparable**"
+    texts = [each["markdown"] for each in json.loads(file.read_text())["tables"]]
+    printed = next((text for text in texts if re.search(r"\d \(\d+\) \|", text)), texts[0]).splitlines()
+    assert printed[0].startswith("**quick form, not comparable")
     return [*printed[:2], *(line for line in printed if line.startswith("|")), ""]
 
 
