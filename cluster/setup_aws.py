@@ -293,7 +293,10 @@ def _told() -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    asked = _parser().parse_args(arguments)
+    parser = _parser()
+    asked = parser.parse_args(arguments)
+    if asked.delete_bucket and not asked.delete:
+        parser.error("--delete-bucket goes with --delete")
 
     def say(line: str) -> None:
         print(line, flush=True)

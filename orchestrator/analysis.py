@@ -176,10 +176,10 @@ def table(
     for row in rows:
         groups.setdefault((_key(row, lines), _key(row, cols)), []).append(row)
     cells = {key: _cell(members, value) for key, members in groups.items()}
+    inside = {key: varied(members, label=False) for key, members in groups.items()}
     if baseline is not None:
-        cells = _corrected(_compare(cells, _reference(groups, lines + cols, baseline)))
+        cells = _corrected(_compare(cells, _reference(groups, lines + cols, baseline), inside))
     told = [each for each in published if metric in each.metrics]
-    inside = [name for members in groups.values() for name in varied(members, label=False)]
     return ResultTable(
         metric=metric,
         at=at,
@@ -188,7 +188,7 @@ def table(
         row_keys=_sorted({row for row, _ in groups}, lines, listed),
         col_keys=_sorted({col for _, col in groups}, cols, listed),
         cells=_beside(cells, groups, told, metric),
-        averaged=tuple(dict.fromkeys(inside)),
+        averaged=tuple(dict.fromkeys(name for names in inside.values() for name in names)),
         published=tuple(Reported(each.name, each.metrics[metric], each.source) for each in told),
         counted="trials or ensembles" if combined else "trials",
         confidence=confidence,
@@ -345,6 +345,10 @@ def _cell(rows: Sequence[TrialRow], value: Callable[[TrialRow], float | None]) -
 # ---------------------------------------------------------------------------------------------------------- baseline
 
 
+class SharedLinesError(UsageError):
+    """The baseline's trials stand in lines with others, so there is nothing to hold a cell against."""
+
+
 def _reference(
     groups: Mapping[tuple[Key, Key], Sequence[TrialRow]], fields: Sequence[str], baseline: str
 ) -> Callable[[tuple[Key, Key]], tuple[Key, Key] | None]:
@@ -354,7 +358,7 @@ def _reference(
     if baseline not in labels:
         raise UsageError(f"no trials are labelled {baseline}; labels are {', '.join(labels) or 'not used here'}")
     if not ours:
-        raise UsageError(f"the trials labelled {baseline} share their lines with others: add label to the rows")
+        raise SharedLinesError(f"the trials labelled {baseline} share their lines with others: add label to the rows")
     places = [i for i, name in enumerate(fields) if name != "label" and len({(row + col)[i] for row, col in ours}) > 1]
 
     def find(cell: tuple[Key, Key]) -> tuple[Key, Key] | None:
@@ -366,24 +370,29 @@ def _reference(
 
 
 def _compare(
-    cells: Mapping[tuple[Key, Key], Cell], reference: Callable[[tuple[Key, Key]], tuple[Key, Key] | None]
+    cells: Mapping[tuple[Key, Key], Cell],
+    reference: Callable[[tuple[Key, Key]], tuple[Key, Key] | None],
+    inside: Mapping[tuple[Key, Key], Sequence[str]],
 ) -> dict[tuple[Key, Key], Cell]:
     compared = {}
     for key, cell in cells.items():
         found = reference(key)
         held = cells[found] if found is not None else Cell()
-        compared[key] = _distance(cell, held, is_baseline=found == key)
+        pooled = [*inside[key], *(inside[found] if found is not None else ())]
+        compared[key] = _distance(cell, held, tuple(dict.fromkeys(pooled)), is_baseline=found == key)
     return compared
 
 
-def _distance(cell: Cell, baseline: Cell, *, is_baseline: bool) -> Cell:
+def _distance(cell: Cell, baseline: Cell, pooled: Sequence[str], *, is_baseline: bool) -> Cell:
     cell = replace(cell, baseline=is_baseline)
     if is_baseline or cell.mean is None or baseline.mean is None:
         return cell
     error = None
     if cell.std is not None and baseline.std is not None:
         error = math.sqrt(cell.std**2 / cell.n + baseline.std**2 / baseline.n)
-    cell = replace(cell, difference=cell.mean - baseline.mean, difference_se=error, untested=_untested(cell, baseline))
+    cell = replace(
+        cell, difference=cell.mean - baseline.mean, difference_se=error, untested=_untested(cell, baseline, pooled)
+    )
     if cell.untested:
         return cell
     ours, others = (
@@ -395,8 +404,8 @@ def _distance(cell: Cell, baseline: Cell, *, is_baseline: bool) -> Cell:
     return replace(cell, comparison=compare(cell.values, baseline.values, paired=False))
 
 
-def _untested(cell: Cell, baseline: Cell) -> str:
-    """Why no test can hold the two against each other; empty where one can."""
+def _untested(cell: Cell, baseline: Cell, pooled: Sequence[str]) -> str:
+    """Why no test can hold the two against each other; empty where one can. `pooled` are settings that vary in them."""
     members = [{each for joined in side.trials for each in joined.split("+")} for side in (cell, baseline)]
     if members[0] & members[1]:
         return "made of the baseline's own trials"
@@ -404,6 +413,8 @@ def _untested(cell: Cell, baseline: Cell) -> str:
         return "a value is no number"
     if min(cell.n, baseline.n) < 2:
         return "one trial cannot decide, on either side"
+    if pooled:  # they are no repetitions of one another, as seeds are
+        return f"averaged over {', '.join(map(short, pooled))}"
     return ""
 
 

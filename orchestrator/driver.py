@@ -73,10 +73,10 @@ def run(
     planned = planning.against(store, sweep, retry_failed=retry_failed)
     if planned.to_run or planned.sweep.to_draw:
         check(sweep, data_dir)
-        _hold_to_budget(planned)
+        hold_to_budget(planned)
     elif not planned.changes and _is_stored(sweep, store):
-        talk(f"{sweep.name}: nothing to run, all {len(planned.items)} trials have ended{_without_result(planned)}")
-        return _verdict(store.trial_rows(sweep.name))
+        talk(nothing_to_run(planned))
+        return verdict(store.trial_rows(sweep.name))
     with (
         Signals() as signals,
         store.writer(sweep.name, sweep_text=sweep.text_as_run, lenient=True) as writer,
@@ -99,7 +99,7 @@ def run(
         done = all(row.state in FINAL for row in ledger.rows.values()) and not more
         writer.close(done=done)
     if done and not cancelled:
-        return _verdict(list(ledger.rows.values()))
+        return verdict(list(ledger.rows.values()))
     return signals.code or ExitCode.STOPPED
 
 
@@ -124,21 +124,22 @@ def check(sweep: sweeps.Sweep, data_dir: str | Path | None) -> None:
     datasets.check(datasets_of(sweep), None if data_dir is None else str(data_dir))
 
 
-def _hold_to_budget(planned: planning.Plan) -> None:
+def hold_to_budget(planned: planning.Plan) -> None:
     """Raises RefusedError where nothing is left of it before anything begins."""
     told = budget.spent(planned.sweep, [item.row for item in planned.items if item.row])
     if told:
         raise RefusedError(f"{planned.sweep.name}: {told}")
 
 
-def _without_result(planned: planning.Plan) -> str:
-    """What has ended without a result, and how it is run again."""
+def nothing_to_run(planned: planning.Plan) -> str:
+    """That all has ended; what has without a result, and how it is run again."""
     named = [(planned.counts.get("failed", 0), "failed"), (planned.counts.get("cancelled", 0), "cancelled")]
     told = ", ".join(f"{count} {word}" for count, word in named if count)
-    return f" ({told}: `mixmo retry` queues them again)" if told else ""
+    again = f" ({told}: `mixmo retry` queues them again)" if told else ""
+    return f"{planned.sweep.name}: nothing to run, all {len(planned.items)} trials have ended{again}"
 
 
-def _verdict(rows: Sequence[TrialRow]) -> ExitCode:
+def verdict(rows: Sequence[TrialRow]) -> ExitCode:
     return ExitCode.FAULTS if any(row.state == "ERROR" for row in rows) else ExitCode.OK
 
 

@@ -63,7 +63,8 @@ def spanned(span: Mapping[str, float | None], text: str) -> str:
     mean, low, high = (span[name] for name in ("mean", "low", "high"))
     if not mean or low is None or high is None:
         return text
-    return f"{text} ± {100 * max(mean - low, high - mean) / mean:.2g} %"
+    within = 100 * max(mean - low, high - mean) / mean
+    return f"{text} ± {within:.0f} %" if within < 0.05 or within >= 10 else f"{text} ± {within:.2g} %"
 
 
 def plural(count: int, word: str) -> str:

@@ -196,7 +196,7 @@ def _cost(content: Content) -> str:
 
 
 def _spent(members: Sequence[TrialRow]) -> list[str]:
-    full = [row for row in members if row.state == "TERMINATED"]
+    full = [row for row in members if row.state == "TERMINATED" and not row.stopped_early]
     count = max(1, len(full))
     gpu = math.fsum(row.gpu_seconds for row in full) / 3600 / count
     flops = math.fsum(row.train_flops or 0.0 for row in full) / count

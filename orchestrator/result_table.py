@@ -364,9 +364,9 @@ class ResultTable:
         return found is not None and found.p_holm is not None and found.p_holm <= self.level
 
     def value_text(self, cell: Cell) -> str:
-        """`93.97 ± 0.12 (3)`; `(2/3)` where trials are still missing, `-` where there is nothing to wait for."""
+        """`93.97 ± 0.12 (3)`; `(2/3)` where trials are missing, `-` where there is nothing to wait for."""
         if cell.mean is None:
-            return f"... {count}" if (count := _count(cell)) else "-"
+            return f"{'...' if cell.waiting else '-'} {_count(cell)}".rstrip()
         return f"{self._with_spread(cell.mean, cell.std)} {_count(cell)}"
 
     def difference_text(self, cell: Cell) -> str:
@@ -455,12 +455,12 @@ class ResultTable:
 
     def notes(self) -> list[str]:
         """What a reader must know to read the numbers right."""
-        notes = [*self._notes_on_epoch(), *self._notes_on_published(), *self._notes_on_tests()]
+        notes = [*self._notes_on_open(), *self._notes_on_epoch(), *self._notes_on_published(), *self._notes_on_tests()]
         if self.averaged:
             notes.append(f"Averaged over {', '.join(map(short, self.averaged))} too: --rows or --cols sets them apart.")
         if any(cell.n + cell.undefined != cell.planned for cell in self.cells.values()):
             what = f"reached epoch {self.at}" if isinstance(self.at, int) else "finished"
-            notes.append(f"(2/3): two of three trials {what}; the others run, wait, failed or were stopped early.")
+            notes.append(f"(2/3): two of three trials {what}; the others {self._others()}.")
         if any(cell.undefined for cell in self.cells.values()):
             named = self._named(key for key, cell in self.cells.items() if cell.undefined)
             notes.append(f"{self.metric} is not defined for finished trials of: {named}.")
@@ -471,6 +471,22 @@ class ResultTable:
     def _named(self, keys: Iterable[tuple[Key, Key]]) -> str:
         named = [*dict.fromkeys(", ".join(map(shown, row + col)) or "these trials" for row, col in keys)]
         return "; ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
+
+    def _others(self) -> str:
+        """What may have become of the trials that a cell lacks."""
+        ended = ["failed", "were cancelled", *(["were stopped early"] if self.stopped else [])]
+        told = [
+            *(["run", "wait"] if any(cell.waiting for cell in self.cells.values()) else []),
+            *(ended if any(cell.failed for cell in self.cells.values()) else []),
+        ]
+        return " or ".join(filter(None, (", ".join(told[:-1]), *told[-1:]))) or "lack this metric"
+
+    def _notes_on_open(self) -> list[str]:
+        waiting = sum(cell.waiting for cell in self.cells.values())
+        if not waiting:
+            return []
+        them = "trial runs or waits" if waiting == 1 else "trials run or wait"
+        return [f"Not finished: {waiting:,} {them}. What stands here is right for those that have, and will change."]
 
     def _notes_on_epoch(self) -> list[str]:
         if self.at != "best":

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ class Request:
     """As the cluster's hosts find it: s3://..., or an absolute folder."""
     data: str | None = None
     retry_failed: bool = False
+    rehearse: bool = True
+    """Whether the largest trial takes two steps first (`canary`)."""
 
     @property
     def file(self) -> str:
@@ -68,7 +70,9 @@ class Request:
         words += ["--quick"] if self.sweep.quick else []
         words += [word for override in self.sweep.overrides for word in ("-S", override)]
         words += ["--data", self.data] if self.data else []
-        return f"{_PYTHON} {shlex.join(words + (['--retry-failed'] if self.retry_failed else []))}"
+        words += ["--retry-failed"] if self.retry_failed else []
+        words += [] if self.rehearse else ["--no-canary"]
+        return f"{_PYTHON} {shlex.join(words)}"
 
     @property
     def digest(self) -> str:
@@ -236,12 +240,7 @@ class Cluster:
         try:
             yield
         except AuthenticationError as error:
-            raise RefusedError(
-                f"the cluster at {self.address} asks for a token, and does not take "
-                f"{'the one that is here' if os.environ.get('RAY_AUTH_MODE') == 'token' else 'a request without one'}: "
-                "put the one that it was started with into ~/.ray/auth_token (readable by you alone), or into "
-                "RAY_AUTH_TOKEN, and give the command again"
-            ) from error
+            raise RefusedError(f"{_on_token(f'the cluster at {self.address}')}, and give the command again") from error
         except (ConnectionError, requests.exceptions.RequestException) as error:
             raise UnreachableError(
                 f"no Ray answers at {self.address}. `ray dashboard cluster/gpu.yaml` brings it to "
@@ -250,6 +249,30 @@ class Cluster:
             ) from error
         except RuntimeError as error:
             raise UnreachableError(f"the cluster at {self.address} did not take it: {error}") from error
+
+
+def _on_token(cluster: str) -> str:
+    """Why a request was not taken for the sake of a token, and where one belongs. Ray asks for one here, before it asks
+    any cluster, where RAY_AUTH_MODE is `token`.
+    """
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        told = f"{cluster} asks for a token, and does not take a request without one"
+    elif _has_token():
+        told = f"{cluster} asks for a token, and does not take the one that is here"
+    else:
+        told = "RAY_AUTH_MODE is token, and there is no token here"
+    return (
+        f"{told}: put the one that the cluster was started with into ~/.ray/auth_token (readable by you alone), or "
+        "into RAY_AUTH_TOKEN"
+    )
+
+
+def _has_token() -> bool:
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return True
+    with suppress(OSError):
+        return bool(Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser().read_text().strip())
+    return False
 
 
 def _sweep_of(request: Request) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -141,7 +142,10 @@ def table(
         str, typer.Option("--at", metavar="EPOCH", help="last, best, or one by its number: 30 or epoch=30.")
     ] = "last",
     baseline: Annotated[
-        str | None, typer.Option("--baseline", metavar="LABEL", help="Compare with this label. [default: the file's]")
+        str | None,
+        typer.Option(
+            "--baseline", metavar="LABEL", help="Compare with this label, or with none. [default: the file's]"
+        ),
     ] = None,
     ci: Annotated[
         float,
@@ -182,18 +186,27 @@ def table(
     fields = [[each.strip() for each in names.split(",") if each.strip()] for names in (rows, cols, parts)]
     asked, trials = loaded.asked(), loaded.rows
     ensembles = any(each.ensembles for each in asked.values()) and not no_ensembles
-    made = analysis.table(
+    compare = partial(
+        analysis.table,
         [*trials, *(_ensembles(loaded, when, metric) if ensembles else ())],
         row_fields=fields[0],
         col_fields=fields[1],
         metric=metric,
         at=when,
         epochs=loaded.at_epoch(when) if isinstance(when, int) else (),
-        baseline=baseline or _baseline({name: each.baseline for name, each in asked.items()}, trials),
         published=[each for one in asked.values() for each in one.published],
         confidence=ci / 100,
         with_stopped=with_stopped,
     )
+    if baseline:
+        made = compare(baseline=None if baseline == "none" else baseline)
+    else:
+        told = _baseline({name: each.baseline for name, each in asked.items()}, trials)
+        try:
+            made = compare(baseline=told)
+        except analysis.SharedLinesError as error:
+            streams.say(f"note: nothing is compared with the file's baseline: {error}")
+            made = compare()
     options = {"--rows": rows, "--cols": cols, "--metric": metric, "--at": at, "--baseline": baseline or "",
                "--ci": f"{ci:g}", "--parts": parts}  # fmt: skip
     given = [f"{name}={value}" for name, value in options.items() if value and value not in ("top1", "last", "95")]

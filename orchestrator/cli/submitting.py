@@ -35,6 +35,9 @@ def submit(
         typer.Option("--data", metavar="PLACE", help="Where the cluster's hosts find the images. [default: they know]"),
     ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed trials again, too.")] = False,
+    no_canary: Annotated[
+        bool, typer.Option("--no-canary", help="Begin without two steps of the largest trial, which try the memory.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before starting.")] = False,
     results: Results = "results",
 ) -> ExitCode:
@@ -46,20 +49,23 @@ def submit(
     """
     if timeout is not None and not wait:
         raise UsageError("--timeout goes with --wait")
-    from mixmo_core.data import needed
-    from orchestrator import datasets
+    from orchestrator import budget, datasets, driver
     from orchestrator import submit as submission
+    from orchestrator.engine import datasets_of
     from orchestrator.sweep import check_runnable
 
     sweep = load(file, overrides, quick)
     check_runnable(sweep)
+    budget.check(sweep)
     if datasets.in_bucket(data):  # a folder of the hosts is seen there alone
-        datasets.check(sorted({name for trial in sweep.trials for name in needed(trial.config)}), data)
+        datasets.check(datasets_of(sweep), data)
     place = submission.place(results)
     planned = planned_for(sweep, place, retry_failed=retry_failed)
-    if not planned.to_run and not planned.changes:
-        streams.say(f"{sweep.name}: nothing to run, all {len(sweep.trials)} trials have ended")
-        return ExitCode.OK
+    if planned.to_run or planned.sweep.to_draw:
+        driver.hold_to_budget(planned)
+    elif not planned.changes:
+        streams.say(driver.nothing_to_run(planned))
+        return driver.verdict([item.row for item in planned.items if item.row])
     if (
         not yes
         and sys.stdin.isatty()
@@ -67,7 +73,9 @@ def submit(
         and not typer.confirm(f"Submit it to {address}?", default=True, err=True)
     ):
         return ExitCode.STOPPED
-    request = submission.Request(sweep=sweep, results=place, data=data, retry_failed=retry_failed)
+    request = submission.Request(
+        sweep=sweep, results=place, data=data, retry_failed=retry_failed, rehearse=not no_canary
+    )
     return _submit(submission.Cluster(address), request, wait=wait, timeout=timeout)
 
 

@@ -72,8 +72,9 @@ def drawn(
 
 
 def _overview(scene: Scene, now: datetime, state: State | None, width: int, room: int, *, small: bool) -> list[Text]:
-    wide = width >= WIDE and not small
-    left = max((width - 3) // 2, min(grid.wide_enough(scene), width * 5 // 8)) if wide else width
+    enough = grid.wide_enough(scene)  # where the grid is whole in the full width alone, it has that
+    wide = width >= WIDE and not small and not width - 3 - panes.NOTES < enough <= width
+    left = max((width - 3) // 2, min(enough, width - 3 - panes.NOTES)) if wide else width
     right = width - left - 3 if wide else width
     ran, cells = _trials(scene, state, width), _results(scene, state, left, small=small)
     causes = panes.failures(scene, right, *_marked(scene, state, "failures"))

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 WIDE = 110
 """From this many columns on, results stand beside failures and events."""
+NOTES = 40
+"""The fewest columns of the latter."""
 MARKS = {
     "RUNNING": ("●", BUSY), "PAUSED": ("‖", WARN), "ERROR": ("✗", BAD), "PENDING": ("○", FAINT),
     "TERMINATED": ("✓", DONE), "CANCELLED": ("◦", WARN),
