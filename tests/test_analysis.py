@@ -95,6 +95,30 @@ def test_a_table_says_when_it_averages_over_more_than_seeds() -> None:
     assert "Averaged over model.width, mixing.method too" in made.to_markdown()
 
 
+def test_what_a_cell_averages_over_is_no_repetition_and_decides_nothing() -> None:
+    made = table(rows(), row_fields=["model.subnetworks"], baseline="vanilla")
+    (held,) = (each for each in made.cells.values() if not each.baseline)
+    assert held.difference is not None
+    assert held.comparison is None
+    assert held.untested == "averaged over model.width, mixing.method"
+    apart = table(
+        rows(), row_fields=["model.subnetworks", "mixing.method"], col_fields=["model.width"], baseline="vanilla"
+    )
+    assert all(each.comparison for each in apart.cells.values() if not each.baseline)
+
+
+def test_a_table_says_that_trials_are_still_under_way_and_marks_what_ended_without_a_number() -> None:
+    waits, ended, failed = (made_rows.trial(0, width=width) for width in (2, 3, 5))
+    open_rows = [waits, made_rows.reached(ended, 3), failed.replace(state="ERROR")]
+    made = table(open_rows, row_fields=["model.width"])
+    assert [text for _, text in made.text_cells(())[1]] == ["... (0/1)", made.value_text(cell(made, 3)), "- (0/1)"]
+    assert "Not finished: 1 trial runs or waits" in made.to_markdown()
+    assert "the others run, wait, failed or were cancelled." in made.to_markdown()
+    settled = table(open_rows[1:], row_fields=["model.width"])
+    assert "Not finished" not in settled.to_markdown()
+    assert "the others failed or were cancelled." in settled.to_markdown()
+
+
 def test_settings_that_follow_from_others_are_not_shown_by_themselves() -> None:
     """Repetition goes with the number of subnetworks here, and adds nothing."""
     assert varied(rows()) == ["label", "model_width", "model_subnetworks", "mixing_method"]

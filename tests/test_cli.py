@@ -475,6 +475,17 @@ def test_several_sweeps_share_a_baseline_they_agree_on(mixmo: Shell, tmp_path: P
         assert "vs baseline" in mixmo("table", "one", other, "--baseline", "wide", "--results", folder).out
 
 
+def test_lines_that_a_baseline_of_the_file_shares_are_shown_without_it(mixmo: Shell, tmp_path: Path) -> None:
+    folder = stored_with_baseline(tmp_path, one="plain")
+    shown = mixmo("table", "one", "--rows", "mixing.method", "--results", folder)
+    assert (shown.code, "vs baseline" in shown.out) == (0, False)
+    assert "add label to the rows" in shown.err
+    asked = mixmo("table", "one", "--rows", "mixing.method", "--baseline", "plain", "--results", folder)
+    assert (asked.code, "add label to the rows" in asked.err) == (2, True)
+    without = mixmo("table", "one", "--baseline", "none", "--results", folder)
+    assert (without.code, without.err, "vs baseline" in without.out) == (0, "", False)
+
+
 def test_a_table_of_any_epoch_and_in_latex_with_the_command_that_made_it(mixmo: Shell, tmp_path: Path) -> None:
     made_rows.finished(ResultStore.open(tmp_path, create=True), 3)
     assert "epoch 2 top1 %" in mixmo("table", "made", "--at", "2", "--results", tmp_path).out

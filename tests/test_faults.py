@@ -12,10 +12,12 @@ from typing import Any
 
 import made_raylets
 import pytest
+import ray
 from command_line import Mixmo, kill
 
+from orchestrator import fleet
 from orchestrator.casualties import Head, RayLostError
-from orchestrator.errors import UnreachableError
+from orchestrator.errors import RefusedError, UnreachableError
 from orchestrator.rows import TrialRow
 
 SWEEP = """
@@ -126,6 +128,32 @@ def one_done_and_one_under_way(rows: list[TrialRow]) -> bool:
     return {"TERMINATED", "RUNNING"} <= {row.state for row in rows} and any(
         row.state == "RUNNING" and row.epoch > 2 for row in rows
     )
+
+
+@pytest.mark.parametrize(
+    ("met", "refused", "said"),
+    [
+        (ray.exceptions.AuthenticationError("wrong"), True, "asks for a token that is not the one here"),
+        (
+            RuntimeError("Version mismatch: The cluster was started with Ray: 2.59.0"),
+            True,
+            "of another version.*2.59.0",
+        ),
+        (ConnectionError("Could not find any running Ray instance"), False, "no Ray cluster answers.*Start it"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_told_with_its_cause(
+    met: Exception, refused: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: Any) -> None:
+        raise met
+
+    monkeypatch.setattr(ray, "init", init)
+    with (
+        pytest.raises(RefusedError if refused else UnreachableError, match=f"RAY_ADDRESS=10.0.0.1:6379.*{said}|{said}"),
+        fleet._joined_ray("10.0.0.1:6379"),
+    ):
+        pytest.fail("it was joined")
 
 
 class Clock:

@@ -114,6 +114,12 @@ def test_the_head_passes_on_only_the_workers_role_and_ends_only_what_a_cluster_l
     assert not [each for each in policy("mixmo-head") if "*" in each["Action"] or "ec2:*" in each["Action"]]
 
 
+def test_the_bucket_goes_only_with_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        setup_aws.main(["--bucket", "lab-results", "--region", REGION, "--delete-bucket"])
+    assert "goes with --delete" in capsys.readouterr().err
+
+
 def test_again_changes_nothing() -> None:
     run()
     before = state()

@@ -1,5 +1,6 @@
 """`mixmo submit`: whole sweeps as jobs of a real Ray of several hosts, and what is refused."""
 
+import dataclasses
 import http.server
 import json
 import os
@@ -19,7 +20,10 @@ from test_driver import SWEEP
 from orchestrator import reach
 from orchestrator.errors import RefusedError
 from orchestrator.origin import FILE, Origin, origin
+from orchestrator.plan import initial_row
 from orchestrator.store import ResultStore
+from orchestrator.submit import Request
+from orchestrator.sweep import parse
 
 SMALL = (
     SWEEP.replace("seeds: 2", "seeds: 1")
@@ -174,7 +178,46 @@ def test_a_token_that_is_wanted_and_missing_is_6(mixmo: Submitter, tmp_path: Pat
         "RAY_AUTH_TOKEN": "",
         "HOME": str(tmp_path),
     }  # whoever runs this may have one
-    assert "~/.ray/auth_token" in mixmo("submit", "sweep.yaml", "--address", "http://127.0.0.1:1", code=6).stderr
+    told = mixmo("submit", "sweep.yaml", "--address", "http://127.0.0.1:1", code=6).stderr
+    assert "RAY_AUTH_MODE is token, and there is no token here" in told
+    assert "~/.ray/auth_token" in told
+
+
+NOBODY = ("--address", "http://127.0.0.1:1")
+DRAWN = """
+search: {method: optuna, num_samples: 3, ranges: {optim.lr: {min: 0.01, max: 0.1, scale: log}}}
+"""
+
+
+def test_a_search_that_has_drawn_nothing_yet_is_submitted(tmp_path: Path) -> None:
+    mixmo = Submitter(tmp_path / "laptop", SMALL + DRAWN, {"RAY_AUTH_MODE": "disabled"})
+    told = mixmo("submit", "sweep.yaml", *NOBODY, code=7).stderr
+    assert "no Ray answers" in told
+    assert "nothing to run" not in told
+
+
+def test_a_budget_that_run_would_refuse_is_refused_before_the_cluster_is_asked(mixmo: Submitter) -> None:
+    refused = mixmo("submit", "sweep.yaml", *NOBODY, "-S", "seeds=3", "-S", "budget.trials=2", code=6).stderr
+    assert "budget.trials allows 2" in refused
+
+
+def test_what_has_ended_with_failures_ends_as_run_does(mixmo: Submitter) -> None:
+    sweep = parse(SMALL, source="sweep.yaml")
+    with ResultStore.open(mixmo.folder / "results", create=True).writer(sweep.name, sweep_text=sweep.text) as writer:
+        writer.put(initial_row(trial, sweep).replace(state="ERROR", attempts=1) for trial in sweep.trials)
+        writer.close(done=True)
+    words = "nothing to run, all 2 trials have ended (2 failed: `mixmo retry` queues them again)"
+    for command in (("run", "sweep.yaml", "--yes"), ("submit", "sweep.yaml", *NOBODY, "--wait")):
+        assert words in mixmo(*command, code=3).stderr
+
+
+def test_a_job_says_all_that_was_asked() -> None:
+    sweep = parse(SMALL, source="sweep.yaml")
+    plain = Request(sweep=sweep, results="s3://lab/results")
+    assert "--no-canary" not in plain.entrypoint
+    bold = dataclasses.replace(plain, rehearse=False, retry_failed=True, data="s3://lab/data")
+    assert bold.entrypoint.endswith("--results s3://lab/results --data s3://lab/data --retry-failed --no-canary")
+    assert bold.digest != plain.digest
 
 
 @pytest.mark.parametrize(
