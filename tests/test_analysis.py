@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import made_rows
 import numpy as np
 import pandas as pd
 import polars as pl
