@@ -93,7 +93,7 @@ def heat_map(scene: Scene, width: int, focused: bool = False, marked: str | None
     ]
     done = sum(len(cell.top1) == cell.planned for cell in scene.results)
     title = titled("Top-1 %", focused)
-    whole = f"{title} · {done:,} of {len(scene.cells):,} cells"
+    whole = f"{title} · {done:,} of {len(scene.cells):,} cells complete"
     return Section(
         whole if len(whole) < _name_width(grid) + GAP + each - len(_title(grid, 0)) else title,
         f"{STRONG} {DONE}", (*columns, Column("", 0)), Lazy(len(grid.lines), line), least=5,
