@@ -780,6 +780,10 @@ BAD: dict[str, tuple[str, str]] = {
         add("scheduler: {method: asha, metric: tpo1}"),
         "scheduler.metric: must be one of loss, top1",
     ),
+    "a metric of the end": (
+        add("scheduler: {method: asha, metric: cifar_c_top1}"),
+        "scheduler.metric: cifar_c_top1 is measured after a trial's last epoch alone, too late for a scheduler",
+    ),
     "the wrong direction": (
         add("scheduler: {method: asha, metric: nll, mode: max}"),
         "scheduler.mode: must be min for nll",

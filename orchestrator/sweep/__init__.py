@@ -418,6 +418,9 @@ class _Parser:
         if scheduler.method != "none" and scheduler.grace_epochs > shortest:
             told = f"must be at most the epochs of every trial, {shortest} (got {scheduler.grace_epochs})"
             self.faults.add(self.top["scheduler"].place, "scheduler.grace_epochs", told)
+        if scheduler.method != "none" and scheduler.metric.startswith("cifar_c"):
+            told = f"{scheduler.metric} is measured after a trial's last epoch alone, too late for a scheduler"
+            self.faults.add(self.top["scheduler"].place, "scheduler.metric", told)
         if scheduler.method == "pbt":
             self._check_population(trials, scheduler, search)
         for name in search.ranges:
