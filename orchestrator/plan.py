@@ -81,6 +81,16 @@ class Plan:
         return tuple(item.trial for item in self.items if item.runs)
 
     @functools.cached_property
+    def expected(self) -> Plan:
+        """With random draws in place of those that a search makes as it goes: what it will draw nobody knows, but of
+        which settings. For prices alone.
+        """
+        if not self.sweep.to_draw:
+            return self
+        drawn = (PlannedTrial(trial, "new", None, "to be drawn") for trial in self.sweep.likely())
+        return replace(self, items=(*self.items, *drawn))
+
+    @functools.cached_property
     def counts(self) -> dict[str, int]:
         """Trials by action; only actions that occur."""
         return dict(Counter(item.action for item in self.items))
@@ -97,10 +107,11 @@ class Plan:
         """What the whole sweep takes on a kind of device, with what it has taken already; None where that cannot be
         told. Results of other sweeps take nothing.
         """
-        estimate = next((each for each in self.estimates if each.device_name == device_name), None)
+        whole = self.expected
+        estimate = next((each for each in whole.estimates if each.device_name == device_name), None)
         if estimate is None:
             return None
-        own = [item for item in self.items if item.action != "cached"]
+        own = [item for item in whole.items if item.action != "cached"]
         spent, left = sum(item.row.wall_s for item in own if item.row), estimate.seconds
         done = Span(spent, spent, spent)
         return Prediction(
@@ -112,7 +123,8 @@ class Plan:
         `storage` is the room that the sweep takes in the store, `cost` what the trials to run take on devices that have
         been timed, in `gangs` trials at once (default: what the file says).
         """
-        cells = _cells(self)
+        cells, expected = _cells(self), self.expected
+        priced = cells if expected is self else _cells(expected)
         return {
             "sweep": self.sweep.name,
             "trials": len(self.items),
@@ -122,17 +134,17 @@ class Plan:
             "baseline": self.sweep.baseline,
             "actions": self.counts,
             "to_run": len(self.to_run),
-            "epochs_to_run": sum(item.epochs_left for item in self.items),
-            "train_flops": sum(cell["train_flops"] * cell["trials"] for cell in cells),
-            "train_flops_to_run": sum(cell["train_flops_to_run"] for cell in cells),
+            "epochs_to_run": sum(item.epochs_left for item in expected.items),
+            "train_flops": sum(cell["train_flops"] * cell["trials"] for cell in priced),
+            "train_flops_to_run": sum(cell["train_flops_to_run"] for cell in priced),
             "removed": [row.trial_id for row in self.removed],
             "by_removed": [_removed(row) for row in self.removed],
             "stale": [item.stale.trial_id for item in self.items if item.stale],
             "to_draw": self.sweep.to_draw,
             "notes": [*self.sweep.notes, *self._open_notes()],
             "at_once": _at_once(self, gangs),
-            "storage": _storage(self, cells),
-            "cost": _cost(self, gangs),
+            "storage": _storage(expected, priced),
+            "cost": _cost(expected, gangs),
             "by_cell": cells,
         }
 
@@ -141,7 +153,7 @@ class Plan:
         notes = []
         if to_draw:
             notes.append(
-                f"search: {method} draws {to_draw:,} more trials as it goes, whose cost is not in these numbers"
+                f"search: {method} draws {to_draw:,} more trials as it goes; these numbers are of as many random draws"
             )
         if scheduler in ("asha", "median") and self.to_run:
             notes.append(

@@ -81,6 +81,21 @@ def test_under_a_scheduler_that_stops_trials_the_numbers_are_said_to_be_of_all_o
     assert told not in replace(plan, items=()).summary()["notes"]
 
 
+def test_draws_to_come_are_priced_as_random_ones() -> None:
+    """Before the first, which are those of a random search, and once some are there."""
+    ranges = "search: {method: %s, num_samples: 6, ranges: {optim.lr: {min: 0.01, max: 0.1}}}"
+    known = timings(sweep_of(), 7200.0, 1, 2, 4)
+    random, drawing = (planning.make(sweep_of(ranges % name), [], timings=known) for name in ("random", "optuna"))
+    assert drawing.sweep.to_draw == len(random.items) > 0
+    asked = ("epochs_to_run", "train_flops", "train_flops_to_run", "storage", "cost")
+    told, expected = drawing.summary(4), random.summary(4)
+    assert {name: told[name] for name in asked} == {name: expected[name] for name in asked}
+    assert drawing.prediction("a GPU") == random.prediction("a GPU") is not None
+    assert "these numbers are of as many random draws" in " ".join(told["notes"])
+    begun = replace(drawing, sweep=replace(drawing.sweep, trials=random.sweep.trials[:2]), items=random.items[:2])
+    assert len(begun.expected.items) == len(random.items)
+
+
 def test_how_many_trials_run_at_once_is_told_where_a_gang_has_slots() -> None:
     known, slots = planning.make(sweep_of("resources: {slots: 3, max_gangs: 2}"), []), "each of trials of one shape)"
     assert page(known)[2] == f" At once: 6 trials (2 gangs x 3 slots, {slots}"
