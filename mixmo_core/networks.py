@@ -282,8 +282,8 @@ def _initialise(net: MixMoNet, generator: torch.Generator) -> None:
     The classifiers of a PreActResNet, which has no norm before them, start small instead: N(0, 0.01^2), uncut.
     The reference cuts off by drawing up to four times, so one of its weights in 250,000 lies outside. Here each weight
     is one uniform number, put through the inverse of the cut normal's distribution function: torch's own
-    `trunc_normal_` draws whole tensors again until all weights fit, which takes 9 times as long, and its numbers
-    are others from version to version.
+    `trunc_normal_` draws whole tensors again until all weights fit, which takes 8 to 17 times as long, and its
+    numbers are others from version to version.
     """
     for parameter in (*net.core.parameters(), net.encoders, net.classifiers):
         if parameter.dim() < 2:

@@ -378,12 +378,12 @@ def _compare(
     for key, cell in cells.items():
         found = reference(key)
         held = cells[found] if found is not None else Cell()
-        pooled = [*inside[key], *(inside[found] if found is not None else ())]
-        compared[key] = _distance(cell, held, tuple(dict.fromkeys(pooled)), is_baseline=found == key)
+        averaged = [*inside[key], *(inside[found] if found is not None else ())]
+        compared[key] = _distance(cell, held, tuple(dict.fromkeys(averaged)), is_baseline=found == key)
     return compared
 
 
-def _distance(cell: Cell, baseline: Cell, pooled: Sequence[str], *, is_baseline: bool) -> Cell:
+def _distance(cell: Cell, baseline: Cell, averaged: Sequence[str], *, is_baseline: bool) -> Cell:
     cell = replace(cell, baseline=is_baseline)
     if is_baseline or cell.mean is None or baseline.mean is None:
         return cell
@@ -391,7 +391,7 @@ def _distance(cell: Cell, baseline: Cell, pooled: Sequence[str], *, is_baseline:
     if cell.std is not None and baseline.std is not None:
         error = math.sqrt(cell.std**2 / cell.n + baseline.std**2 / baseline.n)
     cell = replace(
-        cell, difference=cell.mean - baseline.mean, difference_se=error, untested=_untested(cell, baseline, pooled)
+        cell, difference=cell.mean - baseline.mean, difference_se=error, untested=_untested(cell, baseline, averaged)
     )
     if cell.untested:
         return cell
@@ -404,8 +404,10 @@ def _distance(cell: Cell, baseline: Cell, pooled: Sequence[str], *, is_baseline:
     return replace(cell, comparison=compare(cell.values, baseline.values, paired=False))
 
 
-def _untested(cell: Cell, baseline: Cell, pooled: Sequence[str]) -> str:
-    """Why no test can hold the two against each other; empty where one can. `pooled` are settings that vary in them."""
+def _untested(cell: Cell, baseline: Cell, averaged: Sequence[str]) -> str:
+    """Why no test can hold the two against each other; empty where one can. `averaged` are settings that vary
+    in them.
+    """
     members = [{each for joined in side.trials for each in joined.split("+")} for side in (cell, baseline)]
     if members[0] & members[1]:
         return "made of the baseline's own trials"
@@ -413,8 +415,8 @@ def _untested(cell: Cell, baseline: Cell, pooled: Sequence[str]) -> str:
         return "a value is no number"
     if min(cell.n, baseline.n) < 2:
         return "one trial cannot decide, on either side"
-    if pooled:  # they are no repetitions of one another, as seeds are
-        return f"averaged over {', '.join(map(short, pooled))}"
+    if averaged:  # they are no repetitions of one another, as seeds are
+        return f"averaged over {', '.join(map(short, averaged))}"
     return ""
 
 

@@ -19,6 +19,16 @@ def check(sweep: Sweep) -> None:
         raise SweepError(f"{sweep.source}: budget.money needs price.gpu_hour, by which it is reckoned")
 
 
+def refused(sweep: Sweep, rows: Iterable[TrialRow]) -> list[str]:
+    """Why a run would refuse the sweep for the sake of its budget, a line for each reason."""
+    try:
+        check(sweep)
+    except (RefusedError, SweepError) as error:
+        return [f"a run would be refused: {error}"]
+    told = spent(sweep, rows)
+    return [f"a run would be refused: {told}"] if told else []
+
+
 def spent(sweep: Sweep, rows: Iterable[TrialRow]) -> str | None:
     """Which limit of the budget the sweep has reached, and how to go on; None while there is some left.
 

@@ -66,7 +66,7 @@ from orchestrator.casualties import (  # noqa: E402
     waiting_groups,
 )
 from orchestrator.dispatcher import NAMESPACE, Dispatcher, Order, Retries, Roll, Update, Worker  # noqa: E402
-from orchestrator.errors import RefusedError, UnreachableError  # noqa: E402
+from orchestrator.errors import RefusedError, TokenError, UnreachableError  # noqa: E402
 from orchestrator.gang import GangPlan  # noqa: E402
 from orchestrator.population import Population  # noqa: E402
 from orchestrator.roster import ACCELERATOR, MARKET, Doubts, Node, Offer, Scene, coming_of, decide, most_of  # noqa: E402
@@ -144,11 +144,7 @@ def _joined_ray(address: str) -> Iterator[None]:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         if isinstance(error, ray.exceptions.AuthenticationError):
-            raise RefusedError(
-                f"the Ray cluster at RAY_ADDRESS={address} asks for a token that is not the one here: set "
-                "RAY_AUTH_MODE=token, put the one that it was started with into ~/.ray/auth_token (readable by you "
-                "alone), and give the same command again"
-            ) from error
+            raise TokenError(f"the Ray cluster at RAY_ADDRESS={address}") from error
         if "Version mismatch" in str(error):  # Ray has no class for it
             raise RefusedError(
                 f"the Ray cluster at RAY_ADDRESS={address} is of another version than this machine: {error}. Install "

@@ -474,19 +474,21 @@ class ResultTable:
 
     def _others(self) -> str:
         """What may have become of the trials that a cell lacks."""
-        ended = ["failed", "were cancelled", *(["were stopped early"] if self.stopped else [])]
-        told = [
-            *(["run", "wait"] if any(cell.waiting for cell in self.cells.values()) else []),
-            *(ended if any(cell.failed for cell in self.cells.values()) else []),
-        ]
-        return " or ".join(filter(None, (", ".join(told[:-1]), *told[-1:]))) or "lack this metric"
+        told = []
+        if any(cell.waiting for cell in self.cells.values()):
+            told += ["run", "wait"]
+        if any(cell.failed for cell in self.cells.values()):
+            told += ["failed", "were cancelled"]
+            if isinstance(self.at, int) or (self.stopped and not self.with_stopped):
+                told.append("were stopped early")
+        return f"{', '.join(told[:-1])} or {told[-1]}"
 
     def _notes_on_open(self) -> list[str]:
         waiting = sum(cell.waiting for cell in self.cells.values())
         if not waiting:
             return []
         them = "trial runs or waits" if waiting == 1 else "trials run or wait"
-        return [f"Not finished: {waiting:,} {them}. What stands here is right for those that have, and will change."]
+        return [f"Not finished: {waiting:,} {them}. The numbers are those of trials that have ended, and will change."]
 
     def _notes_on_epoch(self) -> list[str]:
         if self.at != "best":

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 import mixmo_core.config
 from orchestrator.doctor import PYTHON, numbers
-from orchestrator.errors import ExitCode, RefusedError, UnreachableError, UsageError
+from orchestrator.errors import ExitCode, RefusedError, TokenError, UnreachableError, UsageError
 from orchestrator.origin import Origin, origin
 from orchestrator.store import folder_of
 from orchestrator.sweep import Sweep
@@ -240,7 +240,7 @@ class Cluster:
         try:
             yield
         except AuthenticationError as error:
-            raise RefusedError(f"{_on_token(f'the cluster at {self.address}')}, and give the command again") from error
+            raise TokenError(f"the cluster at {self.address}") from error
         except (ConnectionError, requests.exceptions.RequestException) as error:
             raise UnreachableError(
                 f"no Ray answers at {self.address}. `ray dashboard cluster/gpu.yaml` brings it to "
@@ -249,30 +249,6 @@ class Cluster:
             ) from error
         except RuntimeError as error:
             raise UnreachableError(f"the cluster at {self.address} did not take it: {error}") from error
-
-
-def _on_token(cluster: str) -> str:
-    """Why a request was not taken for the sake of a token, and where one belongs. Ray asks for one here, before it asks
-    any cluster, where RAY_AUTH_MODE is `token`.
-    """
-    if os.environ.get("RAY_AUTH_MODE") != "token":
-        told = f"{cluster} asks for a token, and does not take a request without one"
-    elif _has_token():
-        told = f"{cluster} asks for a token, and does not take the one that is here"
-    else:
-        told = "RAY_AUTH_MODE is token, and there is no token here"
-    return (
-        f"{told}: put the one that the cluster was started with into ~/.ray/auth_token (readable by you alone), or "
-        "into RAY_AUTH_TOKEN"
-    )
-
-
-def _has_token() -> bool:
-    if os.environ.get("RAY_AUTH_TOKEN"):
-        return True
-    with suppress(OSError):
-        return bool(Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser().read_text().strip())
-    return False
 
 
 def _sweep_of(request: Request) -> tuple[str, str]:

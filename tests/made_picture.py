@@ -90,10 +90,13 @@ def stored(folder: Path) -> ResultStore:
     return store
 
 
+def scene(folder: Path) -> Scene:
+    return Scene(stored(folder).follow(load(FILE).name).look(), NOW, driven=True, terms=TERMS)
+
+
 def lines(folder: Path) -> list[Text]:
     """What the screen shows of it."""
-    scene = Scene(stored(folder).follow(load(FILE).name).look(), NOW, driven=True, terms=TERMS)
-    return [Text(" ").append_text(line) for line in drawn(scene, NOW, SIZE, State())]
+    return [Text(" ").append_text(line) for line in drawn(scene(folder), NOW, SIZE, State())]
 
 
 def svg(shown: Sequence[Text]) -> str:

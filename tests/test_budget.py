@@ -61,6 +61,20 @@ def run(
 # ---------------------------------------------------------------------------------------------------------- budget
 
 
+def test_plan_says_why_a_run_would_be_refused() -> None:
+    assert budget.refused(load(), []) == []
+    (told,) = budget.refused(load("budget: {trials: 1}"), [])
+    assert "a run would be refused" in told
+    assert "budget.trials allows 1" in told
+    (told,) = budget.refused(load("budget: {money: 1}"), [])
+    assert "budget.money needs price.gpu_hour" in told
+    limited = load("budget: {hours: 1}")
+    row = initial_row(limited.trials[0], limited)
+    assert budget.refused(limited, [row]) == []
+    (told,) = budget.refused(limited, [row.replace(wall_s=3600.0)])
+    assert "the budget is spent" in told
+
+
 def test_a_budget_that_is_spent_drains_the_sweep_and_a_higher_one_goes_on(tmp_path: Path) -> None:
     """A made epoch lasts a second, so that a trial is four."""
     code, said = run(load("budget: {hours: 0.002}"), tmp_path, gangs=1)

@@ -241,6 +241,22 @@ def test_a_page_says_what_was_run(mixmo: Mixmo) -> None:
     assert "EUR for training" in page.text
 
 
+def test_what_a_cell_took_is_told_of_trials_that_went_to_their_end(mixmo: Mixmo) -> None:
+    """One that a scheduler stopped early took a part of what a trial takes."""
+    rows = made_studies.rows(SMALL)
+
+    def halved(row: TrialRow) -> TrialRow:
+        part = row.replace(stopped_early=True, train_flops=(row.train_flops or 0.0) / 2)
+        return part if row.trial_id == rows[0].trial_id else row
+
+    with_logits(ResultStore.open("results", create=True), [halved(row) for row in rows])
+    _, page = the_page(mixmo)
+    (took,) = (each for each in page.tables if "FLOPs a trial" in each[0])
+    trials, finished, flops = (took[0].index(name) for name in ("trials", "finished", "FLOPs a trial"))
+    assert (took[1][trials], took[1][finished]) == ("3", "2")
+    assert took[1][flops] == f"{rows[0].train_flops:.3g}"
+
+
 def quick(row: TrialRow) -> TrialRow:
     return row.replace(sweep="made-quick")
 

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import re
 import statistics
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -26,7 +27,7 @@ from orchestrator.errors import ExitCode, NotFoundError, UnreachableError
 from orchestrator.rows import FINAL, TrialRow, config_columns
 from orchestrator.rows import State as TrialState
 from orchestrator.screen import Scene, Screen, State, Terms, changes, counts, press, render, summary, watch
-from orchestrator.screen.frame import HELP, SHORT_HELP
+from orchestrator.screen.frame import HELP, SHORT_HELP, drawn
 from orchestrator.store import Header, ResultStore, Snapshot
 from orchestrator.sweep import Budget, Price
 
@@ -168,6 +169,26 @@ def test_the_screen_is_in_the_time_zone_of_its_reader() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- numbers and names
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [(1.0, 1.0, "x ± 0 %"), (1.0, 1.0 + 1e-15, "x ± 0 %"), (0.973, 1.02, "x ± 2.7 %"), (0.5, 3.1, "x ± 210 %"),
+     (None, None, "x")],
+)  # fmt: skip
+def test_a_band_is_told_in_digits_that_people_read(low: float | None, high: float | None, text: str) -> None:
+    assert lines.spanned({"mean": 1.0, "low": low, "high": high}, "x") == text
+
+
+@pytest.fixture(scope="module")
+def pictured(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return made_picture.scene(tmp_path_factory.mktemp("pictured"))
+
+
+@pytest.mark.parametrize("width", range(108, 221, 4))
+def test_the_heat_map_keeps_deviation_and_seeds_as_the_terminal_gets_wider(width: int, pictured: Scene) -> None:
+    frame = "\n".join(line.plain for line in drawn(pictured, NOW, (width, 50), State()))
+    assert re.search(r"^ *vanilla +75\.(5|46) ?±0\.22? 3/3 ", frame, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

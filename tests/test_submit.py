@@ -18,7 +18,7 @@ from made_cluster import MadeCluster
 from test_driver import SWEEP
 
 from orchestrator import reach
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, TokenError
 from orchestrator.origin import FILE, Origin, origin
 from orchestrator.plan import initial_row
 from orchestrator.store import ResultStore
@@ -181,6 +181,28 @@ def test_a_token_that_is_wanted_and_missing_is_6(mixmo: Submitter, tmp_path: Pat
     told = mixmo("submit", "sweep.yaml", "--address", "http://127.0.0.1:1", code=6).stderr
     assert "RAY_AUTH_MODE is token, and there is no token here" in told
     assert "~/.ray/auth_token" in told
+
+
+@pytest.mark.parametrize(
+    ("mode", "kept", "said"),
+    [
+        ("", "", "the cluster asks for a token, and does not take a request without one: set RAY_AUTH_MODE=token"),
+        ("token", "wrong", "the cluster asks for a token, and does not take the one that is here"),
+        ("token", " \n", "RAY_AUTH_MODE is token, and there is no token here"),
+        ("token", None, "RAY_AUTH_MODE is token, and there is no token here"),
+    ],
+)
+def test_a_token_error_says_whose_fault_it_is_and_never_the_token(
+    mode: str, kept: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    if kept is not None:
+        (tmp_path / "token").write_text(kept)
+    told = str(TokenError("the cluster"))
+    assert told.startswith(said)
+    assert "wrong" not in told
 
 
 NOBODY = ("--address", "http://127.0.0.1:1")

@@ -193,9 +193,9 @@ def test_the_seed_decides_and_nothing_ambient() -> None:
 
 def test_it_learns_to_read_digits() -> None:
     config = unflatten(
-        {"data.dataset": "digits", "model.depth": 10, "model.width": 1, "model.subnetworks": 1, "optim.epochs": 4}
+        {"data.dataset": "digits", "model.depth": 10, "model.width": 1, "model.subnetworks": 1, "optim.epochs": 8}
     )
-    assert run(config)[-1][0].metrics["top1"] > 0.6  # 0.74 to 0.85 with 32 seeds; one in ten by guessing
+    assert run(config)[-1][0].metrics["top1"] > 0.9  # 0.936 to 0.975 with 16 seeds; one in ten by guessing
 
 
 def test_a_trial_that_diverges_stops_and_says_what_to_change() -> None:

@@ -58,7 +58,7 @@ def plan(
     end are told from what `mixmo calibrate` and the trials of the results took, for each kind of device among them.
     """
     light()
-    from orchestrator import pages
+    from orchestrator import budget, pages
     from orchestrator import plan as planning
     from orchestrator.store import ResultStore
     from orchestrator.sweep import not_runnable
@@ -67,6 +67,8 @@ def plan(
     planned = planning.against(ResultStore.open(results), sweep)
     summary = planned.summary(gangs)
     summary["notes"] += not_runnable(sweep)
+    if planned.to_run or planned.sweep.to_draw:
+        summary["notes"] += budget.refused(planned.sweep, [item.row for item in planned.items if item.row])
     if as_json:
         streams.print_json("plan", summary | {"by_trial": _by_trial(planned)})
         return
